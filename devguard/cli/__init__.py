@@ -1,0 +1,69 @@
+"""The ``devguard`` command: one subcommand a module, imported only when it is called.
+
+A command module has ``HELP`` (one line), ``configure(parser)`` and ``run(arguments) -> int``. Importing it must stay cheap:
+torch, rich and the rest are imported by ``run``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from devguard._version import __version__
+from devguard.errors import DevGuardError
+
+__all__ = ["main"]
+
+# name -> one line of help; the module is devguard.cli.<name>
+COMMANDS = {
+    "demo": "show the disease and the cure: stray tensors on GPU 0, before and after the guard",
+    "doctor": "check versions, devices, doors and settings, and say what to do next",
+    "sim": "run any program on simulated GPUs, on a machine that has none",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the ``devguard`` command line.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments, without the program's name; ``sys.argv[1:]`` by default.
+
+    Returns
+    -------
+    int
+        The exit status: 0 fine, 1 a problem was found or met, 2 bad usage or bad configuration.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="devguard",
+        description="Keeps each process of a multi-GPU PyTorch program on its own GPU, and names the line that strays.",
+    )
+    parser.add_argument("--version", action="version", version=f"devguard {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    chosen = next((a for a in arguments if not a.startswith("-")), None)
+    for name, line in COMMANDS.items():
+        command = commands.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
+        if name == chosen:  # the others stay unimported
+            module = importlib.import_module(f"devguard.cli.{name}")
+            module.configure(command)
+            command.set_defaults(run=module.run)
+    parsed = parser.parse_args(arguments)
+    if parsed.command is None:
+        parser.print_help()
+        return 0
+    try:
+        status: int = parsed.run(parsed)
+    except DevGuardError as error:
+        print(f"devguard {parsed.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
