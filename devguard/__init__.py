@@ -1,0 +1,89 @@
+"""devguard keeps each process of a multi-GPU PyTorch program on its own GPU.
+
+Say once which device a process owns. Its work is kept there; what would land elsewhere is repaired or
+refused, and the line of code that did it is named. Importing this package imports neither torch nor wrapt,
+and patches nothing.
+
+>>> @devguard.guard(argument="gpu_id")
+... def run_worker(config, gpu_id): ...
+
+>>> with devguard.guard("cuda:1"):
+...     state = torch.load("checkpoint.pt")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from devguard._version import __version__
+
+if TYPE_CHECKING:
+    from devguard.activation import contexts, install, owner, status, strays, uninstall
+    from devguard.callsite import Site
+    from devguard.errors import (
+        ConfigError,
+        DevGuardError,
+        DeviceResolutionError,
+        SimulationError,
+        StrayDeviceError,
+        StrayDeviceWarning,
+    )
+    from devguard.guards import guard, no_strays, remap, unguarded
+    from devguard.journal import Stray
+
+__all__ = [
+    "__version__",
+    "ConfigError",
+    "contexts",
+    "DevGuardError",
+    "DeviceResolutionError",
+    "guard",
+    "install",
+    "no_strays",
+    "owner",
+    "remap",
+    "SimulationError",
+    "Site",
+    "status",
+    "Stray",
+    "StrayDeviceError",
+    "StrayDeviceWarning",
+    "strays",
+    "unguarded",
+    "uninstall",
+]
+
+# public name -> the module that has it, imported when the name is first used (PEP 562)
+_HOMES = {
+    **dict.fromkeys(("contexts", "install", "owner", "status", "strays", "uninstall"), "activation"),
+    **dict.fromkeys(("guard", "no_strays", "remap", "unguarded"), "guards"),
+    **dict.fromkeys(
+        (
+            "ConfigError",
+            "DevGuardError",
+            "DeviceResolutionError",
+            "SimulationError",
+            "StrayDeviceError",
+            "StrayDeviceWarning",
+        ),
+        "errors",
+    ),
+    "Site": "callsite",
+    "Stray": "journal",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'devguard' has no attribute {name!r}")
+    import importlib
+
+    module = importlib.import_module(f"devguard.{home}")
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,172 @@
+"""Which line of the user's code did it: the first frame outside torch, devguard, the standard library and transports.
+
+A frame is kept as a pair (code object, line): raw pairs cost a few microseconds, a formatted stack ten
+times that. It is formatted when somebody reads it.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import sysconfig
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import NamedTuple
+
+__all__ = ["Frame", "Site", "find", "is_user", "stack"]
+
+STACK_DEPTH = 12
+MAX_KINDS = 1 << 16
+
+# Packages that carry objects from one process to another: a stray that comes through one of them belongs to
+# its caller.
+TRANSPORTS = frozenset({"cloudpickle", "dill", "joblib", "loky", "multiprocess", "torch_xla", "zmq"})
+# Packages that are never the answer to "which line did it".
+OURS = frozenset({"devguard", "torch", "torchgen", "wrapt"})
+
+_USER, _INTERNAL, _TRANSPORT = 0, 1, 2
+_kinds: dict[CodeType, int | str] = {}
+
+_STDLIB = tuple(
+    os.path.normcase(os.path.realpath(path)) + os.sep
+    for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    if path
+)
+_SITE = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+# Standard-library packages by which objects travel between processes: worth a word in `via`.
+_STDLIB_TRANSPORTS = ("multiprocessing", "concurrent")
+
+
+class Frame(NamedTuple):
+    """One line of a stack, unformatted."""
+
+    code: CodeType
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A line of source code.
+
+    Attributes
+    ----------
+    file : str
+        The path as Python knows it.
+    line : int
+        The line, from 1.
+    function : str
+        The function's qualified name, ``<module>`` at top level.
+    """
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} in {self.function}"
+
+    @property
+    def source(self) -> str:
+        """The line itself, stripped; empty if the source is not at hand."""
+        return linecache.getline(self.file, self.line).strip()
+
+    @classmethod
+    def of(cls, frame: Frame) -> Site:
+        """Format a raw frame."""
+        name = getattr(frame.code, "co_qualname", frame.code.co_name)  # co_qualname: Python 3.11
+        return cls(frame.code.co_filename, frame.line, name)
+
+
+class Found(NamedTuple):
+    """Where the user's code stands on the current stack."""
+
+    site: Frame | None
+    via: str | None
+
+
+def _kind(code: CodeType) -> int | str:
+    kind = _kinds.get(code)
+    if kind is None:
+        if len(_kinds) >= MAX_KINDS:
+            _kinds.clear()  # a program that makes code objects without end must not fill the memory
+        kind = _kinds[code] = _classify(code)
+    return kind
+
+
+def is_user(code: CodeType) -> bool:
+    """Tell whether `code` belongs to the user: not to torch, devguard, the standard library or a transport."""
+    return _kind(code) == _USER
+
+
+def find(start: FrameType) -> Found:
+    """Walk outwards from `start` to the user's own frame.
+
+    Returns
+    -------
+    Found
+        `site` is None where the whole stack is internal, as when a spawned child unpickles its arguments.
+    """
+    via: str | None = None
+    frame: FrameType | None = start
+    kinds = _kinds
+    while frame is not None:
+        code = frame.f_code
+        kind = kinds.get(code)
+        if kind is None:
+            kind = _kind(code)
+        if kind == _USER:
+            return Found(Frame(code, frame.f_lineno), via)
+        if kind.__class__ is str:
+            via = kind
+        frame = frame.f_back
+    return Found(None, via)
+
+
+def stack(start: FrameType) -> tuple[Frame, ...]:
+    """Return the innermost frames from `start` outwards, without devguard's own."""
+    frames: list[Frame] = []
+    frame: FrameType | None = start
+    while frame is not None and len(frames) < STACK_DEPTH:
+        if not frame.f_code.co_filename.startswith(_PACKAGE):
+            frames.append(Frame(frame.f_code, frame.f_lineno))
+        frame = frame.f_back
+    return tuple(frames)
+
+
+def _classify(code: CodeType) -> int | str:
+    """Return `_USER`, `_INTERNAL`, or the name of the transport that this code belongs to."""
+    file = code.co_filename
+    if file.startswith("<frozen"):
+        return _INTERNAL
+    if file == "<string>" and code.co_name == "<module>" and "spawn_main" in code.co_names:
+        return "multiprocessing"  # the `python -c` line of a spawned child
+    path = os.path.normcase(os.path.abspath(file)) if not file.startswith("<") else file
+    if path.startswith(_PACKAGE):
+        return _INTERNAL
+    top = _top_package(path)
+    if top is not None:
+        if top in TRANSPORTS:
+            return top
+        return _INTERNAL if top in OURS else _USER
+    torch = sys.modules.get("torch")
+    torch_file = getattr(torch, "__file__", None)
+    if torch_file and path.startswith(os.path.dirname(os.path.abspath(torch_file)) + os.sep):
+        return _INTERNAL  # torch from an overlay or a source tree
+    for stdlib in _STDLIB:
+        if path.startswith(stdlib):
+            name = path[len(stdlib) :].split(os.sep, 1)[0]
+            return name if name in _STDLIB_TRANSPORTS else _INTERNAL
+    return _USER
+
+
+def _top_package(path: str) -> str | None:
+    """Return the top-level package of an installed file, None for a file that is not in a site-packages folder."""
+    for marker in _SITE:
+        _, found, rest = path.rpartition(marker)
+        if found:
+            name = rest.split(os.sep, 1)[0]
+            return name[:-3] if name.endswith(".py") else name
+    return None

@@ -1,0 +1,77 @@
+"""The table of doors, and how they are opened and closed together.
+
+A door is one way by which work gets onto a device that is not the owner's, and one module here. Each module
+has the same small shape:
+
+- ``install()`` patches torch, or raises `DoorError` if this torch has not what it needs;
+- ``uninstall()`` restores exactly what it found, and returns the names that somebody else patched over us
+  meanwhile;
+- ``status()`` returns plain data for ``devguard.status()``.
+
+An open door is inert where no owner is in force. A door never imports another door.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from types import ModuleType
+from typing import Any
+
+from devguard import accelerator, settings
+from devguard.doors.patching import DoorError
+
+__all__ = ["NAMES", "ON_REQUEST", "close_all", "open_all", "status"]
+
+# name of the door = name of its module
+NAMES = ("buffers", "jit", "load")
+# doors that act only inside remap() or where doors= names them
+ON_REQUEST = frozenset({"buffers"})
+
+_lock = threading.RLock()
+_open: dict[str, ModuleType] = {}
+_failed: dict[str, str] = {}
+
+
+def open_all() -> None:
+    """Open every door that is not open. ``DEVGUARD=off`` keeps them all closed."""
+    if len(_open) + len(_failed) == len(NAMES) or settings.killed():
+        return
+    accelerator.torch_module()
+    with _lock:
+        for name in NAMES:
+            if name in _open or name in _failed:
+                continue
+            module = importlib.import_module(f"{__name__}.{name}")
+            try:
+                module.install()
+            except DoorError as error:
+                _failed[name] = str(error)
+            else:
+                _open[name] = module
+
+
+def close_all() -> list[str]:
+    """Close every open door, the last one first; return the names that somebody else patched over ours."""
+    left_over: list[str] = []
+    with _lock:
+        while _open:
+            _, module = _open.popitem()
+            left_over += module.uninstall()
+        _failed.clear()
+    return left_over
+
+
+def status() -> dict[str, dict[str, Any]]:
+    """Return, for each door, whether it is open and what it has to say."""
+    with _lock:
+        report: dict[str, dict[str, Any]] = {}
+        for name in NAMES:
+            module = _open.get(name)
+            row: dict[str, Any] = {"open": module is not None}
+            if module is not None:
+                row.update(module.status())
+            if name in _failed:
+                row["problem"] = _failed[name]
+            report[name] = row
+        return report

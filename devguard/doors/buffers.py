@@ -1,0 +1,60 @@
+"""The door ``buffers``: ``torch.frombuffer`` gives a tensor on the owner, on request.
+
+It acts only inside ``remap()``, or where ``doors=`` names it: programs use ``torch.frombuffer`` for host
+memory that they share (ring buffers, shared memory, gloo payloads), and what is moved to an accelerator is
+a copy that no longer aliases the buffer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from devguard import scope
+from devguard.doors.patching import Patches
+from devguard.journal import LEFT, journal, refused
+
+__all__ = ["install", "status", "uninstall"]
+
+NAME = "buffers"
+
+_patches = Patches()
+_ADVICE = "A buffer lies on the host. Let devguard copy it (mode='repair'), or move the tensor yourself."
+
+
+def install() -> None:
+    """Replace ``torch.frombuffer``."""
+    import torch
+
+    original = _patches.find(torch, "frombuffer")
+
+    def frombuffer(*args: Any, **kwargs: Any) -> Any:
+        owner = scope.owner_in_force()
+        if owner is None or owner.index < 0 or not scope.asked(NAME):
+            return original(*args, **kwargs)
+        mode = scope.mode_of(NAME)
+        if mode == "off":
+            return original(*args, **kwargs)
+        if mode != "repair":
+            tensor = original(*args, **kwargs)
+            known = {"dtype": str(tensor.dtype), "shape": tensor.shape}
+            if mode == "error":
+                raise refused(NAME, "cpu", owner.tag, tensor.nbytes, _ADVICE, **known)
+            journal.record(NAME, "cpu", "cpu", owner.tag, LEFT[mode], tensor.nbytes, **known)
+            return tensor
+        requires_grad = kwargs.pop("requires_grad", False)
+        tensor = original(*args, **kwargs).to(owner.device)  # a leaf: gradients are asked for after the move
+        known = {"dtype": str(tensor.dtype), "shape": tensor.shape}
+        journal.record(NAME, "cpu", owner.tag, owner.tag, "repaired", tensor.nbytes, **known)
+        return tensor.requires_grad_() if requires_grad else tensor
+
+    _patches.replace(torch, "frombuffer", frombuffer)
+
+
+def uninstall() -> list[str]:
+    """Put ``torch.frombuffer`` back."""
+    return _patches.restore()
+
+
+def status() -> dict[str, Any]:
+    """Return who holds copies of ``torch.frombuffer`` from before."""
+    return {"early_copies": _patches.early_copies()}

@@ -1,0 +1,135 @@
+"""The door ``jit``: ``torch.jit.load`` without ``map_location`` puts each tensor where the archive says.
+
+Its ``map_location`` moves CPU tensors too, so the load is repaired only if the archive holds none (or if
+the owner is ``cpu``, where that is what is wanted). An archive that mixes both is recorded as observed and
+left as it is: load it with an explicit ``map_location``, and put back by hand what belongs on the host.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from typing import Any
+
+from devguard import scope
+from devguard.doors.patching import Patches
+from devguard.journal import LEFT, journal, refused
+from devguard.owners import Owner
+
+__all__ = ["install", "status", "uninstall"]
+
+NAME = "jit"
+
+_patches = Patches()
+_unread = 0
+
+
+def install() -> None:
+    """Replace ``torch.jit.load``."""
+    import torch
+
+    original = _patches.find(torch.jit, "load")
+
+    def load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+        owner = scope.owner_in_force()
+        if owner is None or map_location is not None:
+            return original(f, map_location, *args, **kwargs)
+        mode = scope.mode_of(NAME)
+        if mode == "off":
+            return original(f, None, *args, **kwargs)
+        if not isinstance(f, (str, os.PathLike)):
+            f = io.BytesIO(f.read())  # torch reads it whole as well
+        tags = _tags(f)
+        away = sorted(tag for tag in tags if tag.startswith("cuda") and tag != owner.tag)
+        if away:
+            map_location = _handle(away, owner, mode, sum(tags[tag] for tag in away), mixed="cpu" in tags)
+        return original(f, map_location, *args, **kwargs)
+
+    for module in (torch.jit, torch.jit._serialization):
+        _patches.replace(module, "load", load)
+
+
+def uninstall() -> list[str]:
+    """Put ``torch.jit.load`` back."""
+    return _patches.restore()
+
+
+def status() -> dict[str, Any]:
+    """Return who holds copies of ``torch.jit.load`` from before, and how many archives could not be read ahead."""
+    return {"early_copies": _patches.early_copies(), "unread_archives": _unread}
+
+
+def _handle(away: list[str], owner: Owner, mode: str, nbytes: int, mixed: bool) -> str | None:
+    """Record the stray; return the ``map_location`` that repairs it, None to leave it."""
+    source = ",".join(away)
+    if mode == "error":
+        raise refused(NAME, source, owner.tag, nbytes, "Pass map_location to torch.jit.load.")
+    if mode == "repair" and (owner.index < 0 or not mixed):
+        journal.record(NAME, source, owner.tag, owner.tag, "repaired", nbytes)
+        return owner.tag
+    journal.record(NAME, source, source, owner.tag, LEFT[mode], nbytes)
+    return None
+
+
+def _tags(f: Any) -> dict[str, int]:
+    """Return the device tags in a TorchScript archive and how many bytes carry each; empty if it cannot be read.
+
+    Parameters
+    ----------
+    f : path or io.BytesIO
+        The archive. A stream is left where it was.
+    """
+    global _unread
+    tags: dict[str, int] = {}
+    position = f.tell() if isinstance(f, io.BytesIO) else 0
+    try:
+        with zipfile.ZipFile(f) as archive:
+            for name in archive.namelist():
+                if name.endswith(("/data.pkl", "/constants.pkl")):
+                    _TagReader(io.BytesIO(archive.read(name)), tags).load()
+    except (OSError, zipfile.BadZipFile):
+        pass  # torch says what is wrong with it
+    except Exception:  # noqa: BLE001 - a pickle may fail in any way, and reading ahead must not break a load
+        _unread += 1
+    finally:
+        if isinstance(f, io.BytesIO):
+            f.seek(position)
+    return tags
+
+
+class _Opaque:
+    """Stands for whatever class a pickle names; nothing in the archive is imported or run."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _TagReader(pickle.Unpickler):
+    """Collects the device tags of the storages that a TorchScript pickle refers to."""
+
+    def __init__(self, file: io.BytesIO, tags: dict[str, int]) -> None:
+        super().__init__(file)
+        self._tags = tags
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name.endswith("Storage"):
+            return type(name, (_Opaque,), {"name": name})
+        return _Opaque
+
+    def persistent_load(self, identity: Any) -> Any:
+        _, kind, _, location, numel = identity[:5]
+        self._tags[location] = self._tags.get(location, 0) + numel * _element_size(kind.name)
+        return _Opaque()
+
+
+def _element_size(storage_class: str) -> int:
+    import torch
+
+    kind = getattr(torch, storage_class, None)
+    dtype = getattr(kind, "dtype", torch.uint8)
+    return int(dtype.itemsize)

@@ -1,0 +1,445 @@
+"""The scopes that users write: `guard`, `remap`, `unguarded` and `no_strays`.
+
+A scope object holds configuration only. It pickles, copies and compares by value, and threads may share
+one; what belongs to one entry lies on the thread's stack (scope.py). Entering sets the current device of
+the thread; modes and doors decide what happens to work that would land elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
+from devguard import doors as door_table
+from devguard import owners, scope, settings, wrapping
+from devguard.errors import ConfigError, StrayDeviceError
+from devguard.journal import Mark, journal
+from devguard.owners import INTERNED, Owner
+from devguard.settings import Mode
+from devguard.steps import Steps
+
+__all__ = ["Bound", "guard", "no_strays", "remap", "unguarded"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+
+class Scope:
+    """What `guard`, `remap` and `unguarded` have in common: an entry on the thread's stack, and decorating."""
+
+    __slots__ = ()
+
+    def mode_of(self, door: str) -> Mode | None:
+        """Return the mode that this scope sets for `door`, None where it leaves that to the scope around it."""
+        return None
+
+    def asks_for(self, door: str) -> bool:
+        """Tell whether this scope asks a door to act that acts on request only."""
+        return False
+
+    def settled(self, parameter: wrapping.Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
+        """Return this scope with its owner known, for one call of a decorated function."""
+        return self
+
+    def steps(self, inner: Any) -> Steps:
+        """Return an awaitable iterator that runs each step of `inner` inside this scope."""
+        return Steps(self, inner)
+
+    def __enter__(self) -> Any:
+        scope.local.stack.append((self, None, -1))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        stack = scope.local.stack
+        if stack and stack[-1][0] is self:
+            previous = stack.pop()[2]
+            if previous >= 0:
+                scope.give_back(previous)
+        else:
+            scope.remove(self)
+
+    async def __aenter__(self) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(
+            f"`async with {name}(...)` cannot keep its promise: Python tells nobody when the event loop switches "
+            f"tasks, so other tasks would run on this device. Use `await {name}(...).run(awaitable)`, or decorate the "
+            f"coroutine function with @{name}(...): both hold the device only while your code runs."
+        )
+
+    async def __aexit__(self, *error: object) -> None:
+        """Never reached: entering raises."""
+
+    def __call__(self, function: F) -> F:
+        """Decorate `function`: each call of it runs inside this scope.
+
+        Parameters
+        ----------
+        function : callable
+            A function, method, ``staticmethod``, ``classmethod``, coroutine function, generator function or
+            asynchronous generator function.
+
+        Returns
+        -------
+        callable
+            A native function of the same kind.
+        """
+        decorated: F = wrapping.wrap(self, function, None)
+        return decorated
+
+    def bind(self, function: Callable[..., Any]) -> Bound:
+        """Return a picklable callable that runs `function` inside this scope; for inline use.
+
+        Examples
+        --------
+        >>> multiprocessing.Process(target=devguard.guard(1).bind(work))
+        """
+        return Bound(self, function)
+
+    async def run(self, awaitable: Awaitable[T]) -> T:
+        """Await `awaitable`; each of its steps runs inside this scope, and the scope is left whenever it sleeps.
+
+        Parameters
+        ----------
+        awaitable : awaitable
+            A coroutine, or another object with ``__await__``. Not a Task or Future: the event loop steps
+            those by itself.
+
+        Returns
+        -------
+        object
+            What `awaitable` returns.
+        """
+        if getattr(awaitable, "_asyncio_future_blocking", None) is not None:
+            raise TypeError(
+                f"run() got {awaitable!r}, which the event loop steps by itself, outside this scope. Pass the "
+                f"coroutine: asyncio.create_task({type(self).__name__}(...).run(coroutine))."
+            )
+        within = self.settled(None, (), {})
+        inner = awaitable if hasattr(awaitable, "send") else awaitable.__await__()
+        result: T = await within.steps(inner)
+        return result
+
+
+class guard(Scope):
+    """A scope in which a device owns all work: the current device is the owner's, and the doors are watched.
+
+    Use it as a context manager or as a decorator of functions, methods, static and class methods,
+    coroutines, generators and asynchronous generators. It may be nested and shared between threads.
+
+    Parameters
+    ----------
+    device : int, str or torch.device, optional
+        The owner: ``"cuda:1"``, ``1``, ``torch.device("cuda", 1)``, or ``"cpu"`` for code that owns no
+        accelerator. Left out, it is `argument`, else `resolve`, else ``DEVGUARD_DEVICE``, else the
+        launcher's local rank (``LOCAL_RANK``, ``SLURM_LOCALID``, ...), else the owner of the guard around
+        this one.
+    argument : str, optional
+        For decorators: the name of the parameter of the decorated function that holds the device. Where a
+        call passes None, the search goes on as above.
+    resolve : callable, optional
+        Called without arguments at each entry; returns the device, or None for the search to go on.
+    mode : {'off', 'observe', 'warn', 'repair', 'error'}, optional
+        What the doors do with a stray; inherited by default, and ``'repair'`` where nobody says anything.
+    doors : mapping of str to str, optional
+        The mode of single doors, such as ``{"load": "warn"}``.
+
+    Raises
+    ------
+    ConfigError
+        For a mode, a door or a combination that means nothing.
+    DeviceResolutionError
+        For a device that cannot be owned; on entry, for one that this process does not see, or if nothing
+        names one.
+
+    Examples
+    --------
+    >>> @devguard.guard(argument="gpu_id")
+    ... def run_worker(config, gpu_id): ...
+
+    >>> with devguard.guard("cuda:1", mode="error"):
+    ...     state = torch.load("checkpoint.pt")
+
+    Notes
+    -----
+    The value of ``with guard(...) as device`` is the owner's ``torch.device``. Entering costs about as much
+    as ``with torch.cuda.device(...)``; see benchmarks/.
+    """
+
+    __slots__ = ("_options", "_owner")
+
+    def __init__(
+        self,
+        device: Any = None,
+        *,
+        argument: str | None = None,
+        resolve: Callable[[], Any] | None = None,
+        mode: Mode | None = None,
+        doors: Mapping[str, Mode] | None = None,
+    ) -> None:
+        if argument is None and resolve is None and mode is None and doors is None:
+            self._options: _Options | None = None
+        else:
+            self._options = _check_options(device, argument, resolve, mode, doors)
+        if device.__class__ is int and device in INTERNED:  # True and numpy's integers go the long way
+            self._owner: Owner | None = INTERNED[device]
+        else:
+            self._owner = None if device is None else self._parse(device)
+
+    def _parse(self, device: Any) -> Owner:
+        if hasattr(device, "__get__") or isinstance(
+            device, type
+        ):  # a function or a class; a torch.device is callable too
+            name = type(self).__name__
+            raise TypeError(
+                f"@devguard.{name} needs parentheses: write @devguard.{name}() or @devguard.{name}('cuda:1')."
+            )
+        return owners.parse(device)
+
+    def mode_of(self, door: str) -> Mode | None:
+        """Return the mode that this scope sets for `door`, None where it leaves that to the scope around it."""
+        options = self._options
+        return None if options is None else options.doors.get(door, options.mode)
+
+    def asks_for(self, door: str) -> bool:
+        """Tell whether this scope asks a door to act that acts on request only: by naming it."""
+        return self._options is not None and door in self._options.doors
+
+    def settled(self, parameter: wrapping.Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
+        """Return this scope with its owner known, for one call of a decorated function."""
+        if self._owner is not None:
+            return self
+        value = None if parameter is None else parameter.value(args, kwargs)
+        if value is not None:
+            assert parameter is not None
+            owner = owners.parse(value, f"the argument {parameter.name}")
+        else:
+            owner = self._find("" if parameter is None else f"the argument {parameter.name} (None)")
+        settled = type(self).__new__(type(self))
+        settled._owner = owner
+        settled._options = self._options
+        return settled
+
+    def _find(self, tried: str = "") -> Owner:
+        """Find the owner that nobody named; `tried` is what a decorated function's own argument said."""
+        options = self._options
+        if options is not None and options.argument is not None and not tried:
+            raise ConfigError(
+                f"{self!r} takes its device from a function's argument, so it can only decorate a function. "
+                "Elsewhere name the device itself."
+            )
+        if options is not None and options.resolve is not None:
+            device = options.resolve()
+            if device is not None:
+                return owners.parse(device, f"what {getattr(options.resolve, '__qualname__', 'resolve')}() returned")
+            tried = tried or "resolve() (None)"
+        return self._search(tried)
+
+    def _search(self, tried: str) -> Owner:
+        found, looked = owners.from_environment()
+        found = found or scope.owner_in_force()
+        if found is None:
+            raise owners.not_found(looked, tried)
+        return found
+
+    def __enter__(self) -> Any:
+        owner = self._owner
+        if owner is None:
+            owner = self._find()
+        local = scope.local
+        if owner not in local.ready:
+            door_table.open_all()
+            scope.prepare(owner)
+        index = owner.index
+        local.stack.append((self, owner, scope.exchange(index) if index >= 0 else -1))
+        return owner.device
+
+    def __call__(self, function: F) -> F:
+        """Decorate `function`: each call of it runs inside this scope.
+
+        Parameters
+        ----------
+        function : callable
+            A function, method, ``staticmethod``, ``classmethod``, coroutine function, generator function or
+            asynchronous generator function.
+
+        Returns
+        -------
+        callable
+            A native function of the same kind.
+
+        Raises
+        ------
+        ConfigError
+            If the function has no parameter of the name given as `argument`.
+        """
+        decorated: F = wrapping.wrap(self, function, self._options.argument if self._options else None)
+        return decorated
+
+    def _value(self) -> tuple[Any, ...]:
+        options = self._options
+        if options is None:
+            return (self._owner and self._owner.tag, None, None, None, ())
+        doors = tuple(sorted(options.doors.items()))
+        return (self._owner and self._owner.tag, options.argument, options.resolve, options.mode, doors)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other._value() == self._value()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._value()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        device, argument, resolve, mode, doors = self._value()
+        return _make, (type(self), device, argument, resolve, mode, dict(doors) or None)
+
+    def __repr__(self) -> str:
+        device, *options = self._value()
+        names = ("argument", "resolve", "mode", "doors")
+        parts = [] if device is None else [repr(device)]
+        parts += [f"{name}={dict(v) if name == 'doors' else v!r}" for name, v in zip(names, options, strict=True) if v]
+        return f"devguard.{type(self).__name__}({', '.join(parts)})"
+
+
+class remap(guard):
+    """A scope for deserialization: what arrives here lands on the owner, host buffers included.
+
+    As `guard`, and inside it ``torch.frombuffer`` gives a tensor on the owner. That tensor is a copy: it no
+    longer aliases the buffer. Outside ``remap()`` ``torch.frombuffer`` is left alone, because programs use
+    it for host memory that they share.
+
+    Parameters
+    ----------
+    device, argument, resolve, mode, doors
+        As for `guard`; but left out, the owner is that of the scope around this one, before the environment
+        is asked.
+    """
+
+    __slots__ = ()
+
+    def asks_for(self, door: str) -> bool:
+        """Tell whether this scope asks a door to act that acts on request only: here, all of them."""
+        return True
+
+    def _search(self, tried: str) -> Owner:
+        return scope.owner_in_force() or super()._search(tried)
+
+
+class unguarded(Scope):
+    """The way out: a scope without an owner, in which every door leaves everything alone.
+
+    For code that works on several GPUs on purpose. It does not change the current device.
+    """
+
+    __slots__ = ()
+
+    def mode_of(self, door: str) -> Mode | None:
+        """Return ``'off'``."""
+        return "off"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is unguarded
+
+    def __hash__(self) -> int:
+        return hash(unguarded)
+
+    def __repr__(self) -> str:
+        return "devguard.unguarded()"
+
+
+class Bound:
+    """A function and the scope it runs in, as one picklable callable; made by ``guard(...).bind(function)``."""
+
+    __slots__ = ("_decorated", "function", "scope")
+
+    def __init__(self, scope: Scope, function: Callable[..., Any]) -> None:
+        self.scope = scope
+        self.function = function
+        self._decorated = scope(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._decorated(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Bound, (self.scope, self.function)
+
+    def __repr__(self) -> str:
+        return f"{self.scope!r}.bind({getattr(self.function, '__qualname__', self.function)})"
+
+
+class no_strays:
+    """A block in which nothing may stray: raises `StrayDeviceError` at its end if anything did, repaired or not.
+
+    Raises
+    ------
+    StrayDeviceError
+        At the end of the block; it names every call site. Not if the block already raises something else.
+
+    Examples
+    --------
+    >>> with devguard.guard("cuda:1"), devguard.no_strays():
+    ...     step()
+    """
+
+    __slots__ = ("_marks",)
+
+    def __init__(self) -> None:
+        self._marks: list[Mark] = []
+
+    def __enter__(self) -> None:
+        self._marks.append(journal.mark())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        mark = self._marks.pop()
+        if error is not None:
+            return
+        found = journal.since(mark)
+        dropped = journal.dropped - mark.dropped
+        if found or dropped:
+            more = f"\n  and {dropped} more at call sites beyond the journal's limit" if dropped else ""
+            total = sum(stray.count for stray in found) + dropped
+            lines = "".join(f"\n  {stray}" for stray in found)
+            raise StrayDeviceError(f"{total} stray(s) where none may be:{lines}{more}")
+
+
+class _Options:
+    """The rarer parameters of a guard, checked."""
+
+    __slots__ = ("argument", "doors", "mode", "resolve")
+
+    def __init__(
+        self,
+        argument: str | None,
+        resolve: Callable[[], Any] | None,
+        mode: Mode | None,
+        doors: dict[str, Mode],
+    ) -> None:
+        self.argument = argument
+        self.resolve = resolve
+        self.mode = mode
+        self.doors = doors
+
+
+def _check_options(device: Any, argument: Any, resolve: Any, mode: Any, doors: Any) -> _Options:
+    named = [
+        name for name, value in (("device", device), ("argument", argument), ("resolve", resolve)) if value is not None
+    ]
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(named)} each say which device it is. Give one of them.")
+    if argument is not None and not (isinstance(argument, str) and argument.isidentifier()):
+        raise ConfigError(f"argument must be the name of a parameter, such as 'gpu_id'; got {argument!r}.")
+    if resolve is not None and not callable(resolve):
+        raise ConfigError(f"resolve must be a callable without arguments that returns a device; got {resolve!r}.")
+    return _Options(
+        argument,
+        resolve,
+        None if mode is None else settings.check_mode(mode),
+        {} if doors is None else settings.check_doors(doors, door_table.NAMES),
+    )
+
+
+def _make(kind: type[guard], device: Any, argument: Any, resolve: Any, mode: Any, doors: Any) -> guard:
+    return kind(device, argument=argument, resolve=resolve, mode=mode, doors=doors)

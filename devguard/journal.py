@@ -1,0 +1,280 @@
+"""The record of one stray, and the journal that counts them per call site.
+
+The journal is bounded: it keeps one row per (door, devices, action, call site) and at most `MAX_ROWS` rows;
+what no longer fits is counted and its rows are not. It never holds a frame or a tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any, Literal, NamedTuple
+
+from devguard import callsite
+from devguard.callsite import Frame, Site
+from devguard.errors import StrayDeviceError, StrayDeviceWarning
+
+__all__ = ["LEFT", "Action", "Mark", "Stray", "journal", "refused"]
+
+MAX_ROWS = 1024
+
+Action = Literal["observed", "warned", "repaired", "refused", "kept"]
+
+# what a stray is called that a door leaves where it is
+LEFT: dict[str, Action] = {"observe": "observed", "warn": "warned"}
+
+
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """Work that landed, or was about to land, on a device that is not the owner's; one record per call site.
+
+    Attributes
+    ----------
+    door : str
+        The way it came, such as ``"load"``.
+    source : str
+        The device that it named or was on, such as ``"cuda:0"``.
+    target : str
+        The device on which it is now. Equal to `source` unless the action is ``"repaired"``.
+    owner : str
+        Who owns this scope: ``"cuda:1"`` or ``"cpu"``.
+    action : str
+        ``"repaired"``, ``"observed"``, ``"warned"``, ``"refused"`` (an error was raised instead), or ``"kept"``
+        (left alone, because the program said so explicitly).
+    count : int
+        How often it happened at this call site.
+    bytes : int
+        Bytes of tensor data, summed over `count`.
+    dtype : str or None
+        The data type of the first one, where the door knows it.
+    shape : tuple of int or None
+        The shape of the first one, where the door knows it.
+    pid, thread, rank : int, str, str or None
+        Who did it first. `rank` is the launcher's ``RANK``.
+    time : float
+        When it happened first, in seconds since the epoch.
+    site : Site or None
+        The line of the user's code; None where the whole stack belongs to libraries.
+    via : str or None
+        The transport by which it came, such as ``"zmq"``.
+    stack : tuple of Site
+        The innermost lines of the first one's stack, innermost first.
+    """
+
+    door: str
+    source: str
+    target: str
+    owner: str
+    action: Action
+    count: int
+    bytes: int
+    dtype: str | None
+    shape: tuple[int, ...] | None
+    pid: int
+    thread: str
+    rank: str | None
+    time: float
+    site: Site | None
+    via: str | None
+    stack: tuple[Site, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record as plain data, fit for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        where = f"at {self.site}" if self.site else "at no line of user code"
+        via = f" (via {self.via})" if self.via else ""
+        moved = f"{self.source} -> {self.target}" if self.source != self.target else self.source
+        how = f"[owner {self.owner}, {self.action}] {self.count} x, {self.bytes} bytes"
+        return f"{self.door}: {moved} {how}, {where}{via}"
+
+
+class _Row:
+    """The mutable twin of `Stray`."""
+
+    __slots__ = ("bytes", "count", "dtype", "pid", "rank", "shape", "site", "stack", "thread", "time", "via")
+
+    def __init__(self, found: callsite.Found, start: FrameType, dtype: str | None, shape: Any) -> None:
+        self.count = 0
+        self.bytes = 0
+        self.dtype = dtype
+        self.shape = None if shape is None else tuple(shape)
+        self.pid = os.getpid()
+        self.thread = threading.current_thread().name
+        self.rank = os.environ.get("RANK")
+        self.time = time.time()
+        self.site: Frame | None = found.site
+        self.via = found.via
+        self.stack = callsite.stack(start)
+
+
+_Key = tuple[str, str, str, str, Action, Any, int]
+
+
+class Mark(NamedTuple):
+    """A point in the life of the journal."""
+
+    dropped: int
+    rows: dict[_Key, tuple[int, int]]
+
+
+class Journal:
+    """Every stray of this process, counted per call site.
+
+    Safe between threads. A forked child starts with an empty one.
+    """
+
+    def __init__(self, max_rows: int = MAX_ROWS) -> None:
+        self._max_rows = max_rows
+        self._start()
+
+    def _start(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._rows: dict[_Key, _Row] = {}
+        self.total = 0
+        self.dropped = 0
+
+    def _same_process(self) -> None:
+        if (
+            os.getpid() != self._pid
+        ):  # forked: the parent's strays, and perhaps a lock held by a thread that is not here
+            self._start()
+
+    def record(
+        self,
+        door: str,
+        source: str,
+        target: str,
+        owner: str,
+        action: Action,
+        nbytes: int,
+        dtype: str | None = None,
+        shape: Any = None,
+        start: FrameType | None = None,
+    ) -> Frame | None:
+        """Count one stray, and keep its stack if it is the first of its call site.
+
+        Parameters
+        ----------
+        door, source, target, owner, action, dtype, shape
+            As in `Stray`.
+        nbytes : int
+            Bytes of tensor data.
+        start : frame, optional
+            Where to begin to look for the call site; the caller by default.
+
+        Returns
+        -------
+        Frame or None
+            The call site.
+        """
+        self._same_process()
+        start = sys._getframe(1) if start is None else start
+        found = callsite.find(start)
+        site = found.site
+        key = (door, source, target, owner, action, site and site.code, site.line if site else 0)
+        first = False
+        with self._lock:
+            self.total += 1
+            row = self._rows.get(key)
+            if row is None and len(self._rows) < self._max_rows:
+                row = self._rows[key] = _Row(found, start, dtype, shape)
+                first = True
+            if row is None:
+                self.dropped += 1
+            else:
+                row.count += 1
+                row.bytes += nbytes
+        if action == "warned" and first:
+            _warn(site, f"{door}: {nbytes} bytes went to {source}; this scope owns {owner}.")
+        return site
+
+    def strays(self) -> tuple[Stray, ...]:
+        """Return one record per call site, in the order of their first time."""
+        self._same_process()
+        with self._lock:
+            rows = [(key, row, row.count, row.bytes) for key, row in self._rows.items()]
+        return tuple(_format(key, row, count, total) for key, row, count, total in rows)
+
+    def mark(self) -> Mark:
+        """Return how much each call site strayed until now."""
+        self._same_process()
+        with self._lock:
+            return Mark(self.dropped, {key: (row.count, row.bytes) for key, row in self._rows.items()})
+
+    def since(self, mark: Mark) -> tuple[Stray, ...]:
+        """Return one record for every call site that strayed since `mark`, with the count and bytes since then."""
+        self._same_process()
+        grown = []
+        with self._lock:
+            for key, row in self._rows.items():
+                count, total = mark.rows.get(key, (0, 0))
+                if row.count > count:
+                    grown.append((key, row, row.count - count, row.bytes - total))
+        return tuple(_format(key, row, count, total) for key, row, count, total in grown)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._start()
+
+
+journal = Journal()
+
+
+def _format(key: _Key, row: _Row, count: int, total: int) -> Stray:
+    door, source, target, owner, action, _, _ = key
+    return Stray(
+        door=door,
+        source=source,
+        target=target,
+        owner=owner,
+        action=action,
+        count=count,
+        bytes=total,
+        dtype=row.dtype,
+        shape=row.shape,
+        pid=row.pid,
+        thread=row.thread,
+        rank=row.rank,
+        time=row.time,
+        site=None if row.site is None else Site.of(row.site),
+        via=row.via,
+        stack=tuple(map(Site.of, row.stack)),
+    )
+
+
+def _warn(site: Frame | None, message: str) -> None:
+    """Warn at the user's line, so that Python's own filters and its display of the source work."""
+    if site is None:
+        warnings.warn(message, StrayDeviceWarning, stacklevel=4)
+    else:
+        warnings.warn_explicit(message, StrayDeviceWarning, site.code.co_filename, site.line)
+
+
+def refused(door: str, source: str, owner: str, nbytes: int, advice: str, **known: Any) -> StrayDeviceError:
+    """Record a stray that is about to be refused, and return the error to raise.
+
+    Parameters
+    ----------
+    door, source, owner : str
+        As in `Stray`.
+    nbytes : int
+        Bytes of tensor data.
+    advice : str
+        What the reader can do about it.
+    **known
+        `dtype` and `shape`, where the door knows them.
+    """
+    site = journal.record(door, source, source, owner, "refused", nbytes, start=sys._getframe(1), **known)
+    where = f"{Site.of(site)}" if site else "no line of user code (see the stack in devguard.strays())"
+    return StrayDeviceError(
+        f"{door}: {nbytes} bytes were about to go to {source}, but this scope owns {owner}. Call site: {where}. "
+        f"{advice}"
+    )

@@ -1,0 +1,155 @@
+"""Decorating: a scope around every call of a function, method, coroutine, generator or asynchronous generator.
+
+The result is a native function of the same kind, made with ``functools.wraps``: it pickles by its qualified
+name as the target of a spawned process, and cloudpickle ships it by value with its scope. Therefore the
+wrappers below close over the scope and the function only, and reach everything else through them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from devguard.errors import ConfigError
+
+if TYPE_CHECKING:
+    from devguard.guards import Scope
+
+__all__ = ["Parameter", "wrap"]
+
+
+class Parameter(NamedTuple):
+    """The parameter of a function that holds the device.
+
+    Attributes
+    ----------
+    name : str
+        Its name.
+    position : int or None
+        Where it stands among positional arguments; None if it is keyword-only.
+    default : object
+        Its default, None if it has none.
+    """
+
+    name: str
+    position: int | None
+    default: Any
+
+    def value(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return what a call passes for it, by keyword, by position or by default."""
+        if self.name in kwargs:
+            return kwargs[self.name]
+        if self.position is not None and self.position < len(args):
+            return args[self.position]
+        return self.default
+
+
+def find_parameter(function: Callable[..., Any], name: str) -> Parameter:
+    """Return the parameter called `name` of `function`.
+
+    Raises
+    ------
+    ConfigError
+        If the function has no such parameter and takes no ``**kwargs`` in which it could come.
+    """
+    parameters = inspect.signature(function).parameters
+    catch_all = False
+    for position, parameter in enumerate(parameters.values()):
+        if parameter.kind is parameter.VAR_KEYWORD:
+            catch_all = True
+        elif parameter.name == name:
+            keyword_only = parameter.kind is parameter.KEYWORD_ONLY
+            default = None if parameter.default is parameter.empty else parameter.default
+            return Parameter(name, None if keyword_only else position, default)
+    if catch_all:
+        return Parameter(name, None, None)
+    what = getattr(function, "__qualname__", repr(function))
+    raise ConfigError(
+        f"{what} has no parameter {name!r} to take the device from. It has: {', '.join(parameters) or 'none'}."
+    )
+
+
+def wrap(scope: Scope, function: Any, argument: str | None) -> Any:
+    """Return `function` with each call inside `scope`.
+
+    Parameters
+    ----------
+    scope : Scope
+        What to enter.
+    function : callable, staticmethod or classmethod
+        What to decorate.
+    argument : str, optional
+        The name of the parameter that holds the device.
+    """
+    if isinstance(function, (staticmethod, classmethod)):
+        return type(function)(wrap(scope, function.__func__, argument))
+    name = type(scope).__name__
+    if inspect.isclass(function):
+        raise TypeError(
+            f"{name} decorates functions and methods, not the class {function.__qualname__}. Decorate its methods, or "
+            f"make the object inside `with {name}(...)`."
+        )
+    if not callable(function):
+        raise TypeError(f"{name} decorates functions and methods, not {function!r}.")
+    parameter = None if argument is None else find_parameter(function, argument)
+    if inspect.isasyncgenfunction(function):
+        return _async_generator(scope, function, parameter)
+    if inspect.iscoroutinefunction(function):
+        return _coroutine(scope, function, parameter)
+    if inspect.isgeneratorfunction(function):
+        wrapped = _generator(scope, function, parameter)
+        flags = getattr(getattr(function, "__code__", None), "co_flags", 0)
+        return types.coroutine(wrapped) if flags & inspect.CO_ITERABLE_COROUTINE else wrapped
+    return _function(scope, function, parameter)
+
+
+def _function(scope: Scope, function: Callable[..., Any], parameter: Parameter | None) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with scope if parameter is None else scope.settled(parameter, args, kwargs):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _coroutine(scope: Scope, function: Callable[..., Any], parameter: Parameter | None) -> Any:
+    @functools.wraps(function)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return await scope.settled(parameter, args, kwargs).steps(function(*args, **kwargs))
+
+    return wrapper
+
+
+def _generator(scope: Scope, function: Callable[..., Any], parameter: Parameter | None) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return (yield from scope.settled(parameter, args, kwargs).steps(function(*args, **kwargs)))
+
+    return wrapper
+
+
+def _async_generator(scope: Scope, function: Callable[..., Any], parameter: Parameter | None) -> Any:
+    @functools.wraps(function)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        steps = scope.settled(parameter, args, kwargs).steps
+        inner = function(*args, **kwargs)
+        step = inner.__anext__()
+        while True:
+            try:
+                item = await steps(step)
+            except StopAsyncIteration:
+                return
+            try:
+                sent = yield item
+            except GeneratorExit:
+                await steps(inner.aclose())
+                raise
+            except BaseException as error:  # noqa: BLE001 - whatever is thrown in belongs to the generator
+                step = inner.athrow(error)
+            else:
+                step = inner.asend(sent)
+
+    return wrapper
