@@ -61,7 +61,7 @@ def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str
         scope.prepare(owner)
         scope.process.owner, scope.process.mode, scope.process.doors = owner, checked, checked_doors
         if owner.index >= 0 and not scope.local.stack:
-            scope.exchange(owner.index)
+            scope.local.stack.take(owner.index)
 
 
 def uninstall() -> list[str]:
@@ -109,7 +109,10 @@ def contexts() -> tuple[Any, ...]:
         Empty where CUDA was never initialised.
     """
     held = accelerator.contexts()
-    return tuple(owners.of_index(index).device for index in held)
+    if not held:
+        return ()
+    torch = accelerator.torch_module()
+    return tuple(torch.device("cuda", index) for index in held)
 
 
 def status() -> dict[str, Any]:
@@ -137,7 +140,7 @@ def status() -> dict[str, Any]:
         "mode": scope.mode_of(""),
         "owner": in_force and in_force.tag,
         "process_owner": scope.process.owner and scope.process.owner.tag,
-        "owned": sorted(known.tag for known in owners.owned),
+        "owned": owners.owned(),
         "contexts": [f"cuda:{index}" for index in accelerator.contexts()],
         "doors": rows,
         "strays": journal.total,

@@ -9,20 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 from devguard import doors as door_table
 from devguard import owners, scope, settings, wrapping
 from devguard.errors import ConfigError, StrayDeviceError
 from devguard.journal import Mark, journal
-from devguard.owners import INTERNED, Owner
+from devguard.owners import UNKNOWN, Owner
+from devguard.scope import local
 from devguard.settings import Mode
 from devguard.steps import Steps
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Bound", "guard", "no_strays", "remap", "unguarded"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
+
+_PLAIN_LIMIT = 64
 
 
 class Scope:
@@ -47,18 +53,16 @@ class Scope:
         return Steps(self, inner)
 
     def __enter__(self) -> Any:
-        scope.local.stack.append((self, None, -1))
+        local.stack.append((self, None, -1))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        stack = scope.local.stack
-        if stack and stack[-1][0] is self:
-            previous = stack.pop()[2]
-            if previous >= 0:
-                scope.give_back(previous)
-        else:
+        stack = local.stack
+        if not stack or stack[-1][0] is not self:
             scope.remove(self)
+        else:
+            stack.pop()
 
     async def __aenter__(self) -> NoReturn:
         name = type(self).__name__
@@ -168,30 +172,47 @@ class guard(Scope):
     """
 
     __slots__ = ("_options", "_owner")
+    _options: _Options | None
+    _owner: Owner
 
-    def __init__(
-        self,
+    _plain: ClassVar[dict[int, Any]]  # guard(1) is a value: one object serves all of its kind
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._plain = {}
+
+    def __new__(
+        cls,
         device: Any = None,
-        *,
         argument: str | None = None,
         resolve: Callable[[], Any] | None = None,
         mode: Mode | None = None,
         doors: Mapping[str, Mode] | None = None,
-    ) -> None:
+    ) -> Self:
+        """Return the scope; the same object for the same plain index."""
         if argument is None and resolve is None and mode is None and doors is None:
-            self._options: _Options | None = None
+            if device.__class__ is int:  # True and numpy's integers go the long way
+                try:
+                    shared: Self = cls._plain[device]
+                    return shared
+                except KeyError:
+                    pass
+            options = None
         else:
-            self._options = _check_options(device, argument, resolve, mode, doors)
-        if device.__class__ is int and device in INTERNED:  # True and numpy's integers go the long way
-            self._owner: Owner | None = INTERNED[device]
-        else:
-            self._owner = None if device is None else self._parse(device)
+            options = _check_options(device, argument, resolve, mode, doors)
+        self = super().__new__(cls)
+        self._options = options
+        self._owner = UNKNOWN if device is None else cls._parse(device)
+        if options is None and device.__class__ is int and device < _PLAIN_LIMIT:
+            cls._plain[device] = self
+        return self
 
-    def _parse(self, device: Any) -> Owner:
+    @classmethod
+    def _parse(cls, device: Any) -> Owner:
         if hasattr(device, "__get__") or isinstance(
             device, type
         ):  # a function or a class; a torch.device is callable too
-            name = type(self).__name__
+            name = cls.__name__
             raise TypeError(
                 f"@devguard.{name} needs parentheses: write @devguard.{name}() or @devguard.{name}('cuda:1')."
             )
@@ -208,7 +229,7 @@ class guard(Scope):
 
     def settled(self, parameter: wrapping.Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
         """Return this scope with its owner known, for one call of a decorated function."""
-        if self._owner is not None:
+        if self._owner is not UNKNOWN:
             return self
         value = None if parameter is None else parameter.value(args, kwargs)
         if value is not None:
@@ -216,7 +237,7 @@ class guard(Scope):
             owner = owners.parse(value, f"the argument {parameter.name}")
         else:
             owner = self._find("" if parameter is None else f"the argument {parameter.name} (None)")
-        settled = type(self).__new__(type(self))
+        settled = object.__new__(type(self))
         settled._owner = owner
         settled._options = self._options
         return settled
@@ -245,15 +266,38 @@ class guard(Scope):
 
     def __enter__(self) -> Any:
         owner = self._owner
-        if owner is None:
-            owner = self._find()
-        local = scope.local
-        if owner not in local.ready:
+        device = owner.device
+        if device is None:
+            owner = self._prepare()
+            device = owner.device
+        stack = local.stack
+        stack.append((self, owner, stack.take(owner.index)))
+        return device
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        stack = local.stack
+        try:
+            entered, owner, previous = stack.pop()
+        except IndexError:
+            scope.remove(self)
+            return
+        if entered is not self:
+            stack.append((entered, owner, previous))
+            scope.remove(self)
+        elif previous != owner.index:  # type: ignore[union-attr]  # only unguarded() enters without an owner
+            scope.give_back(previous)
+        elif stack.moved:
+            scope.leave(previous)
+
+    def _prepare(self) -> Owner:
+        """Find the owner if nobody named it, and make this process fit to enter it."""
+        owner = self._find() if self._owner is UNKNOWN else self._owner
+        if owner.device is None:
             door_table.open_all()
             scope.prepare(owner)
-        index = owner.index
-        local.stack.append((self, owner, scope.exchange(index) if index >= 0 else -1))
-        return owner.device
+        return owner
 
     def __call__(self, function: F) -> F:
         """Decorate `function`: each call of it runs inside this scope.
@@ -279,10 +323,11 @@ class guard(Scope):
 
     def _value(self) -> tuple[Any, ...]:
         options = self._options
+        device = None if self._owner is UNKNOWN else self._owner.tag
         if options is None:
-            return (self._owner and self._owner.tag, None, None, None, ())
+            return (device, None, None, None, ())
         doors = tuple(sorted(options.doors.items()))
-        return (self._owner and self._owner.tag, options.argument, options.resolve, options.mode, doors)
+        return (device, options.argument, options.resolve, options.mode, doors)
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other._value() == self._value()
@@ -300,6 +345,9 @@ class guard(Scope):
         parts = [] if device is None else [repr(device)]
         parts += [f"{name}={dict(v) if name == 'doors' else v!r}" for name, v in zip(names, options, strict=True) if v]
         return f"devguard.{type(self).__name__}({', '.join(parts)})"
+
+
+guard._plain = {}
 
 
 class remap(guard):

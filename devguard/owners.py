@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from devguard import accelerator
 from devguard.errors import ConfigError, DeviceResolutionError
 
-__all__ = ["CPU", "LAUNCHERS", "Owner", "from_environment", "owned", "parse"]
+__all__ = ["CPU", "LAUNCHERS", "UNKNOWN", "Owner", "from_environment", "of_index", "owned", "parse"]
 
 
 class Owner:
@@ -29,29 +29,25 @@ class Owner:
         The CUDA device index, or -1 for ``cpu``.
     tag : str
         ``"cuda:<index>"`` or ``"cpu"``, as torch writes it into files.
+    device : torch.device or None
+        The same as torch's own value. None until the owner was first entered in this process: naming one imports no
+        torch and checks nothing.
     """
 
-    __slots__ = ("_device", "index", "tag")
+    __slots__ = ("device", "index", "tag")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.tag = "cpu" if index < 0 else f"cuda:{index}"
-        self._device: Any = None
+        self.device: Any = None
 
     def __repr__(self) -> str:
         return f"<owner {self.tag}>"
 
-    @property
-    def device(self) -> Any:
-        """The owner as a ``torch.device``."""
-        if self._device is None:
-            self._device = accelerator.torch_module().device(self.tag)
-        return self._device
-
 
 CPU = Owner(-1)
+UNKNOWN = Owner(-2)  # what a scope has whose owner is found on entry; it is never entered itself
 INTERNED: dict[int, Owner] = {-1: CPU}
-owned: set[Owner] = set()  # every owner that was ever in force in this process
 
 
 def of_index(index: int) -> Owner:
@@ -60,6 +56,11 @@ def of_index(index: int) -> Owner:
     if owner is None:
         owner = INTERNED.setdefault(index, Owner(index))
     return owner
+
+
+def owned() -> list[str]:
+    """Return the tag of every owner that was in force in this process since the doors were opened."""
+    return [owner.tag for _, owner in sorted(INTERNED.items()) if owner.device is not None]
 
 
 _DEVICE = re.compile(r"(?:cuda:)?(\d+)", re.ASCII)

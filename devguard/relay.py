@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from devguard.doors.patching import Patches
+from devguard.patching import Patches
 
 __all__ = ["install", "keep", "status", "uninstall"]
 

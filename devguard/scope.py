@@ -23,34 +23,64 @@ from devguard.settings import DEFAULT_MODE, Mode
 if TYPE_CHECKING:
     from devguard.guards import Scope
 
-__all__ = ["Entry", "local", "mode_of", "owner_in_force", "prepare", "process", "remove"]
+__all__ = ["Entry", "Stack", "asked", "forget", "local", "mode_of", "owner_in_force", "prepare", "process", "remove"]
 
 # scope, its owner (None: unguarded), the device to give back (-1: none was taken)
 Entry = tuple["Scope", "Owner | None", int]
 
 
-class _Ready(set[Owner]):
-    """The owners that a thread has entered before; weakly referenced, so that `forget` finds every thread's."""
+def _take_first(index: int) -> int:
+    """Take a device on a thread that has taken none, or not since the doors were opened.
 
-    __slots__ = ()
+    ``set_device`` binds a context to the thread, which an exchange alone would not do. Then torch's own exchange takes
+    over: it leaves everything alone for a negative index, so that the hot path needs no branch.
+    """
+    if index < 0:
+        return -1
+    moves = accelerator.bind()
+    previous = moves.choose(index)
+    local.stack.take = moves.to
+    return previous
+
+
+class Stack(list[Entry]):
+    """The entries of one thread, the innermost last.
+
+    Attributes
+    ----------
+    take : callable
+        ``take(index) -> previous index``. Makes a device current; for -1, the ``cpu`` owner's index, it does nothing.
+        At first a function that prepares the thread, then torch's own.
+    moved : bool
+        Whether the current device may have been moved inside a scope that found it current; see movement.py.
+    """
+
+    __slots__ = ("__weakref__", "moved", "take")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = True
+        self.take: Callable[[int], int] = _take_first
 
     def __hash__(self) -> int:  # type: ignore[override]
         return id(self)
 
+    __eq__ = object.__eq__
 
-_all_ready: weakref.WeakSet[_Ready] = weakref.WeakSet()
+
+_stacks: weakref.WeakSet[Stack] = weakref.WeakSet()
+
+tracked = False  # whether movement.py marks the stacks
 
 
 class _Local(threading.local):
     """What devguard knows about one thread."""
 
-    stack: list[Entry]
-    ready: _Ready
+    stack: Stack
 
     def __init__(self) -> None:
-        self.stack = []
-        self.ready = _Ready()
-        _all_ready.add(self.ready)
+        self.stack = Stack()
+        _stacks.add(self.stack)
 
 
 local = _Local()
@@ -74,43 +104,36 @@ process = _Process()
 
 
 def _unbound(index: int) -> int:
-    raise AssertionError("a device was exchanged before `prepare` found the exchange functions")
+    raise AssertionError("a device was given back before one was taken")
 
 
-# torch's own functions, put here by the first `prepare` of an accelerator owner
-exchange: Callable[[int], int] = _unbound
+# torch's own function, put here by the first `prepare` of an accelerator owner
 give_back: Callable[[int], int] = _unbound
 
 
 def prepare(owner: Owner) -> None:
-    """Make this thread fit to enter `owner`: called for the first entry of each owner on each thread.
-
-    Checks that the device exists, and on a thread's first accelerator owner lets ``set_device`` bind a
-    context to the thread (an exchange alone would leave a fresh thread without one). The device that was
-    current is current again afterwards: the entry itself takes the owner's.
+    """Make this process fit to enter `owner`: called for the first entry of each owner.
 
     Raises
     ------
     DeviceResolutionError
-        If this process does not see the device.
+        If this process does not see the device, or if this torch has no CUDA.
     """
-    global exchange, give_back
+    global give_back
     if owner.index >= 0:
-        moves = accelerator.bind()
+        give_back = accelerator.bind().back
         if owner.index >= accelerator.device_count():
             raise accelerator.out_of_range("the guard", owner.index)
-        exchange, give_back = moves.to, moves.back
-        if not any(known.index >= 0 for known in local.ready):
-            previous = moves.choose(owner.index)
-            moves.back(previous)
-    owners.owned.add(owner)
-    local.ready.add(owner)
+    owner.device = accelerator.torch_module().device(owner.tag)
 
 
 def forget() -> None:
-    """Make every thread prepare its owners again; the doors were closed."""
-    for ready in list(_all_ready):
-        ready.clear()
+    """Make every owner and every thread be prepared again: the doors were closed."""
+    for owner in owners.INTERNED.values():
+        owner.device = None
+    for stack in list(_stacks):
+        stack.take = _take_first
+        stack.moved = True
 
 
 def owner_in_force() -> Owner | None:
@@ -138,6 +161,15 @@ def asked(door: str) -> bool:
     return door in process.doors
 
 
+def leave(previous: int) -> None:
+    """Give back `previous`, the device that was current when the scope was entered; -1 if it took none."""
+    stack = local.stack
+    if previous >= 0:
+        give_back(previous)
+    if not stack and tracked:
+        stack.moved = False
+
+
 def remove(scope: Scope) -> None:
     """Take the newest entry of `scope` out of the middle of the stack, and report it.
 
@@ -160,6 +192,7 @@ def remove(scope: Scope) -> None:
         else:
             give_back(stack[position][2])
     del stack[position]
+    stack.moved = True  # whose device is current is now for the entries above to put right
     _report(
         "was held across an await or a yield, and other code ran under its device meanwhile. Decorate the function, or "
         "use guard(...).run(awaitable): they hold the device only while your code runs"

@@ -71,11 +71,12 @@ class Steps:
             if len(stack) > depth:  # a plain `with` inside is held across this suspend
                 self._held = stack[depth:]
                 del stack[depth:]
+                stack.moved = True  # its device is current
             within.__exit__(None, None, None)
 
-    def _wake(self, stack: list[scope.Entry]) -> None:
+    def _wake(self, stack: scope.Stack) -> None:
         stack.extend(self._held)
         owner = self._held[-1][1]
         self._held = []
         if owner is not None and owner.index >= 0:
-            scope.exchange(owner.index)
+            stack.take(owner.index)

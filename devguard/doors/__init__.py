@@ -18,8 +18,8 @@ import threading
 from types import ModuleType
 from typing import Any
 
-from devguard import accelerator, settings
-from devguard.doors.patching import DoorError
+from devguard import accelerator, movement, settings
+from devguard.patching import DoorError
 
 __all__ = ["NAMES", "ON_REQUEST", "close_all", "open_all", "status"]
 
@@ -39,6 +39,8 @@ def open_all() -> None:
         return
     accelerator.torch_module()
     with _lock:
+        if not _open and not _failed:
+            movement.install()
         for name in NAMES:
             if name in _open or name in _failed:
                 continue
@@ -59,6 +61,7 @@ def close_all() -> list[str]:
             _, module = _open.popitem()
             left_over += module.uninstall()
         _failed.clear()
+        left_over += movement.uninstall()
     return left_over
 
 

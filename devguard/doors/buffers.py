@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from devguard import scope
-from devguard.doors.patching import Patches
 from devguard.journal import LEFT, journal, refused
+from devguard.patching import Patches
 
 __all__ = ["install", "status", "uninstall"]
 

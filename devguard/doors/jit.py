@@ -14,9 +14,9 @@ import zipfile
 from typing import Any
 
 from devguard import scope
-from devguard.doors.patching import Patches
 from devguard.journal import LEFT, journal, refused
 from devguard.owners import Owner
+from devguard.patching import Patches
 
 __all__ = ["install", "status", "uninstall"]
 

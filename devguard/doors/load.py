@@ -19,9 +19,9 @@ from typing import Any
 import wrapt
 
 from devguard import callsite, relay, scope
-from devguard.doors.patching import Patches
 from devguard.journal import LEFT, journal, refused
 from devguard.owners import Owner
+from devguard.patching import Patches
 
 __all__ = ["install", "status", "uninstall"]
 
