@@ -69,7 +69,7 @@ def _handle(away: list[str], owner: Owner, mode: str, nbytes: int, mixed: bool) 
     if mode == "repair" and (owner.index < 0 or not mixed):
         journal.record(NAME, source, owner.tag, owner.tag, "repaired", nbytes)
         return owner.tag
-    journal.record(NAME, source, source, owner.tag, LEFT[mode], nbytes)
+    journal.record(NAME, source, source, owner.tag, LEFT.get(mode, "observed"), nbytes)
     return None
 
 
@@ -86,13 +86,15 @@ def _tags(f: Any) -> dict[str, int]:
     position = f.tell() if isinstance(f, io.BytesIO) else 0
     try:
         with zipfile.ZipFile(f) as archive:
+            sizes = {info.filename: info.file_size for info in archive.infolist()}
             for name in archive.namelist():
                 if name.endswith(("/data.pkl", "/constants.pkl")):
-                    _TagReader(io.BytesIO(archive.read(name)), tags).load()
+                    records = name.removesuffix(".pkl")  # archive/data.pkl keeps its storages in archive/data/
+                    _TagReader(io.BytesIO(archive.read(name)), tags, sizes, records).load()
     except (OSError, zipfile.BadZipFile):
         pass  # torch says what is wrong with it
-    except Exception:  # noqa: BLE001 - a pickle may fail in any way, and reading ahead must not break a load
-        _unread += 1
+    except (pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError):
+        _unread += 1  # a pickle of another make; reading ahead must not break the load
     finally:
         if isinstance(f, io.BytesIO):
             f.seek(position)
@@ -110,26 +112,21 @@ class _Opaque:
 
 
 class _TagReader(pickle.Unpickler):
-    """Collects the device tags of the storages that a TorchScript pickle refers to."""
+    """Collects the device tags of the storages that a TorchScript pickle refers to, with their bytes."""
 
-    def __init__(self, file: io.BytesIO, tags: dict[str, int]) -> None:
+    def __init__(self, file: io.BytesIO, tags: dict[str, int], sizes: dict[str, int], records: str) -> None:
         super().__init__(file)
         self._tags = tags
+        self._sizes = sizes
+        self._records = records
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name.endswith("Storage"):
-            return type(name, (_Opaque,), {"name": name})
+        """Return a stand-in for every class."""
         return _Opaque
 
     def persistent_load(self, identity: Any) -> Any:
-        _, kind, _, location, numel = identity[:5]
-        self._tags[location] = self._tags.get(location, 0) + numel * _element_size(kind.name)
+        """Note the tag of one storage, once."""
+        _, _, key, location = identity[:4]
+        size = self._sizes.pop(f"{self._records}/{key}", 0)
+        self._tags[location] = self._tags.get(location, 0) + size
         return _Opaque()
-
-
-def _element_size(storage_class: str) -> int:
-    import torch
-
-    kind = getattr(torch, storage_class, None)
-    dtype = getattr(kind, "dtype", torch.uint8)
-    return int(dtype.itemsize)
