@@ -13,10 +13,9 @@ and patches nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from devguard._version import __version__
 
+TYPE_CHECKING = False  # as typing's, whose import would cost more than all the rest
 if TYPE_CHECKING:
     from devguard.activation import contexts, install, owner, status, strays, uninstall
     from devguard.callsite import Site
@@ -73,14 +72,14 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'devguard' has no attribute {name!r}")
     import importlib
 
     module = importlib.import_module(f"devguard.{home}")
-    value = getattr(module, name)
+    value: object = getattr(module, name)
     globals()[name] = value
     return value
 

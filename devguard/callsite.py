@@ -26,7 +26,9 @@ TRANSPORTS = frozenset({"cloudpickle", "dill", "joblib", "loky", "multiprocess",
 OURS = frozenset({"devguard", "torch", "torchgen", "wrapt"})
 
 _USER, _INTERNAL, _TRANSPORT = 0, 1, 2
-_kinds: dict[CodeType, int | str] = {}
+# By the identity of the code object, because its own hash goes through all of its bytecode (microseconds for a function
+# of torch's size); the object is kept beside, so that no other can take its identity.
+_kinds: dict[int, tuple[int | str, CodeType]] = {}
 
 _STDLIB = tuple(
     os.path.normcase(os.path.realpath(path)) + os.sep
@@ -35,6 +37,7 @@ _STDLIB = tuple(
 )
 _SITE = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_DEMO = os.path.join(_PACKAGE, "demo", "")  # a user's program, which happens to ship with the package
 
 # Standard-library packages by which objects travel between processes: worth a word in `via`.
 _STDLIB_TRANSPORTS = ("multiprocessing", "concurrent")
@@ -80,20 +83,13 @@ class Site:
         return cls(frame.code.co_filename, frame.line, name)
 
 
-class Found(NamedTuple):
-    """Where the user's code stands on the current stack."""
-
-    site: Frame | None
-    via: str | None
-
-
 def _kind(code: CodeType) -> int | str:
-    kind = _kinds.get(code)
-    if kind is None:
+    known = _kinds.get(id(code))
+    if known is None:
         if len(_kinds) >= MAX_KINDS:
             _kinds.clear()  # a program that makes code objects without end must not fill the memory
-        kind = _kinds[code] = _classify(code)
-    return kind
+        known = _kinds[id(code)] = (_classify(code), code)
+    return known[0]
 
 
 def is_user(code: CodeType) -> bool:
@@ -101,28 +97,31 @@ def is_user(code: CodeType) -> bool:
     return _kind(code) == _USER
 
 
-def find(start: FrameType) -> Found:
+def find(start: FrameType) -> tuple[CodeType | None, int, str | None]:
     """Walk outwards from `start` to the user's own frame.
 
     Returns
     -------
-    Found
-        `site` is None where the whole stack is internal, as when a spawned child unpickles its arguments.
+    code : code object or None
+        The user's code. None where the whole stack is internal, as when a spawned child unpickles its arguments.
+    line : int
+        The line in it, from 1; 0 for None.
+    via : str or None
+        The outermost transport on the way.
     """
     via: str | None = None
     frame: FrameType | None = start
     kinds = _kinds
     while frame is not None:
         code = frame.f_code
-        kind = kinds.get(code)
-        if kind is None:
-            kind = _kind(code)
+        known = kinds.get(id(code))
+        kind = _kind(code) if known is None else known[0]
         if kind == _USER:
-            return Found(Frame(code, frame.f_lineno), via)
+            return code, frame.f_lineno, via
         if kind.__class__ is str:
             via = kind
         frame = frame.f_back
-    return Found(None, via)
+    return None, 0, via
 
 
 def stack(start: FrameType) -> tuple[Frame, ...]:
@@ -130,7 +129,8 @@ def stack(start: FrameType) -> tuple[Frame, ...]:
     frames: list[Frame] = []
     frame: FrameType | None = start
     while frame is not None and len(frames) < STACK_DEPTH:
-        if not frame.f_code.co_filename.startswith(_PACKAGE):
+        file = frame.f_code.co_filename
+        if file.startswith(_DEMO) or not file.startswith(_PACKAGE):
             frames.append(Frame(frame.f_code, frame.f_lineno))
         frame = frame.f_back
     return tuple(frames)
@@ -145,7 +145,7 @@ def _classify(code: CodeType) -> int | str:
         return "multiprocessing"  # the `python -c` line of a spawned child
     path = os.path.normcase(os.path.abspath(file)) if not file.startswith("<") else file
     if path.startswith(_PACKAGE):
-        return _INTERNAL
+        return _USER if path.startswith(_DEMO) else _INTERNAL
     top = _top_package(path)
     if top is not None:
         if top in TRANSPORTS:

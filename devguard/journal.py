@@ -100,21 +100,24 @@ class _Row:
 
     __slots__ = ("bytes", "count", "dtype", "pid", "rank", "shape", "site", "stack", "thread", "time", "via")
 
-    def __init__(self, found: callsite.Found, start: FrameType, dtype: str | None, shape: Any) -> None:
-        self.count = 0
-        self.bytes = 0
+    def __init__(
+        self, site: Frame | None, via: str | None, start: FrameType, nbytes: int, dtype: str | None, shape: Any
+    ) -> None:
+        self.count = 1
+        self.bytes = nbytes
         self.dtype = dtype
         self.shape = None if shape is None else tuple(shape)
         self.pid = os.getpid()
         self.thread = threading.current_thread().name
         self.rank = os.environ.get("RANK")
         self.time = time.time()
-        self.site: Frame | None = found.site
-        self.via = found.via
+        self.site = site
+        self.via = via
         self.stack = callsite.stack(start)
 
 
-_Key = tuple[str, str, str, str, Action, Any, int]
+# code object and line of the call site, door, source, target, owner, action
+_Key = tuple[int, int, str, str, str, str, Action]
 
 
 class Mark(NamedTuple):
@@ -142,9 +145,8 @@ class Journal:
         self.dropped = 0
 
     def _same_process(self) -> None:
-        if (
-            os.getpid() != self._pid
-        ):  # forked: the parent's strays, and perhaps a lock held by a thread that is not here
+        # a fork brings the parent's strays along, and perhaps a lock that is held by a thread which is not here
+        if os.getpid() != self._pid:
             self._start()
 
     def record(
@@ -175,24 +177,26 @@ class Journal:
         Frame or None
             The call site.
         """
-        self._same_process()
-        start = sys._getframe(1) if start is None else start
-        found = callsite.find(start)
-        site = found.site
-        key = (door, source, target, owner, action, site and site.code, site.line if site else 0)
-        first = False
+        if os.getpid() != self._pid:
+            self._start()
+        if start is None:
+            start = sys._getframe(1)
+        code, line, via = callsite.find(start)
+        # by identity: a code object's own hash goes through all of its bytecode, and the row keeps the object alive
+        key = (id(code), line, door, source, target, owner, action)
         with self._lock:
             self.total += 1
             row = self._rows.get(key)
-            if row is None and len(self._rows) < self._max_rows:
-                row = self._rows[key] = _Row(found, start, dtype, shape)
-                first = True
-            if row is None:
-                self.dropped += 1
-            else:
+            if row is not None:
                 row.count += 1
                 row.bytes += nbytes
-        if action == "warned" and first:
+                return row.site
+            site = None if code is None else Frame(code, line)
+            if len(self._rows) >= self._max_rows:
+                self.dropped += 1
+                return site
+            self._rows[key] = _Row(site, via, start, nbytes, dtype, shape)
+        if action == "warned":
             _warn(site, f"{door}: {nbytes} bytes went to {source}; this scope owns {owner}.")
         return site
 
@@ -229,7 +233,7 @@ journal = Journal()
 
 
 def _format(key: _Key, row: _Row, count: int, total: int) -> Stray:
-    door, source, target, owner, action, _, _ = key
+    _, _, door, source, target, owner, action = key
     return Stray(
         door=door,
         source=source,

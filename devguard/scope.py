@@ -13,7 +13,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from types import CodeType, FrameType
+from types import CodeType
 from typing import TYPE_CHECKING
 
 from devguard import accelerator, callsite, owners
@@ -204,10 +204,9 @@ _reported: set[tuple[CodeType, int]] = set()
 
 def _report(what: str) -> None:
     """Warn once per call site that a scope was misused."""
-    frame: FrameType = sys._getframe(2)
-    site = callsite.find(frame).site
-    if site is None:
+    code, line, _ = callsite.find(sys._getframe(2))
+    if code is None:
         warnings.warn(f"a devguard scope {what}.", RuntimeWarning, stacklevel=3)
-    elif site not in _reported:
-        _reported.add(site)
-        warnings.warn_explicit(f"a devguard scope {what}.", RuntimeWarning, site.code.co_filename, site.line)
+    elif (code, line) not in _reported:
+        _reported.add((code, line))
+        warnings.warn_explicit(f"a devguard scope {what}.", RuntimeWarning, code.co_filename, line)

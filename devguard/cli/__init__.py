@@ -1,7 +1,7 @@
 """The ``devguard`` command: one subcommand a module, imported only when it is called.
 
-A command module has ``HELP`` (one line), ``configure(parser)`` and ``run(arguments) -> int``. Importing it must stay cheap:
-torch, rich and the rest are imported by ``run``.
+A command module has ``configure(parser)`` and ``run(arguments) -> int``. Importing it must stay cheap: torch, rich and
+the rest are imported by ``run``.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
 
 from devguard._version import __version__
 from devguard.errors import DevGuardError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["main"]
 

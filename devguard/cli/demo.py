@@ -1,0 +1,122 @@
+"""``devguard demo``: stray tensors on GPU 0, before and after the guard, in real processes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+
+__all__ = ["HELP", "configure", "run"]
+
+HELP = "show the disease and the cure: stray tensors on GPU 0, before and after the guard"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``devguard demo``."""
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="rank processes, one GPU each: 2 to 16 (default: 4, or the real GPUs there are)",
+    )
+    parser.add_argument(
+        "--image",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="pictures to send (default: one that ships with it)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON, and nothing else, on standard output"
+    )
+    parser.add_argument("--plot", metavar="FILE.png", help="also draw the result: process x GPU, before and after")
+    parser.add_argument(
+        "--torch",
+        metavar="VERSION",
+        help="torch for simulated GPUs (default: the version in this environment)",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "simulated", "real"),
+        default="auto",
+        help="on which GPUs (default: real ones if torch sees enough, else simulated)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demonstration.
+
+    Returns
+    -------
+    int
+        0 if the guarded pass was clean and its values equal; 1 if not, or if the demonstration failed; bad
+        arguments raise `ConfigError`, for which the shell returns 2.
+    """
+    from devguard.demo import DemoError, pictures
+    from devguard.errors import ConfigError, SimulationError
+
+    try:
+        from rich.console import Console
+
+        from devguard import simgpu
+        from devguard.demo import launch, plot, report
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("devguard"):
+            raise
+        raise ConfigError(
+            f"the demonstration needs {error.name}, which is not installed. Install it with: pip install "
+            "'torch-devguard[demo]'."
+        ) from None
+    pictures.read_all(arguments.image)  # a bad file is known before anything expensive starts
+    if arguments.plot is not None:
+        plot.check(arguments.plot)
+    stage = launch.choose(arguments.backend, arguments.ranks, arguments.torch)
+    print(f"devguard demo: {stage.ranks} ranks on {stage.backend} GPUs ({stage.reason})", file=sys.stderr)
+    try:
+        if stage.backend == "simulated":
+            with tempfile.TemporaryDirectory() as folder:  # builds what is missing, with a progress bar of its own
+                simgpu.environment(stage.ranks, torch=arguments.torch, state=os.path.join(folder, "state"))
+        with _progress() as on_stage:
+            result = launch.run_both(stage, arguments.image, arguments.torch, simgpu.environment, on_stage)
+    except (DemoError, SimulationError) as error:
+        print(f"devguard demo: {error}", file=sys.stderr)
+        return 1
+    if arguments.plot is not None:
+        plot.draw(result, arguments.plot)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        report.show(result, Console())
+        if arguments.plot is not None:
+            print(f"Chart: {arguments.plot}")
+    return 0 if report.clean(result) else 1
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Show one line for what goes on now: a bar on a terminal, plain lines elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: print(f"devguard demo: {text}", file=sys.stderr, flush=True)
+        return
+    from devguard.demo.scenario import STAGES
+
+    columns = (BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=2 * len(STAGES))
+        begun = 0
+
+        def advance(text: str) -> None:
+            nonlocal begun
+            progress.update(bar, description=text, completed=begun)
+            begun += 1
+
+        yield advance

@@ -1,0 +1,283 @@
+"""Choose the GPUs, run both passes as child processes, and put their results together.
+
+This module imports no torch: the environment that calls the demonstration may have none, and the processes
+that need it get the environment of the simulation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import devguard
+from devguard import simgpu
+from devguard.demo import DemoError
+from devguard.errors import ConfigError
+
+__all__ = ["choose", "run_both"]
+
+DEFAULT_RANKS = 4
+MAX_RANKS = 16  # simulated devices
+LIMIT = 600.0  # seconds for one pass, after which something hangs
+TAIL = 25  # lines of a failed process's output to show
+
+# What would change who owns what in the processes of the demonstration.
+FOREIGN = ("DEVGUARD", "LOCAL_", "SLURM_", "OMPI_", "MV2_", "MPI_", "PMI_", "PALS_")
+FOREIGN_EXACT = frozenset({"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """On what the demonstration runs.
+
+    Attributes
+    ----------
+    backend : str
+        ``"real"`` or ``"simulated"``.
+    ranks : int
+        How many ranks, one GPU each.
+    reason : str
+        Why this backend, for people.
+    """
+
+    backend: str
+    ranks: int
+    reason: str
+
+
+def importable(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return `environ`, in which a child of this Python can import this very package, source tree or installed."""
+    kept = dict(environ)
+    home = str(Path(devguard.__file__).parents[1])
+    if home not in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:  # a source tree
+        kept["PYTHONPATH"] = os.pathsep.join(filter(None, [kept.get("PYTHONPATH"), home]))
+    return kept
+
+
+def clean(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return `environ` without devguard's and the launchers' variables, and with this package importable."""
+    return importable({name: value for name, value in environ.items() if not _is_foreign(name)})
+
+
+def _is_foreign(name: str) -> bool:
+    if name.startswith("DEVGUARD_SIM_"):
+        return False  # an enclosing simulation, which stands for the GPUs of this machine
+    return name in FOREIGN_EXACT or name.startswith(FOREIGN)
+
+
+def count_real(environ: Mapping[str, str]) -> int:
+    """Return how many GPUs torch sees here; asks in a child, and only if the machine seems to have any."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not any(Path(p).exists() for p in ("/dev/kfd", "/dev/dxg")):
+        return 0
+    return _ask_torch(environ)
+
+
+def _ask_torch(environ: Mapping[str, str]) -> int:
+    question = "import torch; print('devices', torch.cuda.device_count())"
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-c", question],
+            env=dict(environ),
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return 0
+    words = answer.stdout.split()
+    return int(words[-1]) if answer.returncode == 0 and len(words) >= 2 and words[-2] == "devices" else 0
+
+
+def choose(backend: str, ranks: int | None, torch: str | None) -> Stage:
+    """Choose real or simulated GPUs, and how many ranks.
+
+    Parameters
+    ----------
+    backend : str
+        ``"auto"``, ``"real"`` or ``"simulated"``.
+    ranks : int or None
+        As asked for; None means four, or fewer if there are two or three real GPUs.
+    torch : str or None
+        The version of torch for simulated GPUs, as asked for.
+
+    Raises
+    ------
+    ConfigError
+        If what was asked for does not go together, or is not there.
+    """
+    if ranks is not None and not 2 <= ranks <= MAX_RANKS:
+        raise ConfigError(
+            f"--ranks {ranks}: valid are 2 to {MAX_RANKS}. A stray needs a rank that does not own GPU 0, so "
+            "one is too few."
+        )
+    if torch is not None and backend == "real":
+        raise ConfigError("--torch chooses the build for simulated GPUs; leave it out with --backend real.")
+    wanted = ranks or DEFAULT_RANKS
+    if backend == "simulated":
+        return Stage("simulated", wanted, "asked for by --backend simulated")
+    if torch is not None:
+        return Stage("simulated", wanted, f"asked for by --torch {torch}")
+    if backend == "real":
+        real = _ask_torch(clean(os.environ))
+        if real < max(2, ranks or 2):
+            raise ConfigError(
+                f"--backend real: torch sees {real} GPU(s) here and {ranks or 'at least 2'} are needed. "
+                "Use --backend simulated, which needs none."
+            )
+        reason = "asked for by --backend real"
+        if simgpu.active():
+            reason += "; `devguard sim` simulates them"
+        return Stage("real", ranks or min(DEFAULT_RANKS, real), reason)
+    real = count_real(clean(os.environ))
+    if real >= max(2, ranks or 2):
+        return Stage("real", ranks or min(DEFAULT_RANKS, real), f"torch sees {real} GPUs here")
+    if real:
+        return Stage("simulated", wanted, f"torch sees {real} GPU(s) here and {wanted} are needed")
+    return Stage("simulated", wanted, "torch sees no GPU here")
+
+
+def run_both(
+    stage: Stage,
+    images: Sequence[str],
+    torch: str | None,
+    prepare: Callable[..., dict[str, str]],
+    on_stage: Callable[[str], None],
+) -> dict[str, Any]:
+    """Run the unguarded, then the guarded pass, each in fresh processes.
+
+    Parameters
+    ----------
+    stage : Stage
+        From `choose`.
+    images : sequence of str
+        Picture files; the built-in one if empty.
+    torch : str or None
+        The version of torch for simulated GPUs.
+    prepare : callable
+        `devguard.simgpu.environment`, called for simulated GPUs only.
+    on_stage : callable
+        Called with one line of text whenever something begins.
+
+    Returns
+    -------
+    dict
+        What ``devguard demo --json`` prints.
+    """
+    base = clean(os.environ)
+    if stage.backend == "simulated":
+        base.pop("CUDA_VISIBLE_DEVICES", None)  # it speaks of the real ones
+    result: dict[str, Any] = {"backend": stage.backend, "reason": stage.reason, "ranks": stage.ranks}
+    passes = {}
+    for name in ("unguarded", "guarded"):
+        with tempfile.TemporaryDirectory(prefix="devguard-demo-") as folder:
+            state = os.path.join(folder, "state") if stage.backend == "simulated" else None
+            environment = base
+            if state is not None:
+                environment = prepare(stage.ranks, torch=torch, state=state, base=base)
+            task = {
+                "guarded": name == "guarded",
+                "ranks": stage.ranks,
+                "images": [os.path.abspath(image) for image in images],
+                "folder": folder,
+                "state": state,
+            }
+            passes[name] = run_pass(task, environment, functools.partial(_say, on_stage, name))
+    for key in ("torch", "images", "request_bytes"):
+        result[key] = passes["unguarded"][key]
+        for done in passes.values():
+            del done[key]
+    return {**result, "devguard": devguard.__version__, **passes}
+
+
+def _say(on_stage: Callable[[str], None], name: str, text: str) -> None:
+    on_stage(f"{name}: {text}")
+
+
+def run_pass(
+    task: Mapping[str, Any],
+    environment: Mapping[str, str],
+    on_stage: Callable[[str], None],
+    limit: float = LIMIT,
+) -> dict[str, Any]:
+    """Run one pass (`devguard.demo.scenario`) in a child process and return its result.
+
+    Raises
+    ------
+    DemoError
+        If the pass fails, dies, or takes longer than `limit` seconds. No process of it is left.
+    """
+    with tempfile.TemporaryFile() as output:
+        reader, writer = os.pipe()
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "devguard.demo.scenario", json.dumps({**task, "events": writer})],
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(writer,),
+                start_new_session=True,  # so that all of it can be ended at once
+            )
+        except BaseException:
+            os.close(reader)
+            raise
+        finally:
+            os.close(writer)
+        try:
+            outcome = _follow(reader, on_stage, limit)
+            child.wait(limit)
+        finally:
+            os.close(reader)
+            _end(child)
+        if "result" in outcome:
+            return dict(outcome["result"])
+        if "error" in outcome:
+            raise DemoError(str(outcome["error"]))
+        raise DemoError(f"the tokenizer process ended with status {child.returncode}.{_tail(output)}")
+
+
+def _follow(reader: int, on_stage: Callable[[str], None], limit: float) -> dict[str, Any]:
+    """Read events until the pass is over; return the last one that is no stage, empty if it never came."""
+    deadline = time.monotonic() + limit
+    pending = b""
+    outcome: dict[str, Any] = {}
+    while True:
+        if not select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise DemoError(f"a pass took longer than {limit:g} s and was ended. The machine may be overloaded.")
+        read = os.read(reader, 1 << 16)
+        if not read:
+            return outcome
+        *lines, pending = (pending + read).split(b"\n")
+        for line in lines:
+            event = json.loads(line)
+            if "stage" in event:
+                on_stage(event["stage"])
+            else:
+                outcome = event
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End the child's whole session: the tokenizer, and ranks that outlived it."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _tail(output: IO[bytes]) -> str:
+    output.seek(0)
+    lines = output.read().decode(errors="replace").strip().splitlines()[-TAIL:]
+    return " Its last words:\n  " + "\n  ".join(lines) if lines else " It said nothing."

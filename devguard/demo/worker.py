@@ -1,0 +1,132 @@
+"""One rank: the process that owns ``cuda:<gpu_id>``, as SGLang's scheduler process does.
+
+The rank program exists once. `serve` is the entry point of the unguarded pass; `serve_guarded` is the same
+behind the decorator, the one line that devguard asks for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import devguard
+
+__all__ = ["serve", "serve_guarded"]
+
+GLOO_LIMIT = timedelta(seconds=120)
+
+
+def serve(link: Connection, gpu_id: int, ranks: int, meeting: str) -> None:
+    """Serve requests until the tokenizer says stop or goes away.
+
+    Parameters
+    ----------
+    link : Connection
+        This rank's pipe to the tokenizer.
+    gpu_id : int
+        The GPU that this rank owns; also its rank.
+    ranks : int
+        How many ranks there are.
+    meeting : str
+        A file through which the ranks find each other.
+    """
+    try:
+        _serve(link, gpu_id, ranks, meeting)
+    except EOFError:  # the tokenizer is gone: nobody is left to answer
+        os._exit(1)
+    except Exception:
+        link.send(("failed", traceback.format_exc()))
+        raise
+
+
+@devguard.guard(argument="gpu_id")
+def serve_guarded(link: Connection, gpu_id: int, ranks: int, meeting: str) -> None:
+    """Serve requests as `serve` does, with everything kept on ``cuda:<gpu_id>``."""
+    serve(link, gpu_id, ranks, meeting)
+
+
+def _serve(link: Connection, gpu_id: int, ranks: int, meeting: str) -> None:
+    import torch
+
+    from devguard.demo.transport import ImageRequest, broadcast_request, receive_request
+
+    torch.cuda.set_device(gpu_id)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=gpu_id, world_size=ranks, timeout=GLOO_LIMIT
+    )
+    link.send(("ready", os.getpid()))
+    held: list[ImageRequest] = []  # a server keeps its requests while it works on them
+    while True:
+        command = link.recv()
+        if command == "broadcast":
+            held.append(broadcast_request(receive_request(link) if gpu_id == 0 else None, gpu_id))
+            link.send(("answer", answer(held[-1])))
+        elif command == "direct":
+            held.append(receive_request(link))
+            link.send(("answer", answer(held[-1])))
+        elif command == "report":
+            link.send(("report", report(gpu_id)))
+        else:
+            break
+    torch.distributed.destroy_process_group()
+
+
+def answer(request: Any) -> dict[str, Any]:
+    """Work on a request on the host and return what the tokenizer can check.
+
+    Returns
+    -------
+    dict
+        ``device`` (where `pixel_values` was), ``digest`` (SHA-256 over both tensors, hexadecimal), ``mean``
+        (of `pixel_values`, no unit), ``grid`` (`image_grid_thw` as lists), ``patches`` (rows of
+        `pixel_values`).
+    """
+    device = str(request.pixel_values.device)
+    pixel_values, grid = request.pixel_values.cpu().contiguous(), request.image_grid_thw.cpu().contiguous()
+    digest = hashlib.sha256()
+    for tensor in (pixel_values, grid):
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))  # no numpy needed
+    return {
+        "device": device,
+        "digest": digest.hexdigest(),
+        "mean": float(pixel_values.double().mean()),
+        "grid": grid.tolist(),
+        "patches": pixel_values.shape[0],
+    }
+
+
+def report(gpu_id: int) -> dict[str, Any]:
+    """Return what this process holds on each GPU, as it knows itself, and what strayed in it.
+
+    Returns
+    -------
+    dict
+        ``owner``; ``devices``: for each GPU with a context or memory its ``index``, ``context``, ``bytes``
+        and ``peak_bytes`` reserved by torch's allocator; ``strays``: the journal, each with the ``code`` of
+        its line.
+    """
+    import torch
+
+    with_context = {device.index for device in devguard.contexts()}
+    devices = []
+    for index in sorted(with_context | {gpu_id}):
+        devices.append(
+            {
+                "index": index,
+                "context": index in with_context,
+                "bytes": torch.cuda.memory_reserved(index),
+                "peak_bytes": torch.cuda.max_memory_reserved(index),
+            }
+        )
+    owner = devguard.owner()
+    return {
+        "owner": None if owner is None else str(owner),
+        "devices": devices,
+        "strays": [{**stray.as_dict(), "code": stray.site.source if stray.site else ""} for stray in devguard.strays()],
+    }

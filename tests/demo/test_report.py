@@ -1,0 +1,87 @@
+"""What the demonstration says and draws, from a made-up result."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from devguard.demo import plot, report
+from devguard.errors import ConfigError
+from tests.demo.results import result
+
+
+def shown(found) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    report.show(found, console)
+    return console.file.getvalue()
+
+
+def test_a_result_is_clean_when_the_guarded_pass_is():
+    assert report.clean(result())
+
+
+@pytest.mark.parametrize(("key", "value"), [("stray_bytes", 1), ("stray_contexts", 1), ("values_equal", False)])
+def test_a_result_is_not_clean_when_anything_is_wrong(key, value):
+    found = result()
+    found["guarded"][key] = value
+    assert not report.clean(found)
+    assert "did NOT come out clean" in report.meaning(found)
+
+
+def test_a_rank_with_another_owner_is_not_clean():
+    found = result()
+    found["guarded"]["processes"][2]["owner"] = "cuda:0"
+    assert not report.clean(found)
+
+
+def test_the_report_shows_both_tables_the_lines_and_the_totals():
+    text = shown(result())
+    assert "Before: unguarded" in text
+    assert 'After: @devguard.guard(argument="gpu_id")' in text
+    assert text.count("● 38 MiB !") == 3
+    assert "server.py:43" in text
+    assert "return pickle.loads(message)" in text
+    assert "Ranks > 0 on GPU 0, before: 114 MiB, 3 contexts; 8 of 8 answers right." in text
+    assert "Ranks > 0 on GPU 0, after: 0 MiB, 0 contexts; 8 of 8 answers right." in text
+    assert "Simulated GPUs (torch sees no GPU here), torch 2.13.0+cu130." in text
+
+
+def test_strays_of_all_ranks_at_one_line_are_one_row():
+    rows = report.sites(result()["guarded"])
+    assert [(row["site"]["line"], row["count"], len(row["moves"])) for row in rows] == [(43, 6, 3), (73, 6, 3)]
+
+
+def test_a_stray_without_a_line_is_shown_as_such():
+    found = result()
+    for process in found["guarded"]["processes"]:
+        for row in process["strays"]:
+            row["site"], row["code"] = None, ""
+    assert "no line of user code" in shown(found)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0"), (512, "0.0"), (3 << 19, "1.5"), (2 << 20, "2"), (39845888, "38")]
+)
+def test_bytes_are_shown_as_mebibytes(count, text):
+    assert report.mebibytes(count) == text
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_the_chart_is_a_picture(tmp_path, ranks):
+    target = tmp_path / "chart.png"
+    plot.check(str(target))
+    plot.draw(result(ranks), str(target))
+    with Image.open(target) as picture:
+        assert picture.width > 1200
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("chart.txt", "must end in"), ("nowhere/chart.png", "there is no directory")]
+)
+def test_a_chart_that_cannot_be_written_is_known_at_once(tmp_path, name, said):
+    with pytest.raises(ConfigError, match=said):
+        plot.check(str(tmp_path / name))
