@@ -27,8 +27,9 @@ if TYPE_CHECKING:
         StrayDeviceError,
         StrayDeviceWarning,
     )
-    from devguard.guards import guard, no_strays, remap, unguarded
+    from devguard.guards import guard, remap
     from devguard.journal import Stray
+    from devguard.scopes import no_strays, unguarded
 
 __all__ = [
     "__version__",
@@ -55,7 +56,8 @@ __all__ = [
 # public name -> the module that has it, imported when the name is first used (PEP 562)
 _HOMES = {
     **dict.fromkeys(("contexts", "install", "owner", "status", "strays", "uninstall"), "activation"),
-    **dict.fromkeys(("guard", "no_strays", "remap", "unguarded"), "guards"),
+    **dict.fromkeys(("guard", "remap"), "guards"),
+    **dict.fromkeys(("no_strays", "unguarded"), "scopes"),
     **dict.fromkeys(
         (
             "ConfigError",

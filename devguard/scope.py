@@ -21,7 +21,7 @@ from devguard.owners import Owner
 from devguard.settings import DEFAULT_MODE, Mode
 
 if TYPE_CHECKING:
-    from devguard.guards import Scope
+    from devguard.scopes import Scope
 
 __all__ = ["Entry", "Stack", "asked", "forget", "local", "mode_of", "owner_in_force", "prepare", "process", "remove"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from devguard import scope
 
 if TYPE_CHECKING:
-    from devguard.guards import Scope
+    from devguard.scopes import Scope
 
 __all__ = ["Steps"]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from devguard.errors import ConfigError
 
 if TYPE_CHECKING:
-    from devguard.guards import Scope
+    from devguard.scopes import Scope
 
 __all__ = ["Parameter", "wrap"]
 

@@ -177,7 +177,13 @@ def _tensor(tensor: torch.Tensor, storages: dict[int, int]) -> Any:
         second = tensor.col_indices() if compressed else tensor.row_indices()
         return [*about, *(_tensor(part, storages) for part in (first, second, tensor.values()))]
     storage = tensor.untyped_storage()
-    about += [tensor.stride(), tensor.storage_offset(), tensor.is_conj(), tensor.is_neg(), getattr(tensor, "names", None)]
+    about += [
+        tensor.stride(),
+        tensor.storage_offset(),
+        tensor.is_conj(),
+        tensor.is_neg(),
+        getattr(tensor, "names", None),
+    ]
     if storage.nbytes():  # torch gives every reference to an empty storage one of its own
         about.append(storages.setdefault(storage._cdata, len(storages)))
     if tensor.is_quantized and tensor.qscheme() is torch.per_tensor_affine:

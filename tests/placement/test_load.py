@@ -1,4 +1,4 @@
-"""The door ``load`` on real devices: where storages land, that nothing else changes, and that no other device is touched."""
+"""The door ``load`` on real devices: where storages land, what is kept, and that no other device is touched."""
 
 from __future__ import annotations
 
@@ -199,7 +199,9 @@ def child(code: str, data: bytes = b"") -> str:
         "ctx = lambda: [d.index for d in devguard.contexts()]\n"
         "data = sys.stdin.buffer.read()\n"
     )
-    done = subprocess.run([sys.executable, "-c", prelude + code], input=data, capture_output=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", prelude + code], input=data, capture_output=True, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout.decode().strip()
 
@@ -235,8 +237,8 @@ class TestContexts:
         code = (
             "g = devguard.guard('cuda:1'); h = devguard.guard(argument='x')(lambda x: x)\n"
             "from devguard import accelerator\n"
-            "print(ctx(), devguard.status()['contexts'], devguard.strays(), devguard.owner(), torch.cuda.is_initialized(),"
-            " accelerator.initialized())"
+            "print(ctx(), devguard.status()['contexts'], devguard.strays(), devguard.owner(),"
+            " torch.cuda.is_initialized(), accelerator.initialized())"
         )
         assert child(code) == "[] [] () None False False"
 

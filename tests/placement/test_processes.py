@@ -1,4 +1,4 @@
-"""Several processes on real devices: object collectives, a relay between a sender and its receivers, spawned workers."""
+"""Several processes on real devices: object collectives, and a router between a sender and its receiver."""
 
 from __future__ import annotations
 

@@ -1,0 +1,70 @@
+"""Print every ratio as a table: ``python -m benchmarks [--json]``.
+
+Runs on two real GPUs where there are some, else on simulated ones (whose copies are copies in host memory). The budgets
+are those of the project's design; a row over its budget is marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+
+from benchmarks.measure import Row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--only", metavar="TEXT", default="", help="only the groups whose name contains TEXT")
+    arguments = parser.parse_args()
+
+    import torch
+
+    from devguard import simgpu
+
+    if torch.cuda.device_count() < 2:
+        if simgpu.active():
+            print("this torch sees no simulated GPUs", file=sys.stderr)
+            return 1
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], simgpu.environment(2))
+
+    from benchmarks import cases
+
+    rows: list[Row] = []
+    for name, group in cases.GROUPS.items():
+        if arguments.only in name:
+            print(f"benchmarks: {name}", file=sys.stderr)
+            rows += group()
+    if arguments.json:
+        where = "simulated" if simgpu.active() else torch.cuda.get_device_name(0)
+        about = {"torch": torch.__version__, "python": sys.version.split()[0], "gpus": where}
+        print(json.dumps({**about, "rows": [dataclasses.asdict(row) for row in rows]}, indent=2))
+    else:
+        show(rows)
+    return 0
+
+
+def show(rows: list[Row]) -> None:
+    """Print the rows with rich."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="devguard against torch's own ways (median of 9 interleaved rounds)")
+    table.add_column("what")
+    for name in ("figure", "least", "greatest", "budget", "baseline"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        over = row.budget is not None and row.ratio > row.budget
+        style = "red" if over else ""
+        budget = "" if row.budget is None else f"{row.budget:.2f} {row.unit}"
+        base = f"{row.base_us:,.2f} us" if row.base_us else ""
+        figures = [f"{value:.3f} {row.unit}" for value in (row.ratio, row.low, row.high)]
+        table.add_row(row.what, *figures, budget + (" over" if over else ""), base, style=style)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

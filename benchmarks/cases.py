@@ -1,0 +1,197 @@
+"""What is compared: groups of rows, each a function."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import pickle
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import devguard
+from benchmarks.measure import ROUNDS, Row, Run, compare
+
+OWNER = 1
+SIZES = {"16 B": 16, "1 MB": 1 << 20, "256 MB": 256 << 20}
+
+
+def closed() -> None:
+    """Close the doors, and make the owner's device current: an unguarded process that did set_device."""
+    devguard.uninstall()
+    torch.cuda.set_device(OWNER)
+
+
+def entering() -> list[Row]:
+    """``with guard(i)`` against ``with torch.cuda.device(i)``; guards must be cheap enough to use anywhere."""
+
+    def base(index: int) -> Run:
+        def run(times: int) -> None:
+            device = torch.cuda.device
+            for _ in range(times):
+                with device(index):
+                    pass
+
+        return run
+
+    def ours(index: int) -> Run:
+        def run(times: int) -> None:
+            guard = devguard.guard
+            for _ in range(times):
+                with guard(index):
+                    pass
+
+        return run
+
+    def hoisted(index: int) -> Run:
+        scope = devguard.guard(index)
+
+        def run(times: int) -> None:
+            for _ in range(times):
+                with scope:
+                    pass
+
+        return run
+
+    torch.cuda.set_device(OWNER)
+    torch.empty(1, device="cuda:0"), torch.empty(1, device="cuda:1")
+    rows = []
+    for index, state, budget in ((OWNER, "already current", 1.0), (1 - OWNER, "changes", 1.3)):
+        rows.append(compare(f"with guard(i), device {state}", base(index), ours(index), budget))
+        rows.append(compare(f"the same, guard object hoisted, device {state}", base(index), hoisted(index), None))
+    return rows
+
+
+def _guarded(call: Callable[[], Any]) -> Run:
+    def run(times: int) -> None:
+        with devguard.guard(OWNER):
+            for _ in range(times):
+                call()
+
+    return run
+
+
+def _plain(call: Callable[[], Any]) -> Run:
+    def run(times: int) -> None:
+        for _ in range(times):
+            call()
+
+    return run
+
+
+def _pickled(nbytes: int, device: str) -> bytes:
+    return pickle.dumps(torch.zeros(nbytes, dtype=torch.uint8).to(device))
+
+
+def _saved(nbytes: int, device: str) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(torch.zeros(nbytes, dtype=torch.uint8).to(device), file)
+    return file
+
+
+def _load(file: io.BytesIO, **options: Any) -> Callable[[], Any]:
+    def load() -> Any:
+        file.seek(0)
+        return torch.load(file, **options)
+
+    return load
+
+
+def harmless() -> list[Row]:
+    """What has nothing to repair: guarded against unguarded."""
+    rows = []
+    value = {"text": "x" * 100, "numbers": list(range(100)), "nested": [{"a": (1, 2.0, None)}] * 10}
+    data = pickle.dumps(value)
+    call = lambda: pickle.loads(data)  # noqa: E731
+    rows.append(compare("pickle.loads without tensors", _plain(call), _guarded(call), 1.0, before_base=closed))
+    for name in ("16 B", "1 MB"):
+        own = _pickled(SIZES[name], f"cuda:{OWNER}")
+        call = lambda own=own: pickle.loads(own)  # noqa: E731
+        what = f"pickle.loads of {name} tagged with the owner"
+        rows.append(compare(what, _plain(call), _guarded(call), 1.02, before_base=closed))
+        load = _load(_saved(SIZES[name], f"cuda:{OWNER}"))
+        what = f"torch.load of {name} tagged with the owner"
+        rows.append(compare(what, _plain(load), _guarded(load), 1.02, before_base=closed))
+    host, small = torch.zeros(1000), torch.zeros(4, device=f"cuda:{OWNER}")
+    for what, call in {
+        "torch operator on the host (add, 1000 numbers)": lambda: host + 1,
+        "torch operator on the owner (add, 4 numbers)": lambda: small + 1,
+        "pickle.dumps of a tensor on the owner": lambda: pickle.dumps(small),
+    }.items():
+        rows.append(compare(what, _plain(call), _guarded(call), 1.0, before_base=closed))
+    return rows
+
+
+def repaired() -> list[Row]:
+    """A stray put right, against the same bytes loaded right from the start."""
+    rows = []
+    for name, nbytes in SIZES.items():
+        stray, own = _pickled(nbytes, f"cuda:{1 - OWNER}"), _pickled(nbytes, f"cuda:{OWNER}")
+        base = _plain(lambda own=own: pickle.loads(own))
+        ours = _guarded(lambda stray=stray: pickle.loads(stray))
+        what = f"pickle.loads of {name}, repaired / tagged with the owner"
+        rows.append(compare(what, base, ours, 1.05, before_base=closed))
+        del stray, own, base, ours
+        file = _saved(nbytes, f"cuda:{1 - OWNER}")
+        base, ours = _plain(_load(file, map_location=f"cuda:{OWNER}")), _guarded(_load(file))
+        what = f"torch.load of {name}, repaired / right map_location"
+        rows.append(compare(what, base, ours, 1.05, before_base=closed))
+        torch.cuda.empty_cache()
+    return rows
+
+
+def coroutines() -> list[Row]:
+    """What one suspend and resume of a decorated coroutine costs on top, in microseconds."""
+
+    async def work(times: int) -> None:
+        for _ in range(times):
+            await asyncio.sleep(0)
+
+    def seconds(function: Any, times: int) -> float:
+        async def main() -> float:
+            start = time.perf_counter()
+            await function(times)
+            return time.perf_counter() - start
+
+        return asyncio.run(main())
+
+    times = 20_000
+    decorated = devguard.guard(OWNER)(work)
+    seconds(decorated, 100)
+    torch.cuda.set_device(0)  # so that each step really exchanges
+    costs = [(seconds(decorated, times) - seconds(work, times)) / times * 1e6 for _ in range(ROUNDS)]
+    return [
+        Row("suspend + resume of a decorated coroutine", statistics.median(costs), min(costs), max(costs), 3.0, "us")
+    ]
+
+
+def importing() -> list[Row]:
+    """``import devguard`` and the command line's help, in milliseconds on top of Python."""
+    rows = []
+    for what, code in {
+        "import devguard": "import devguard",
+        "devguard --help, imports": "import devguard.cli",
+    }.items():
+        figures = []
+        for _ in range(ROUNDS):
+            command = [sys.executable, "-X", "importtime", "-c", code]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            rows_of = re.findall(r"\|\s+(\d+) \| (\s*)devguard", text)
+            figures.append(max(int(total) for total, _ in rows_of) / 1000)
+        rows.append(Row(what, statistics.median(figures), min(figures), max(figures), 15.0, "ms"))
+    return rows
+
+
+GROUPS: dict[str, Callable[[], list[Row]]] = {
+    "entering": entering,
+    "harmless": harmless,
+    "repaired": repaired,
+    "coroutines": coroutines,
+    "importing": importing,
+}

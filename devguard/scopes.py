@@ -1,0 +1,197 @@
+"""What every scope shares, and the scopes that own nothing: `unguarded` and `no_strays`.
+
+A scope is an entry on the thread's stack (scope.py) and a decorator (wrapping.py). `guard` and `remap`, the scopes with
+an owner, are in guards.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
+from devguard import scope, wrapping
+from devguard.errors import StrayDeviceError
+from devguard.journal import Mark, journal
+from devguard.scope import local
+from devguard.settings import Mode
+from devguard.steps import Steps
+
+__all__ = ["Bound", "Scope", "no_strays", "unguarded"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+
+class Scope:
+    """What `guard`, `remap` and `unguarded` have in common: an entry on the thread's stack, and decorating."""
+
+    __slots__ = ()
+
+    def mode_of(self, door: str) -> Mode | None:
+        """Return the mode that this scope sets for `door`, None where it leaves that to the scope around it."""
+        return None
+
+    def asks_for(self, door: str) -> bool:
+        """Tell whether this scope asks a door to act that acts on request only."""
+        return False
+
+    def settled(self, parameter: wrapping.Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
+        """Return this scope with its owner known, for one call of a decorated function."""
+        return self
+
+    def steps(self, inner: Any) -> Steps:
+        """Return an awaitable iterator that runs each step of `inner` inside this scope."""
+        return Steps(self, inner)
+
+    def __enter__(self) -> Any:
+        local.stack.append((self, None, -1))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        stack = local.stack
+        if not stack or stack[-1][0] is not self:
+            scope.remove(self)
+        else:
+            stack.pop()
+
+    async def __aenter__(self) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(
+            f"`async with {name}(...)` cannot keep its promise: Python tells nobody when the event loop switches "
+            f"tasks, so other tasks would run on this device. Use `await {name}(...).run(awaitable)`, or decorate the "
+            f"coroutine function with @{name}(...): both hold the device only while your code runs."
+        )
+
+    async def __aexit__(self, *error: object) -> None:
+        """Never reached: entering raises."""
+
+    def __call__(self, function: F) -> F:
+        """Decorate `function`: each call of it runs inside this scope.
+
+        Parameters
+        ----------
+        function : callable
+            A function, method, ``staticmethod``, ``classmethod``, coroutine function, generator function or
+            asynchronous generator function.
+
+        Returns
+        -------
+        callable
+            A native function of the same kind.
+        """
+        decorated: F = wrapping.wrap(self, function, None)
+        return decorated
+
+    def bind(self, function: Callable[..., Any]) -> Bound:
+        """Return a picklable callable that runs `function` inside this scope; for inline use.
+
+        Examples
+        --------
+        >>> multiprocessing.Process(target=devguard.guard(1).bind(work))
+        """
+        return Bound(self, function)
+
+    async def run(self, awaitable: Awaitable[T]) -> T:
+        """Await `awaitable`; each of its steps runs inside this scope, and the scope is left whenever it sleeps.
+
+        Parameters
+        ----------
+        awaitable : awaitable
+            A coroutine, or another object with ``__await__``. Not a Task or Future: the event loop steps
+            those by itself.
+
+        Returns
+        -------
+        object
+            What `awaitable` returns.
+        """
+        if getattr(awaitable, "_asyncio_future_blocking", None) is not None:
+            raise TypeError(
+                f"run() got {awaitable!r}, which the event loop steps by itself, outside this scope. Pass the "
+                f"coroutine: asyncio.create_task({type(self).__name__}(...).run(coroutine))."
+            )
+        within = self.settled(None, (), {})
+        inner = awaitable if hasattr(awaitable, "send") else awaitable.__await__()
+        result: T = await within.steps(inner)
+        return result
+
+
+class unguarded(Scope):
+    """The way out: a scope without an owner, in which every door leaves everything alone.
+
+    For code that works on several GPUs on purpose. It does not change the current device.
+    """
+
+    __slots__ = ()
+
+    def mode_of(self, door: str) -> Mode | None:
+        """Return ``'off'``."""
+        return "off"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is unguarded
+
+    def __hash__(self) -> int:
+        return hash(unguarded)
+
+    def __repr__(self) -> str:
+        return "devguard.unguarded()"
+
+
+class Bound:
+    """A function and the scope it runs in, as one picklable callable; made by ``guard(...).bind(function)``."""
+
+    __slots__ = ("_decorated", "function", "scope")
+
+    def __init__(self, scope: Scope, function: Callable[..., Any]) -> None:
+        self.scope = scope
+        self.function = function
+        self._decorated = scope(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._decorated(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Bound, (self.scope, self.function)
+
+    def __repr__(self) -> str:
+        return f"{self.scope!r}.bind({getattr(self.function, '__qualname__', self.function)})"
+
+
+class no_strays:
+    """A block in which nothing may stray: raises `StrayDeviceError` at its end if anything did, repaired or not.
+
+    Raises
+    ------
+    StrayDeviceError
+        At the end of the block; it names every call site. Not if the block already raises something else.
+
+    Examples
+    --------
+    >>> with devguard.guard("cuda:1"), devguard.no_strays():
+    ...     step()
+    """
+
+    __slots__ = ("_marks",)
+
+    def __init__(self) -> None:
+        self._marks: list[Mark] = []
+
+    def __enter__(self) -> None:
+        self._marks.append(journal.mark())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        mark = self._marks.pop()
+        if error is not None:
+            return
+        found = journal.since(mark)
+        dropped = journal.dropped - mark.dropped
+        if found or dropped:
+            more = f"\n  and {dropped} more at call sites beyond the journal's limit" if dropped else ""
+            total = sum(stray.count for stray in found) + dropped
+            lines = "".join(f"\n  {stray}" for stray in found)
+            raise StrayDeviceError(f"{total} stray(s) where none may be:{lines}{more}")
