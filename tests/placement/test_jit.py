@@ -11,7 +11,7 @@ import torch
 import devguard
 from devguard import guard
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.")  # deprecated, and still what checkpoints are made of
 
 
 class Model(torch.nn.Module):
