@@ -1,0 +1,316 @@
+"""Makes, checks and finds the overlay: a folder with the CUDA build of torch and the simulated libraries beside it.
+
+An overlay is built in a temporary sibling folder and renamed when it is whole, with a manifest of all its files that
+is compared with the disk on every use; so a half-made or damaged one is never used. One process builds at a time,
+others wait for its result. Nothing outside the cache folder is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from devguard.errors import SimulationError
+from devguard.simgpu import native, wheels
+from devguard.simgpu.progress import Reporter
+
+__all__ = ["DEFAULT_TORCH", "Overlay", "cache_folder", "prepare"]
+
+DEFAULT_TORCH = "2.13.0"
+OLDEST_TORCH = (2, 6)
+NEEDED_BYTES = 2_500_000_000  # a wheel of 0.5 to 0.9 GB and what is in it, at the same time
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlay:
+    """A ready overlay.
+
+    Attributes
+    ----------
+    folder : Path
+        All of it.
+    torch : str
+        The version of torch in it.
+    needs : Path or None
+        A further folder with what torch requires and the environment lacks.
+    """
+
+    folder: Path
+    torch: str
+    needs: Path | None = None
+
+    @property
+    def python_path(self) -> tuple[Path, ...]:
+        """What goes first on PYTHONPATH."""
+        return (self.folder / "site", *([self.needs / "site"] if self.needs else []))
+
+    @property
+    def driver_folder(self) -> Path:
+        """What goes first on LD_LIBRARY_PATH."""
+        return self.folder / "driver"
+
+
+def cache_folder() -> Path:
+    """Where overlays are kept: ``$DEVGUARD_CACHE_DIR/simgpu``, or below the user's cache folder."""
+    named = os.environ.get("DEVGUARD_CACHE_DIR")
+    if named:
+        return Path(os.path.abspath(named)) / "simgpu"
+    return Path(_extra("platformdirs").user_cache_dir("devguard")) / "simgpu"
+
+
+def prepare(torch: str | None = None, *, progress: bool = True) -> Overlay:
+    """Find the overlay for a version of torch, and make it if there is none.
+
+    Parameters
+    ----------
+    torch : str, optional
+        The version; that of this environment by default, `DEFAULT_TORCH` if it has none.
+    progress : bool
+        Say on standard error what is done.
+
+    Raises
+    ------
+    SimulationError
+        It cannot be made here; nothing half-made is left.
+    """
+    _check_platform()
+    version = _version(torch)
+    report = Reporter(progress)
+    tag = f"{sys.implementation.cache_tag}{sys.abiflags}"
+    name = f"torch-{version}-{tag}-{_source_hash()}"
+    folder = _get(name, lambda stage: _fill_torch(stage, version, tag, report), report)
+    missing = wheels.missing_requirements(folder / "site")
+    if not missing:
+        return Overlay(folder, version)
+    digest = hashlib.sha256("\n".join(missing).encode()).hexdigest()[:12]
+    needs = _get(f"needs-{tag}-{digest}", lambda stage: _fill_needs(stage, missing, report), report)
+    return Overlay(folder, version, needs)
+
+
+def _check_platform() -> None:
+    here = f"{sys.platform} on {platform.machine()}"
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise SimulationError(f"simulated GPUs exist for Linux on x86-64 only, and this is {here}")
+    if sys.implementation.name != "cpython" or sys.maxsize <= 2**32:
+        raise SimulationError("simulated GPUs need a 64-bit CPython, as torch itself does")
+    if platform.libc_ver()[0] != "glibc":
+        raise SimulationError("simulated GPUs need glibc, as torch's wheels do; this system has another C library")
+
+
+def _version(torch: str | None) -> str:
+    version = (torch or wheels.installed_torch() or DEFAULT_TORCH).partition("+")[0]
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or not re.fullmatch(r"[0-9A-Za-z.]+", version):
+        raise SimulationError(f"{torch!r} is no version of torch: give one such as {DEFAULT_TORCH}")
+    if (int(numbers[1]), int(numbers[2])) < OLDEST_TORCH:
+        raise SimulationError(
+            f"torch {version} is too old for simulated GPUs: 2.6 is the oldest, {DEFAULT_TORCH} the default"
+        )
+    return version
+
+
+def _source_hash() -> str:
+    digest = hashlib.sha256(f"format {FORMAT}".encode())
+    here = Path(__file__).parent
+    for source in [*sorted(native.SOURCES.glob("*.[ch]")), here / "native.py", here / "stubs.py", here / "symbols.py"]:
+        digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+# ---- one folder of the cache, whole or not at all
+
+
+def _get(name: str, fill: Callable[[Path], None], report: Reporter) -> Path:
+    root = cache_folder()
+    folder = root / name
+    if _whole(folder):
+        return folder
+    filelock = _extra("filelock")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(root / f"{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            report.say(f"another process is making {folder}; waiting for it")
+            lock.acquire()
+        try:
+            if not _whole(folder):
+                _make(folder, fill)
+        finally:
+            lock.release()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise SimulationError(
+                f"the disk is full while making {folder}; free about 2 GB, or name another disk in DEVGUARD_CACHE_DIR"
+            ) from error
+        raise SimulationError(
+            f"{folder} cannot be made: {error}; name a folder that can be written in DEVGUARD_CACHE_DIR"
+        ) from error
+    return folder
+
+
+def _make(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Build in a sibling folder, then rename. The caller holds the lock: siblings that are there belong to the dead."""
+    prefix = f"{folder.name}.building-"
+    for stale in folder.parent.glob(f"{prefix}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    stage = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    try:
+        fill(stage)
+        manifest = {"format": FORMAT, "files": dict(sorted(_files(stage)))}
+        (stage / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        os.chmod(stage, 0o755)
+        if folder.exists():  # damaged, or it would have been used
+            os.rename(folder, Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent)) / "damaged")
+        os.rename(stage, folder)
+    finally:
+        for left in folder.parent.glob(f"{prefix}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, int]]:
+    """Every file and its size; what Python compiles later does not count."""
+    for base, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        for name in names:
+            path = os.path.join(base, name)
+            yield os.path.relpath(path, folder), os.lstat(path).st_size
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        return manifest["format"] == FORMAT and all(
+            os.lstat(folder / name).st_size == size for name, size in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+# ---- what goes into the folders
+
+
+def _fill_torch(stage: Path, version: str, tag: str, report: Reporter) -> None:
+    native.compiler()  # before anything is downloaded
+    site, scratch = stage / "site", stage / "scratch"
+    scratch.mkdir()
+    with report.steps():
+        earlier = _same_torch(stage.parent, version, tag)
+        if earlier is not None:
+            report.say(f"renewing the simulated GPUs for torch {version}")
+            shutil.copytree(earlier / "site", site, copy_function=os.link, symlinks=True)
+            for name in json.loads((earlier / "simulation.json").read_bytes()):
+                (stage / name).unlink(missing_ok=True)
+        else:
+            _check_space(stage)
+            report.say(
+                f"making simulated GPUs for torch {version} in {stage.parent} (once; its CUDA build is 0.5 to "
+                "0.9 GB to "
+                "download, 1.3 to 1.8 GB on disk)"
+            )
+            text = f"torch {version}, CUDA build: downloading, unpacking"
+            requirement = f"torch==={version}"  # with == a local +cpu wheel would win where one is configured
+            wheels.install(
+                [requirement],
+                site,
+                dependencies=False,
+                scratch=scratch,
+                text=text,
+                expected=1_900_000_000,
+                report=report,
+            )
+        before = {name for name, _ in _files(stage)}
+        cuda = native.cuda_version(site)
+        headers = _headers(scratch, cuda, report)
+        report.say(f"compiling the simulated CUDA {cuda} libraries")
+        native.build(site, headers, stage / "driver", scratch)
+    shutil.rmtree(scratch)
+    made = sorted({name for name, _ in _files(stage)} - before)
+    (stage / "simulation.json").write_text(json.dumps(made), encoding="utf-8")
+
+
+def _fill_needs(stage: Path, missing: list[str], report: Reporter) -> None:
+    scratch = stage / "scratch"
+    scratch.mkdir()
+    (stage / "site").mkdir()
+    with report.steps():
+        wheels.install(
+            missing,
+            stage / "site",
+            dependencies=True,
+            scratch=scratch,
+            text="what torch requires and this environment lacks",
+            expected=80_000_000,
+            report=report,
+        )
+    shutil.rmtree(scratch)
+
+
+def _same_torch(root: Path, version: str, tag: str) -> Path | None:
+    """A whole overlay with the same torch, whose simulation is another: its files are shared, not downloaded again."""
+    for folder in sorted(root.glob(f"torch-{version}-{tag}-*")):
+        if ".building-" not in folder.name and not folder.name.endswith(".lock") and _whole(folder):
+            return folder
+    return None
+
+
+def _headers(scratch: Path, cuda: str, report: Reporter) -> list[Path]:
+    """Fetch NVIDIA's headers from their own packages: only to compile with, they are not kept."""
+    major = int(cuda.partition(".")[0])
+    runtime, crt = f"nvidia-cuda-runtime=={cuda}.*", f"nvidia-cuda-crt=={cuda}.*"
+    if major < 13:
+        # CUDA 12 has crt/host_defines.h, a few macros, only in a package of 40 MB; that of CUDA 13 serves
+        runtime, crt = f"nvidia-cuda-runtime-cu{major}=={cuda}.*", "nvidia-cuda-crt==13.*"
+    wheels.install(
+        [runtime, crt],
+        scratch / "headers",
+        dependencies=False,
+        scratch=scratch,
+        text=f"headers of CUDA {cuda}",
+        expected=6_000_000,
+        report=report,
+    )
+    found = []
+    for name in ("cuda.h", "crt/host_defines.h"):
+        place = next(iter(sorted((scratch / "headers").rglob(name))), None)
+        if place is None:
+            raise SimulationError(
+                f"NVIDIA's header packages for CUDA {cuda} have no {name}; try another version with --torch"
+            )
+        found.append(place.parents[name.count("/")])
+    return found
+
+
+def _check_space(folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < NEEDED_BYTES:
+        raise SimulationError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free, and making simulated GPUs takes about "
+            f"{NEEDED_BYTES / 1e9:.1f} GB: free "
+            "some, or name another disk in DEVGUARD_CACHE_DIR"
+        )
+
+
+def _extra(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise SimulationError(
+            f"simulated GPUs need {name}: install the extra with `pip install 'torch-devguard[sim]'`"
+        ) from error

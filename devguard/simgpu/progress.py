@@ -1,0 +1,84 @@
+"""Says on standard error what is being done while an overlay is made.
+
+On a terminal a bar, elsewhere plain lines: one at the beginning of each step. It measures what is written by the free
+space of the disk, which is cheap and right enough for a bar.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+__all__ = ["Reporter"]
+
+POLL_SECONDS = 0.2
+
+
+class Reporter:
+    """Tells the steps of one build.
+
+    Parameters
+    ----------
+    enabled : bool
+        False: say nothing.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._bar: Progress | None = None
+
+    def say(self, text: str) -> None:
+        """Write one line."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.console.print(f"devguard: {text}", highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(f"devguard: {text}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def steps(self) -> Iterator[None]:
+        """Show a bar while inside, if standard error is a terminal."""
+        if not self._enabled or not sys.stderr.isatty():
+            yield
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as self._bar:
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    def run(self, process: subprocess.Popen[bytes], text: str, folder: Path, expected: int) -> int:
+        """Wait for a process that writes about ``expected`` bytes on the disk of ``folder``; return its exit status."""
+        if self._bar is None:
+            self.say(text)
+            return process.wait()
+        before = shutil.disk_usage(folder).free
+        written = 0
+        task = self._bar.add_task(text, total=expected)
+        while True:
+            try:
+                status = process.wait(POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                written = max(written, before - shutil.disk_usage(folder).free)  # pip deletes on the way, too
+                self._bar.update(task, completed=min(written, expected * 99 // 100))
+            else:
+                self._bar.update(task, completed=expected)
+                return status

@@ -1,0 +1,203 @@
+"""Reads the state file of simulated GPUs: which process holds what on which device, and what the dead ones held.
+
+The file is written by csrc/state.c while processes run; reading takes no lock, so the numbers of a live process are
+those of the moment. It only reads: `create` makes the empty file that the processes then share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from devguard.errors import SimulationError
+
+__all__ = ["DeviceState", "ProcessState", "state"]
+
+# struct sim_state and struct sim_process of csrc/sim.h, version 1
+MAGIC = b"DGSIMGPU"
+VERSION = 1
+DEVICES = 16
+SLOTS = 512
+HEADER = struct.Struct("<8sIIIIQQQ")
+PROCESS = struct.Struct(f"<iIQQII256s{DEVICES * 5}Q")
+SIZE = HEADER.size + SLOTS * PROCESS.size
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceState:
+    """What one process holds, or held at its end, on one simulated GPU.
+
+    Attributes
+    ----------
+    index : int
+        The device's physical index: CUDA_VISIBLE_DEVICES does not shift it.
+    context : bool
+        Whether the process has a primary context there; for a dead process, whether it had one.
+    bytes : int
+        Device memory in bytes that it holds; for a dead process, that it held when it ended. The caching allocator's
+        unused blocks count, as with ``nvidia-smi``; the context itself does not.
+    peak_bytes : int
+        The most that ``bytes`` ever was.
+    allocations : int
+        How many times memory was taken from the device, by cudaMalloc or cuMemCreate.
+    launches : int
+        Kernels launched on the device. Copies and memsets are none.
+    ipc_opens : int
+        How many memory handles of other processes, for memory on this device, were opened.
+    """
+
+    index: int
+    context: bool
+    bytes: int
+    peak_bytes: int
+    allocations: int
+    launches: int
+    ipc_opens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data, fit for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessState:
+    """One process that initialised CUDA on simulated GPUs.
+
+    Attributes
+    ----------
+    pid : int
+        Its process id.
+    name : str
+        DEVGUARD_SIM_NAME if that was set in its environment, else a short form of its command line.
+    alive : bool
+        Whether it still runs. What a dead process held is given back, but its record stays readable.
+    devices : tuple of DeviceState
+        One for each simulated GPU, by physical index, visible to the process or not.
+    """
+
+    pid: int
+    name: str
+    alive: bool
+    devices: tuple[DeviceState, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data, fit for JSON."""
+        return dataclasses.asdict(self)
+
+
+def state(path: str | os.PathLike[str] | None = None) -> tuple[ProcessState, ...]:
+    """What every process holds, or held at its end, on every simulated GPU.
+
+    Parameters
+    ----------
+    path : path, optional
+        The state file; the one that DEVGUARD_SIM_STATE names by default.
+
+    Returns
+    -------
+    tuple of ProcessState
+        In the order in which the processes initialised CUDA. A file has room for 512 processes; when it is full, the
+        oldest dead ones make room.
+
+    Raises
+    ------
+    SimulationError
+        There is no such file, or it is no state file of this version.
+    """
+    chosen = path if path is not None else os.environ.get("DEVGUARD_SIM_STATE")
+    if not chosen:
+        raise SimulationError(
+            "no state file is named: pass its path, or read the state in a process that runs on simulated GPUs, "
+            "where DEVGUARD_SIM_STATE names it"
+        )
+    raw = _read(Path(chosen))
+    taken = HEADER.unpack_from(raw)[4]
+    found = []
+    for slot in range(min(taken, SLOTS)):
+        record = PROCESS.unpack_from(raw, HEADER.size + slot * PROCESS.size)
+        if record[0] > 0:
+            found.append((record[2], _process(record)))
+    return tuple(process for _, process in sorted(found, key=lambda pair: pair[0]))
+
+
+def create(path: Path, *, memory: int, context_bytes: int) -> None:
+    """Make an empty state file, or check the one that is there.
+
+    Parameters
+    ----------
+    path : Path
+        Where; its folder must exist.
+    memory, context_bytes : int
+        Bytes of memory of each device, and bytes that a context takes.
+    """
+    header = HEADER.pack(MAGIC, VERSION, SLOTS, PROCESS.size, 0, memory, context_bytes, 0)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(scratch, "xb") as file:
+            file.write(header)
+            file.truncate(SIZE)
+        try:
+            os.link(scratch, path)  # whole or not at all, and never over a file that is there
+        except FileExistsError:
+            _read(path)
+        finally:
+            scratch.unlink()
+    except OSError as error:
+        raise SimulationError(f"the state file {path} cannot be made: {error.strerror}; name another") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise SimulationError(f"the state file {path} cannot be read: {error.strerror}") from error
+    if len(raw) != SIZE or raw[: len(MAGIC)] != MAGIC:
+        raise SimulationError(
+            f"{path} is no state file of simulated GPUs; it is made by `devguard sim --state FILE -- COMMAND`"
+        )
+    version, slots, size = HEADER.unpack_from(raw)[1:4]
+    if (version, slots, size) != (VERSION, SLOTS, PROCESS.size):
+        raise SimulationError(
+            f"{path} is a state file of version {version}, written by another release of devguard; this one "
+            "reads version "
+            f"{VERSION}"
+        )
+    return raw
+
+
+def _process(record: tuple[Any, ...]) -> ProcessState:
+    pid, count, _serial, started, contexts, _reserved, command = record[:7]
+    columns = [record[7 + DEVICES * k : 7 + DEVICES * (k + 1)] for k in range(5)]
+    devices = tuple(DeviceState(i, bool(contexts >> i & 1), *(column[i] for column in columns)) for i in range(count))
+    return ProcessState(pid, _short_name(command), _start_time(pid) == started, devices)
+
+
+def _start_time(pid: int) -> int | None:
+    """The start time of a process in clock ticks since boot; None: it runs no more. As csrc/state.c asks."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = text[text.rindex(")") + 2 :].split()  # the command's name, in brackets, may hold anything
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _short_name(command: bytes) -> str:
+    words = [word.decode(errors="replace") for word in command.rstrip(b"\0").split(b"\0")]
+    program = os.path.basename(words[0])
+    if not program.startswith("python"):
+        return program or "?"
+    rest = iter(words[1:])
+    for word in rest:
+        if word == "-c":
+            return "multiprocessing child" if "multiprocessing" in next(rest, "") else f"{program} -c"
+        if word == "-m":
+            return f"{program} -m {next(rest, '')}".rstrip()
+        if word in ("-W", "-X"):
+            next(rest, None)  # its value is no script
+        elif not word.startswith("-"):
+            return os.path.basename(word)
+    return program

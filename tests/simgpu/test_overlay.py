@@ -1,0 +1,374 @@
+"""The overlay: made once, whole or not at all, whatever breaks on the way."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+import pytest
+
+from devguard import simgpu
+from devguard.simgpu import native, overlay
+from tests.simgpu.conftest import ROOT, TORCH, Index
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="simulated GPUs exist for Linux only")
+
+
+def make(env: dict[str, str], torch: str = TORCH) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "devguard", "sim", "--json", "--torch", torch]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+
+
+def start(env: dict[str, str], **options: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "devguard", "sim", "--json", "--torch", TORCH]
+    return subprocess.Popen(
+        command,
+        env=env,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def folders(cache: Path) -> list[str]:
+    place = cache / "simgpu"
+    return sorted(each.name for each in place.iterdir() if each.suffix != ".lock") if place.exists() else []
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def env(index: Index, cache: Path) -> dict[str, str]:
+    return index.environment(cache)
+
+
+def refused(env: dict[str, str], cache: Path, *words: str, torch: str = TORCH) -> str:
+    """It fails with one clear message that holds these words, and leaves nothing behind."""
+    done = make(env, torch)
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+    assert folders(cache) == []
+    return done.stderr
+
+
+def test_it_is_made_once_and_reused_without_pip_or_compiler(env: dict[str, str], cache: Path) -> None:
+    first = make(env)
+    assert first.returncode == 0, first.stderr
+    assert "making simulated GPUs for torch 99.1.0" in first.stderr
+    ready = json.loads(first.stdout)
+    assert ready["torch"] == TORCH
+    assert ready["needs"] is None
+    assert [ready["overlay"]] == [str(cache / "simgpu" / name) for name in folders(cache)]
+    second = make(env | {"CC": "no-such-compiler", "PIP_FIND_LINKS": "/nonexistent"})
+    assert (second.returncode, second.stdout, second.stderr) == (0, first.stdout, "")
+
+    site = Path(ready["overlay"], "site")
+    assert {each.name for each in (site / "nvidia/cu13/lib").iterdir()} == {
+        "libcudart.so.13",
+        "libnccl.so.2",
+        "libcuda.so.1",
+        "libnvidia-ml.so.1",
+    }
+    assert not list(Path(ready["overlay"]).rglob("*.h"))
+    code = f"import ctypes; print(ctypes.CDLL({str(site / 'torch/lib/libtorch_cuda.so')!r}).count())"
+    assert subprocess.check_output([sys.executable, "-c", code], env=env | {"DEVGUARD_SIM_GPUS": "3"}) == b"3\n"
+
+
+@pytest.mark.parametrize("harm", ["cut", "delete", "empty manifest", "no manifest"])
+def test_a_damaged_overlay_is_made_again(env: dict[str, str], harm: str) -> None:
+    place = Path(json.loads(make(env).stdout)["overlay"])
+    library = place / "site/torch/lib/libtorch_cuda.so"
+    size = library.stat().st_size
+    if harm == "cut":
+        os.truncate(library, size // 2)
+    elif harm == "delete":
+        library.unlink()
+    elif harm == "empty manifest":
+        (place / "manifest.json").write_text("")
+    else:
+        (place / "manifest.json").unlink()
+    again = make(env)
+    assert again.returncode == 0, again.stderr
+    assert "making simulated GPUs" in again.stderr
+    assert Path(json.loads(again.stdout)["overlay"]) == place
+    assert library.stat().st_size == size
+    assert folders(place.parent.parent) == [place.name]
+
+
+def test_a_new_simulation_shares_the_torch_that_is_there(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Path(json.loads(make(env).stdout)["overlay"])
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(overlay, "_source_hash", lambda: "another")
+    second = overlay.prepare(TORCH, progress=False).folder
+    assert second != first
+    library = "site/torch/lib/libtorch_cuda.so"
+    assert os.path.samefile(first / library, second / library)
+    runtime = "site/nvidia/cu13/lib/libcudart.so.13"
+    assert not os.path.samefile(first / runtime, second / runtime)
+    assert overlay._whole(first)
+    assert overlay._whole(second)
+
+
+@pytest.mark.parametrize(("system", "machine"), [("darwin", "arm64"), ("win32", "AMD64"), ("linux", "aarch64")])
+def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch, system: str, machine: str) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    with pytest.raises(simgpu.SimulationError, match=rf"Linux on x86-64 only, and this is {system} on {machine}"):
+        simgpu.environment(2)
+
+
+def test_another_c_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    with pytest.raises(simgpu.SimulationError, match="glibc"):
+        simgpu.environment(2)
+
+
+@pytest.mark.parametrize("version", ["2.5.1", "1.13", "newest", "2.13; rm", "../2.13"])
+def test_a_version_that_cannot_be_is_refused(version: str) -> None:
+    with pytest.raises(simgpu.SimulationError, match=r"2\.13\.0"):
+        simgpu.environment(2, torch=version)
+
+
+@pytest.mark.parametrize("gpus", [0, -1, 17, True, 2.0, "2"])
+def test_a_number_of_gpus_out_of_range_is_refused(gpus: object) -> None:
+    with pytest.raises(simgpu.SimulationError, match="from 1 to 16"):
+        simgpu.environment(gpus)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("memory", [0, -5, 1 << 20, 1 << 60])
+def test_memory_out_of_range_is_refused(memory: int) -> None:
+    with pytest.raises(simgpu.SimulationError, match=r"too (small|big)"):
+        simgpu.environment(2, memory=memory)
+
+
+def test_no_compiler_is_told_before_anything_is_downloaded(env: dict[str, str], cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    said = refused(env | {"PATH": str(tmp_path / "bin")}, cache, "C compiler", "apt install gcc")
+    assert "downloading" not in said
+    refused(env | {"CC": "icc"}, cache, "CC=icc", "no program here")
+
+
+def test_no_binutils_is_told(env: dict[str, str], cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    compiler = shutil.which("cc")
+    assert compiler
+    (tmp_path / "bin/cc").symlink_to(compiler)
+    refused(env | {"PATH": str(tmp_path / "bin")}, cache, "readelf", "binutils")
+
+
+def test_a_compiler_without_headers_is_told(env: dict[str, str], cache: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken-cc"
+    broken.write_text("#!/bin/sh\necho 'fatal error: stdio.h: No such file or directory' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    refused(env | {"CC": str(broken)}, cache, "could not be compiled", "libc6-dev", "stdio.h")
+
+
+def test_no_network_is_told(env: dict[str, str], cache: Path) -> None:
+    offline = {name: value for name, value in env.items() if name not in ("PIP_NO_INDEX", "PIP_FIND_LINKS")}
+    offline["PIP_INDEX_URL"] = "http://127.0.0.1:9/simple"
+    refused(offline, cache, "could not be downloaded", "check the network", "torch===99.1.0")
+
+
+def test_an_index_without_that_version_is_told(env: dict[str, str], cache: Path) -> None:
+    refused(env, cache, "has no torch===99.9.9", "--torch", torch="99.9.9")
+
+
+def test_a_wheel_that_is_no_cuda_build_is_told(env: dict[str, str], cache: Path) -> None:
+    refused(env, cache, "no CUDA build", "pip config list", torch="99.2.0")
+
+
+@pytest.fixture
+def server(index: Index) -> Iterator[tuple[str, dict[str, int]]]:
+    """A package index over HTTP that breaks off after ``limit["bytes"]`` bytes of a wheel, if that is not 0."""
+    limit = {"bytes": 0}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            wheels = [wheel.name for wheel in index.wheels.iterdir()]
+            if self.path.endswith(".whl"):
+                body = (index.wheels / self.path.rpartition("/")[2]).read_bytes()
+            else:
+                body = "".join(f'<a href="/files/{name}">{name}</a>\n' for name in wheels).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", "application/zip" if self.path.endswith(".whl") else "text/html")
+            self.end_headers()
+            cut = limit["bytes"] if self.path.endswith(".whl") else 0
+            self.wfile.write(body[: cut or None])
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}/simple", limit
+        httpd.shutdown()
+        thread.join()
+
+
+def test_a_download_that_breaks_half_way_leaves_nothing_and_can_be_repeated(
+    env: dict[str, str], cache: Path, server: tuple[str, dict[str, int]]
+) -> None:
+    url, limit = server
+    online = {name: value for name, value in env.items() if name not in ("PIP_NO_INDEX", "PIP_FIND_LINKS")}
+    online["PIP_INDEX_URL"] = url
+    limit["bytes"] = 3000
+    refused(online, cache, "broke off or is damaged", "run the same again")
+    limit["bytes"] = 0
+    assert make(online).returncode == 0
+
+
+def test_a_damaged_wheel_is_told(env: dict[str, str], cache: Path, index: Index, tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    shutil.copytree(index.wheels, wheels)
+    wheel = next(wheels.glob("torch-99.1.0*"))
+    os.truncate(wheel, wheel.stat().st_size // 2)
+    refused(env | {"PIP_FIND_LINKS": str(wheels)}, cache, "broke off or is damaged")
+
+
+def test_too_little_space_is_told_before_anything_is_downloaded(
+    env: dict[str, str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(overlay, "NEEDED_BYTES", 10**18)
+    with pytest.raises(
+        simgpu.SimulationError, match=r"GB free, and making simulated GPUs takes about .* DEVGUARD_CACHE_DIR"
+    ):
+        overlay.prepare(TORCH, progress=False)
+    assert folders(cache) == []
+
+
+@pytest.mark.parametrize("size", ["1m", "3m"])  # full while pip unpacks; full while it is compiled
+def test_a_disk_that_fills_up_on_the_way_is_told(env: dict[str, str], tmp_path: Path, size: str) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    code = """if True:
+        import os, sys
+        from devguard.simgpu import SimulationError, overlay
+        overlay.NEEDED_BYTES = 0
+        try:
+            overlay.prepare(sys.argv[1], progress=False)
+        except SimulationError as error:
+            left = [name for name in os.listdir(overlay.cache_folder()) if not name.endswith(".lock")]
+            print(error, left)
+    """
+    mount = f'mount -t tmpfs -o size={size} none "$0" && exec "$@"'
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", mount, str(disk), sys.executable, "-c", code, TORCH]
+    done = subprocess.run(
+        command, env=env | {"DEVGUARD_CACHE_DIR": str(disk)}, cwd=ROOT, capture_output=True, text=True
+    )
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip(f"no file system can be mounted here: {done.stderr}")
+    assert "the disk is full" in done.stdout, done
+    assert "free about 2 GB" in done.stdout
+    assert done.stdout.endswith("[]\n")
+
+
+def test_a_cache_that_cannot_be_written_is_told(env: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = make(env | {"DEVGUARD_CACHE_DIR": str(tmp_path / "file")})
+    assert done.returncode == 2
+    assert "cannot be made" in done.stderr
+    assert "DEVGUARD_CACHE_DIR" in done.stderr
+
+
+def test_two_that_start_at_once_wait_for_one_build(env: dict[str, str], cache: Path) -> None:
+    name = f"torch-{TORCH}-{sys.implementation.cache_tag}{sys.abiflags}-{overlay._source_hash()}"
+    (cache / "simgpu").mkdir(parents=True)
+    with filelock.FileLock(cache / "simgpu" / f"{name}.lock"):
+        both = [start(env), start(env)]
+        for each in both:
+            assert each.stderr
+            assert "waiting for it" in each.stderr.readline()  # both stand at the lock now
+    outputs = [each.communicate(timeout=200) for each in both]
+    assert [each.returncode for each in both] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    assert sum("compiling" in said for _, said in outputs) == 1
+    assert folders(cache) == [name]
+
+
+def test_a_builder_that_is_killed_leaves_nothing_that_is_trusted(
+    env: dict[str, str], cache: Path, tmp_path: Path
+) -> None:
+    fifo, stuck = tmp_path / "fifo", tmp_path / "stuck-cc"
+    os.mkfifo(fifo)
+    stuck.write_text(f"#!/bin/sh\necho here > {fifo}\nexec sleep 1000\n")
+    stuck.chmod(0o755)
+    with start(env | {"CC": str(stuck)}, start_new_session=True) as builder:
+        assert fifo.read_text() == "here\n"  # it compiles now: torch is unpacked, nothing is ready
+        os.killpg(builder.pid, signal.SIGKILL)
+    (left,) = folders(cache)
+    assert ".building-" in left
+    again = make(env)
+    assert again.returncode == 0, again.stderr
+    assert folders(cache) == [Path(json.loads(again.stdout)["overlay"]).name]
+
+
+def test_without_pip_the_one_that_comes_with_python_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    from devguard.simgpu import wheels
+
+    find = wheels.importlib.util.find_spec
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
+    command = wheels._pip()
+    assert subprocess.check_output([*command, "--version"], text=True).startswith("pip ")
+    monkeypatch.setattr(wheels, "_bundled_pip", list)
+    with pytest.raises(simgpu.SimulationError, match="uv pip install pip"):
+        wheels._pip()
+
+
+def test_an_environment_without_torch_gets_what_torch_needs(tmp_path: Path) -> None:
+    """As uv makes them: no pip in it either. What is asked for is the default version."""
+    place = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True)
+    python = place / "bin/python"
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--quiet",
+        "filelock",
+        "platformdirs",
+        "rich",
+    ]
+    subprocess.run(pip, check=True)
+    code = "import torch, sympy; print(torch.__version__, torch.ones(2).to('cuda:1').device, sympy.__file__)"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("DEVGUARD_SIM")}
+    env["PYTHONPATH"] = str(ROOT)
+    before = sorted(path for path in place.rglob("*") if "__pycache__" not in path.parts)
+    command = [python, "-m", "devguard", "sim", "--", python, "-c", code]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    version, device, sympy = done.stdout.split()
+    assert (version.partition("+")[0], device) == (overlay.DEFAULT_TORCH, "cuda:1")
+    assert "/needs-" in sympy
+    assert (
+        sorted(path for path in place.rglob("*") if "__pycache__" not in path.parts) == before
+    )  # nothing was installed
+
+
+def test_headers_and_sources_are_those_of_the_package() -> None:
+    assert {source.name for source in native.SOURCES.glob("*.h")} == {"sim.h"}  # none of NVIDIA's
