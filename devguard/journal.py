@@ -121,8 +121,9 @@ _Key = tuple[int, int, str, str, str, str, Action]
 
 
 class Mark(NamedTuple):
-    """A point in the life of the journal."""
+    """A point in the life of the journal; `life` is the one journal it belongs to, before a fork or a clearing."""
 
+    life: object
     dropped: int
     rows: dict[_Key, tuple[int, int]]
 
@@ -139,10 +140,11 @@ class Journal:
 
     def _start(self) -> None:
         self._pid = os.getpid()
+        self._life = object()
         self._lock = threading.Lock()
         self._rows: dict[_Key, _Row] = {}
-        self.total = 0
-        self.dropped = 0
+        self._total = 0
+        self._dropped = 0
 
     def _same_process(self) -> None:
         # a fork brings the parent's strays along, and perhaps a lock that is held by a thread which is not here
@@ -185,7 +187,7 @@ class Journal:
         # by identity: a code object's own hash goes through all of its bytecode, and the row keeps the object alive
         key = (id(code), line, door, source, target, owner, action)
         with self._lock:
-            self.total += 1
+            self._total += 1
             row = self._rows.get(key)
             if row is not None:
                 row.count += 1
@@ -193,7 +195,7 @@ class Journal:
                 return row.site
             site = None if code is None else Frame(code, line)
             if len(self._rows) >= self._max_rows:
-                self.dropped += 1
+                self._dropped += 1
                 return site
             self._rows[key] = _Row(site, via, start, nbytes, dtype, shape)
         if action == "warned":
@@ -211,11 +213,14 @@ class Journal:
         """Return how much each call site strayed until now."""
         self._same_process()
         with self._lock:
-            return Mark(self.dropped, {key: (row.count, row.bytes) for key, row in self._rows.items()})
+            rows = {key: (row.count, row.bytes) for key, row in self._rows.items()}
+            return Mark(self._life, self._dropped, rows)
 
     def since(self, mark: Mark) -> tuple[Stray, ...]:
         """Return one record for every call site that strayed since `mark`, with the count and bytes since then."""
         self._same_process()
+        if mark.life is not self._life:  # taken before a fork or a clearing: all that is here came later
+            mark = Mark(self._life, 0, {})
         grown = []
         with self._lock:
             for key, row in self._rows.items():
@@ -223,6 +228,22 @@ class Journal:
                 if row.count > count:
                     grown.append((key, row, row.count - count, row.bytes - total))
         return tuple(_format(key, row, count, total) for key, row, count, total in grown)
+
+    def dropped_since(self, mark: Mark) -> int:
+        """Return how many strays the journal had no room for since `mark`."""
+        return self.dropped - (mark.dropped if mark.life is self._life else 0)
+
+    @property
+    def total(self) -> int:
+        """How many strays there were in this process."""
+        self._same_process()
+        return self._total
+
+    @property
+    def dropped(self) -> int:
+        """How many of them the journal had no room for."""
+        self._same_process()
+        return self._dropped
 
     def clear(self) -> None:
         """Forget everything."""

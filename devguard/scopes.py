@@ -188,8 +188,7 @@ class no_strays:
         mark = self._marks.pop()
         if error is not None:
             return
-        found = journal.since(mark)
-        dropped = journal.dropped - mark.dropped
+        found, dropped = journal.since(mark), journal.dropped_since(mark)
         if found or dropped:
             more = f"\n  and {dropped} more at call sites beyond the journal's limit" if dropped else ""
             total = sum(stray.count for stray in found) + dropped

@@ -7,6 +7,7 @@ right.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from devguard import scope
@@ -14,7 +15,7 @@ from devguard import scope
 if TYPE_CHECKING:
     from devguard.scopes import Scope
 
-__all__ = ["Steps"]
+__all__ = ["Steps", "unregistered"]
 
 
 class Steps:
@@ -52,11 +53,15 @@ class Steps:
 
     def throw(self, *error: Any) -> Any:
         """Raise inside, within the scope."""
-        return self._step(self._inner.throw, *error)
+        if hasattr(self._inner, "throw"):
+            return self._step(self._inner.throw, *error)
+        raised = error[1] if len(error) > 1 and error[1] is not None else error[0]  # a plain iterator catches nothing
+        raise raised
 
     def close(self) -> None:
         """Close, within the scope: the clean-up code of the function runs on its own device too."""
-        self._step(self._inner.close)
+        if hasattr(self._inner, "close"):
+            self._step(self._inner.close)
 
     def _step(self, resume: Any, *arguments: Any) -> Any:
         within = self._within
@@ -69,14 +74,38 @@ class Steps:
             return resume(*arguments)
         finally:
             if len(stack) > depth:  # a plain `with` inside is held across this suspend
-                self._held = stack[depth:]
-                del stack[depth:]
-                stack.moved = True  # its device is current
+                self._sleep(stack, depth)
             within.__exit__(None, None, None)
 
+    def _sleep(self, stack: scope.Stack, depth: int) -> None:
+        """Take the entries above `depth` off the stack, and give back the device that the lowest of them took."""
+        self._held = stack[depth:]
+        del stack[depth:]
+        for _, _, previous in self._held:
+            if previous >= 0:
+                scope.give_back(previous)
+                break
+
     def _wake(self, stack: scope.Stack) -> None:
-        stack.extend(self._held)
-        owner = self._held[-1][1]
-        self._held = []
-        if owner is not None and owner.index >= 0:
-            stack.take(owner.index)
+        """Put them back: the innermost device is current again, and the lowest gives back what is current now."""
+        held, self._held = self._held, []
+        takers = [position for position, entry in enumerate(held) if entry[2] >= 0]
+        if takers:
+            within, owner, _ = held[takers[0]]
+            innermost = held[takers[-1]][1]
+            assert innermost is not None
+            held[takers[0]] = (within, owner, stack.take(innermost.index))
+        stack.extend(held)
+
+
+def unregistered(generator: Any) -> Any:
+    """Return the first step of an asynchronous generator, without the event loop getting to know the generator.
+
+    The loop would close it by itself at its end, outside the scope and at the same time as the decorated one around.
+    """
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(firstiter=None, finalizer=None)
+    try:
+        return generator.__anext__()
+    finally:
+        sys.set_asyncgen_hooks(*hooks)

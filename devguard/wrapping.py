@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from devguard.errors import ConfigError
+from devguard.steps import unregistered
 
 if TYPE_CHECKING:
     from devguard.scopes import Scope
@@ -30,20 +31,31 @@ class Parameter(NamedTuple):
         Its name.
     position : int or None
         Where it stands among positional arguments; None if it is keyword-only.
+    keyword : bool
+        Whether it may be passed by keyword.
     default : object
-        Its default, None if it has none.
+        Its default; `inspect.Parameter.empty` if it has none.
     """
 
     name: str
     position: int | None
+    keyword: bool
     default: Any
 
     def value(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Return what a call passes for it, by keyword, by position or by default."""
-        if self.name in kwargs:
+        """Return what a call passes for it, by keyword, by position or by default.
+
+        Raises
+        ------
+        TypeError
+            If the call passes nothing for a parameter without a default.
+        """
+        if self.keyword and self.name in kwargs:
             return kwargs[self.name]
         if self.position is not None and self.position < len(args):
             return args[self.position]
+        if self.default is inspect.Parameter.empty:
+            raise TypeError(f"missing a required argument: {self.name!r}")
         return self.default
 
 
@@ -60,12 +72,12 @@ def find_parameter(function: Callable[..., Any], name: str) -> Parameter:
     for position, parameter in enumerate(parameters.values()):
         if parameter.kind is parameter.VAR_KEYWORD:
             catch_all = True
-        elif parameter.name == name:
-            keyword_only = parameter.kind is parameter.KEYWORD_ONLY
-            default = None if parameter.default is parameter.empty else parameter.default
-            return Parameter(name, None if keyword_only else position, default)
+        elif parameter.name == name and parameter.kind is not parameter.VAR_POSITIONAL:
+            by_position = None if parameter.kind is parameter.KEYWORD_ONLY else position
+            by_keyword = parameter.kind is not parameter.POSITIONAL_ONLY
+            return Parameter(name, by_position, by_keyword, parameter.default)
     if catch_all:
-        return Parameter(name, None, None)
+        return Parameter(name, None, True, None)
     what = getattr(function, "__qualname__", repr(function))
     raise ConfigError(
         f"{what} has no parameter {name!r} to take the device from. It has: {', '.join(parameters) or 'none'}."
@@ -95,11 +107,14 @@ def wrap(scope: Scope, function: Any, argument: str | None) -> Any:
     if not callable(function):
         raise TypeError(f"{name} decorates functions and methods, not {function!r}.")
     parameter = None if argument is None else find_parameter(function, argument)
-    if inspect.isasyncgenfunction(function):
+    code = function
+    if not isinstance(function, (types.FunctionType, types.MethodType, functools.partial)):
+        code = type(function).__call__  # an object with a method of that kind
+    if inspect.isasyncgenfunction(code):
         return _async_generator(scope, function, parameter)
-    if inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(code):
         return _coroutine(scope, function, parameter)
-    if inspect.isgeneratorfunction(function):
+    if inspect.isgeneratorfunction(code):
         wrapped = _generator(scope, function, parameter)
         flags = getattr(getattr(function, "__code__", None), "co_flags", 0)
         return types.coroutine(wrapped) if flags & inspect.CO_ITERABLE_COROUTINE else wrapped
@@ -136,7 +151,7 @@ def _async_generator(scope: Scope, function: Callable[..., Any], parameter: Para
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         steps = scope.settled(parameter, args, kwargs).steps
         inner = function(*args, **kwargs)
-        step = inner.__anext__()
+        step = unregistered(inner)
         while True:
             try:
                 item = await steps(step)

@@ -48,6 +48,7 @@ def open_all() -> None:
             try:
                 module.install()
             except DoorError as error:
+                module.uninstall()  # what it had patched before it met what is missing
                 _failed[name] = str(error)
             else:
                 _open[name] = module
