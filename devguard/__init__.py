@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from devguard.guards import guard, remap
     from devguard.journal import Stray
     from devguard.scopes import no_strays, unguarded
+    from devguard.verdict import allow
 
 __all__ = [
     "__version__",
+    "allow",
     "ConfigError",
     "contexts",
     "DevGuardError",
@@ -69,6 +71,7 @@ _HOMES = {
         ),
         "errors",
     ),
+    "allow": "verdict",
     "Site": "callsite",
     "Stray": "journal",
 }

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from devguard import accelerator, owners, scope, settings
+from devguard import accelerator, owners, scope, settings, verdict
 from devguard import doors as door_table
 from devguard._version import __version__
 from devguard.journal import Stray, journal
@@ -78,6 +78,7 @@ def uninstall() -> list[str]:
         left = door_table.close_all()
         scope.forget()
         scope.process.reset()
+        verdict.forget_allowed()
     return left
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import NamedTuple
 
-__all__ = ["Frame", "Site", "find", "is_user", "stack"]
+__all__ = ["Frame", "Site", "find", "is_user", "module", "stack"]
 
 STACK_DEPTH = 12
 MAX_KINDS = 1 << 16
@@ -122,6 +122,16 @@ def find(start: FrameType) -> tuple[CodeType | None, int, str | None]:
             via = kind
         frame = frame.f_back
     return None, 0, via
+
+
+def module(start: FrameType) -> str:
+    """Return the name of the module in which the user's own frame runs; empty if there is none."""
+    frame: FrameType | None = start
+    while frame is not None:
+        if is_user(frame.f_code):
+            return str(frame.f_globals.get("__name__", ""))
+        frame = frame.f_back
+    return ""
 
 
 def stack(start: FrameType) -> tuple[Frame, ...]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from devguard import scope
-from devguard.journal import LEFT, journal, refused
 from devguard.patching import Patches
+from devguard.verdict import judge
 
 __all__ = ["install", "status", "uninstall"]
 
@@ -31,21 +31,12 @@ def install() -> None:
         owner = scope.owner_in_force()
         if owner is None or owner.index < 0 or not scope.asked(NAME):
             return original(*args, **kwargs)
-        mode = scope.mode_of(NAME)
-        if mode == "off":
-            return original(*args, **kwargs)
-        if mode != "repair":
-            tensor = original(*args, **kwargs)
-            known = {"dtype": str(tensor.dtype), "shape": tensor.shape}
-            if mode == "error":
-                raise refused(NAME, "cpu", owner.tag, tensor.nbytes, _ADVICE, **known)
-            journal.record(NAME, "cpu", "cpu", owner.tag, LEFT[mode], tensor.nbytes, **known)
-            return tensor
         requires_grad = kwargs.pop("requires_grad", False)
-        tensor = original(*args, **kwargs).to(owner.device)  # a leaf: gradients are asked for after the move
+        tensor = original(*args, **kwargs)
         known = {"dtype": str(tensor.dtype), "shape": tensor.shape}
-        journal.record(NAME, "cpu", owner.tag, owner.tag, "repaired", tensor.nbytes, **known)
-        return tensor.requires_grad_() if requires_grad else tensor
+        if judge(NAME, "cpu", owner, tensor.nbytes, _ADVICE, target=owner.tag, **known):
+            tensor = tensor.to(owner.device)
+        return tensor.requires_grad_() if requires_grad else tensor  # after the move, so that it is a leaf
 
     _patches.replace(torch, "frombuffer", frombuffer)
 

@@ -14,9 +14,8 @@ import zipfile
 from typing import Any
 
 from devguard import scope
-from devguard.journal import LEFT, journal, refused
-from devguard.owners import Owner
 from devguard.patching import Patches
+from devguard.verdict import judge
 
 __all__ = ["install", "status", "uninstall"]
 
@@ -36,15 +35,18 @@ def install() -> None:
         owner = scope.owner_in_force()
         if owner is None or map_location is not None:
             return original(f, map_location, *args, **kwargs)
-        mode = scope.mode_of(NAME)
-        if mode == "off":
+        if scope.mode_of(NAME) == "off":
             return original(f, None, *args, **kwargs)
         if not isinstance(f, (str, os.PathLike)):
             f = io.BytesIO(f.read())  # torch reads it whole as well
         tags = _tags(f)
         away = sorted(tag for tag in tags if tag.startswith("cuda") and tag != owner.tag)
         if away:
-            map_location = _handle(away, owner, mode, sum(tags[tag] for tag in away), mixed="cpu" in tags)
+            repairable = owner.index < 0 or "cpu" not in tags
+            target = owner.tag if repairable else None
+            nbytes = sum(tags[tag] for tag in away)
+            if judge(NAME, ",".join(away), owner, nbytes, "Pass map_location to torch.jit.load.", target=target):
+                map_location = owner.tag
         return original(f, map_location, *args, **kwargs)
 
     for module in (torch.jit, torch.jit._serialization):
@@ -59,18 +61,6 @@ def uninstall() -> list[str]:
 def status() -> dict[str, Any]:
     """Return who holds copies of ``torch.jit.load`` from before, and how many archives could not be read ahead."""
     return {"early_copies": _patches.early_copies(), "unread_archives": _unread}
-
-
-def _handle(away: list[str], owner: Owner, mode: str, nbytes: int, mixed: bool) -> str | None:
-    """Record the stray; return the ``map_location`` that repairs it, None to leave it."""
-    source = ",".join(away)
-    if mode == "error":
-        raise refused(NAME, source, owner.tag, nbytes, "Pass map_location to torch.jit.load.")
-    if mode == "repair" and (owner.index < 0 or not mixed):
-        journal.record(NAME, source, owner.tag, owner.tag, "repaired", nbytes)
-        return owner.tag
-    journal.record(NAME, source, source, owner.tag, LEFT.get(mode, "observed"), nbytes)
-    return None
 
 
 def _tags(f: Any) -> dict[str, int]:

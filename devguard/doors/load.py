@@ -19,9 +19,10 @@ from typing import Any
 import wrapt
 
 from devguard import callsite, relay, scope
-from devguard.journal import LEFT, journal, refused
+from devguard.journal import journal, refused
 from devguard.owners import Owner
 from devguard.patching import Patches
+from devguard.verdict import allowed, judge
 
 __all__ = ["install", "status", "uninstall"]
 
@@ -99,18 +100,9 @@ def _by_tag(restore: Restore, owner: Owner) -> Restore:
 def _stray(restore: Restore, storage: Any, location: str, owner: Owner) -> Any:
     if not _is_away(location, owner):
         return restore(storage, owner.tag)
-    mode = scope.mode_of(NAME)
-    if mode == "off":
+    if not judge(NAME, location, owner, storage.nbytes(), _ADVICE_TAG, target=owner.tag):
         return restore(storage, location)
-    nbytes = storage.nbytes()
-    if mode == "error":
-        raise refused(NAME, location, owner.tag, nbytes, _ADVICE_TAG)
-    if mode == "repair":
-        restored = relay.keep(storage, location) if owner.index < 0 else restore(storage, owner.tag)
-        journal.record(NAME, location, owner.tag, owner.tag, "repaired", nbytes)
-        return restored
-    journal.record(NAME, location, location, owner.tag, LEFT[mode], nbytes)
-    return restore(storage, location)
+    return relay.keep(storage, location) if owner.index < 0 else restore(storage, owner.tag)
 
 
 def _by_request(restore: Restore, map_location: Any, owner: Owner) -> Restore:
@@ -135,22 +127,22 @@ def _by_request(restore: Restore, map_location: Any, owner: Owner) -> Restore:
 
     def restore_as_asked(storage: Any, location: str) -> Any:
         target = target_of(location)
-        if target is not None:
-            if not _is_away(target, owner) or (mode := scope.mode_of(NAME)) == "off":
-                return restore(storage, location)
-            if mode == "error":
-                raise refused(NAME, target, owner.tag, storage.nbytes(), _ADVICE_EXPLICIT)
+        if target is not None and _refuses(target, owner):
+            raise refused(NAME, target, owner.tag, storage.nbytes(), _ADVICE_EXPLICIT)
         restored = restore(storage, location)
         if target is None:
             target = str(restored.device)
-            if not _is_away(target, owner) or (mode := scope.mode_of(NAME)) == "off":
-                return restored
-            if mode == "error":
+            if _refuses(target, owner):
                 raise refused(NAME, target, owner.tag, restored.nbytes(), _ADVICE_EXPLICIT)
-        journal.record(NAME, target, target, owner.tag, "kept", restored.nbytes())
+        if _is_away(target, owner) and scope.mode_of(NAME) != "off" and not allowed(target):
+            journal.record(NAME, target, target, owner.tag, "kept", restored.nbytes())
         return restored
 
     return restore_as_asked
+
+
+def _refuses(target: str, owner: Owner) -> bool:
+    return _is_away(target, owner) and scope.mode_of(NAME) == "error" and not allowed(target)
 
 
 def _is_away(location: str, owner: Owner) -> bool:
