@@ -96,6 +96,7 @@ def owner() -> Any:
 
 def strays() -> tuple[Stray, ...]:
     """Return what strayed in this process so far: one record per call site, in the order of their first time."""
+    door_table.inspect("when strays() was asked")
     return journal.strays()
 
 
@@ -129,6 +130,7 @@ def status() -> dict[str, Any]:
     """
     torch = sys.modules.get("torch")
     in_force = scope.owner_in_force()
+    door_table.inspect("when status() was asked")
     rows = door_table.status()
     for name, row in rows.items():
         asked = name not in door_table.ON_REQUEST or scope.asked(name)

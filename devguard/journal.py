@@ -62,6 +62,8 @@ class Stray:
         The line of the user's code; None where the whole stack belongs to libraries.
     via : str or None
         The transport by which it came, such as ``"zmq"``.
+    note : str or None
+        What else the door knows, in words.
     stack : tuple of Site
         The innermost lines of the first one's stack, innermost first.
     """
@@ -81,6 +83,7 @@ class Stray:
     time: float
     site: Site | None
     via: str | None
+    note: str | None
     stack: tuple[Site, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -92,13 +95,14 @@ class Stray:
         via = f" (via {self.via})" if self.via else ""
         moved = f"{self.source} -> {self.target}" if self.source != self.target else self.source
         how = f"[owner {self.owner}, {self.action}] {self.count} x, {self.bytes} bytes"
-        return f"{self.door}: {moved} {how}, {where}{via}"
+        note = f"; {self.note}" if self.note else ""
+        return f"{self.door}: {moved} {how}, {where}{via}{note}"
 
 
 class _Row:
     """The mutable twin of `Stray`."""
 
-    __slots__ = ("bytes", "count", "dtype", "pid", "rank", "shape", "site", "stack", "thread", "time", "via")
+    __slots__ = ("bytes", "count", "dtype", "note", "pid", "rank", "shape", "site", "stack", "thread", "time", "via")
 
     def __init__(
         self, site: Frame | None, via: str | None, start: FrameType, nbytes: int, dtype: str | None, shape: Any
@@ -113,6 +117,7 @@ class _Row:
         self.time = time.time()
         self.site = site
         self.via = via
+        self.note: str | None = None
         self.stack = callsite.stack(start)
 
 
@@ -162,6 +167,7 @@ class Journal:
         dtype: str | None = None,
         shape: Any = None,
         start: FrameType | None = None,
+        note: str | None = None,
     ) -> Frame | None:
         """Count one stray, and keep its stack if it is the first of its call site.
 
@@ -173,6 +179,8 @@ class Journal:
             Bytes of tensor data.
         start : frame, optional
             Where to begin to look for the call site; the caller by default.
+        note : str, optional
+            What else the door knows; that of the first one is kept.
 
         Returns
         -------
@@ -197,7 +205,8 @@ class Journal:
             if len(self._rows) >= self._max_rows:
                 self._dropped += 1
                 return site
-            self._rows[key] = _Row(site, via, start, nbytes, dtype, shape)
+            row = self._rows[key] = _Row(site, via, start, nbytes, dtype, shape)
+            row.note = note
         if action == "warned":
             _warn(site, f"{door}: {nbytes} bytes went to {source}; this scope owns {owner}.")
         return site
@@ -271,6 +280,7 @@ def _format(key: _Key, row: _Row, count: int, total: int) -> Stray:
         time=row.time,
         site=None if row.site is None else Site.of(row.site),
         via=row.via,
+        note=row.note,
         stack=tuple(map(Site.of, row.stack)),
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable
@@ -85,6 +86,9 @@ class _Local(threading.local):
 
 local = _Local()
 
+# devices on which unguarded code opened contexts, on purpose
+unguarded_contexts: set[int] = set()
+
 
 class _Process:
     """What holds where no scope does: the owner and the modes given to ``install``."""
@@ -134,6 +138,20 @@ def forget() -> None:
     for stack in list(_stacks):
         stack.take = _take_first
         stack.moved = True
+
+
+INSPECT_EVERY_S = 0.1
+_last_inspection = 0.0
+
+
+def is_time() -> bool:
+    """Tell whether the last look at the contexts is long enough ago: decorated functions are called in hot loops."""
+    global _last_inspection
+    now = time.monotonic()
+    if now - _last_inspection < INSPECT_EVERY_S:
+        return False
+    _last_inspection = now
+    return True
 
 
 def owner_in_force() -> Owner | None:

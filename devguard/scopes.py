@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
-from devguard import scope, wrapping
+from devguard import accelerator, doors, scope, wrapping
 from devguard.errors import StrayDeviceError
 from devguard.journal import Mark, journal
 from devguard.scope import local
@@ -39,6 +39,11 @@ class Scope:
     def settled(self, parameter: wrapping.Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
         """Return this scope with its owner known, for one call of a decorated function."""
         return self
+
+    def ended(self, function: Callable[..., Any]) -> None:
+        """Look for contexts that no door explains, after the outermost call of a decorated function; not often."""
+        if not scope.local.stack and scope.is_time():
+            doors.inspect(f"after {getattr(function, '__qualname__', function)} had returned")
 
     def steps(self, inner: Any) -> Steps:
         """Return an awaitable iterator that runs each step of `inner` inside this scope."""
@@ -126,6 +131,12 @@ class unguarded(Scope):
 
     __slots__ = ()
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        scope.unguarded_contexts.update(accelerator.contexts())  # whatever it opened, it opened on purpose
+        super().__exit__(kind, error, traceback)
+
     def mode_of(self, door: str) -> Mode | None:
         """Return ``'off'``."""
         return "off"
@@ -188,6 +199,7 @@ class no_strays:
         mark = self._marks.pop()
         if error is not None:
             return
+        doors.inspect("at the end of no_strays()")
         found, dropped = journal.since(mark), journal.dropped_since(mark)
         if found or dropped:
             more = f"\n  and {dropped} more at call sites beyond the journal's limit" if dropped else ""

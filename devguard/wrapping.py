@@ -125,7 +125,9 @@ def _function(scope: Scope, function: Callable[..., Any], parameter: Parameter |
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         with scope if parameter is None else scope.settled(parameter, args, kwargs):
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+        scope.ended(function)
+        return result
 
     return wrapper
 

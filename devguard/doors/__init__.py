@@ -21,10 +21,10 @@ from typing import Any
 from devguard import accelerator, movement, settings
 from devguard.patching import DoorError
 
-__all__ = ["NAMES", "ON_REQUEST", "close_all", "open_all", "status"]
+__all__ = ["NAMES", "ON_REQUEST", "close_all", "inspect", "open_all", "status"]
 
 # name of the door = name of its module
-NAMES = ("buffers", "jit", "load")
+NAMES = ("buffers", "jit", "load", "native")
 # doors that act only inside remap() or where doors= names them
 ON_REQUEST = frozenset({"buffers"})
 
@@ -64,6 +64,13 @@ def close_all() -> list[str]:
         _failed.clear()
         left_over += movement.uninstall()
     return left_over
+
+
+def inspect(where: str) -> None:
+    """Look for contexts that no door explains; `where` says what has just happened. Nothing if the doors are closed."""
+    native = _open.get("native")
+    if native is not None:
+        native.inspect(where)
 
 
 def status() -> dict[str, dict[str, Any]]:

@@ -1,0 +1,81 @@
+"""The door ``native`` on real devices: contexts that no other door explains; in processes that held none before."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from tests.placement.test_load import child
+
+SHOW = """
+def show():
+    print([(s.door, s.source, s.action) for s in devguard.strays() if s.door == 'native'])
+"""
+
+
+def test_a_device_named_by_hand_in_a_decorated_function_is_found_after_the_call():
+    code = SHOW + (
+        "@devguard.guard(1)\n"
+        "def work():\n"
+        "    return torch.empty(4, device='cuda:0')\n"
+        "x = work()\n"
+        "from devguard.journal import journal\n"
+        "print([(s.source, s.action) for s in journal.strays()])\n"
+        "note = journal.strays()[0].note\n"
+        "print('after work had returned' in note, 'allocator was used' in note)\n"
+    )
+    assert child(code) == "[('cuda:0', 'observed')]\nTrue True"
+
+
+def test_a_context_of_a_native_thread_is_found_on_request_with_evidence():
+    code = SHOW + (
+        "import ctypes, threading\n"
+        "with devguard.guard(1):\n"
+        "    c = ctypes.c_void_p(); d = ctypes.CDLL('libcuda.so.1')\n"
+        "    d.cuDevicePrimaryCtxRetain(ctypes.byref(c), 0)\n"
+        "show()\n"
+        "print('allocator was not used' in devguard.strays()[-1].note)\n"
+        "show()\n"
+    )
+    assert child(code) == "[('native', 'cuda:0', 'observed')]\nTrue\n[('native', 'cuda:0', 'observed')]"
+
+
+def test_no_strays_raises():
+    code = (
+        "try:\n"
+        "    with devguard.guard(1), devguard.no_strays():\n"
+        "        torch.empty(4, device='cuda:0')\n"
+        "except devguard.StrayDeviceError as error: print('native: cuda:0' in str(error))\n"
+    )
+    assert child(code) == "True"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "with devguard.guard(1): torch.empty(4, device='cuda')\n",
+        "with devguard.guard(1):\n    with devguard.unguarded(): torch.empty(4, device='cuda:0')\n",
+        "devguard.allow('cuda:0')\nwith devguard.guard(1): torch.empty(4, device='cuda:0')\n",
+        "with devguard.guard(1, mode='off'):\n    torch.empty(4, device='cuda:0')\n    devguard.strays()\n",
+        "torch.empty(4, device='cuda:0')\nwith devguard.guard(1): torch.empty(4, device='cuda')\n",
+        "with devguard.guard(1): pass\nwith devguard.guard(0): torch.empty(4, device='cuda')\n",
+        "torch.empty(4, device='cuda:0')\n",
+    ],
+    ids=["owner only", "unguarded", "allowed", "off", "there before", "owned in turn", "no guard at all"],
+)
+def test_what_is_owned_allowed_or_older_is_no_stray(code):
+    assert child(SHOW + code + "show()") == "[]"
+
+
+def test_a_stray_that_another_door_left_explains_its_context():
+    code = SHOW + (
+        "with devguard.guard(1, mode='observe'): pickle.loads(data)\nshow()\nprint([s.door for s in devguard.strays()])"
+    )
+    assert child(code, pickle.dumps(torch.ones(4).to("cuda:0"))) == "[]\n['load']"
+
+
+def test_closed_it_sees_nothing():
+    code = SHOW + "with devguard.guard(1):\n    devguard.uninstall()\n    torch.empty(4, device='cuda:0')\nshow()"
+    assert child(code) == "[]"
