@@ -70,6 +70,7 @@ class Stack(list[Entry]):
 
 
 _stacks: weakref.WeakSet[Stack] = weakref.WeakSet()
+_stacks_lock = threading.Lock()
 
 tracked = False  # whether movement.py marks the stacks
 
@@ -81,7 +82,8 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.stack = Stack()
-        _stacks.add(self.stack)
+        with _stacks_lock:  # a set that grows cannot be gone through
+            _stacks.add(self.stack)
 
 
 local = _Local()
@@ -133,9 +135,11 @@ def prepare(owner: Owner) -> None:
 
 def forget() -> None:
     """Make every owner and every thread be prepared again: the doors were closed."""
-    for owner in owners.INTERNED.values():
+    for owner in list(owners.INTERNED.values()):
         owner.device = None
-    for stack in list(_stacks):
+    with _stacks_lock:
+        stacks = list(_stacks)
+    for stack in stacks:
         stack.take = _take_first
         stack.moved = True
 
