@@ -60,7 +60,7 @@ def of_index(index: int) -> Owner:
 
 def owned() -> list[str]:
     """Return the tag of every owner that was in force in this process since the doors were opened."""
-    return [owner.tag for _, owner in sorted(list(INTERNED.items())) if owner.device is not None]
+    return [owner.tag for _, owner in sorted(INTERNED.copy().items()) if owner.device is not None]
 
 
 _DEVICE = re.compile(r"(?:cuda:)?(\d+)", re.ASCII)

@@ -165,8 +165,16 @@ def owner_in_force() -> Owner | None:
 
 
 def mode_of(door: str, *, default: Mode = DEFAULT_MODE) -> Mode:
-    """Return the mode in which `door` works on this thread now: the innermost scope that says anything wins."""
-    for scope, _, _ in reversed(local.stack):
+    """Return the mode in which `door` works on this thread now: the innermost scope that says anything wins.
+
+    ``unguarded()`` says ``off``, and only for what runs directly in it: a guard inside names an owner again.
+    """
+    guarded = False
+    for scope, owner, _ in reversed(local.stack):
+        if owner is not None:
+            guarded = True
+        elif guarded:
+            continue
         mode = scope.mode_of(door)
         if mode is not None:
             return mode
@@ -221,7 +229,7 @@ def remove(scope: Scope) -> None:
     )
 
 
-_reported: set[tuple[CodeType, int]] = set()
+_reported: dict[tuple[int, int], CodeType] = {}  # by identity: equal code may lie in two files
 
 
 def _report(what: str) -> None:
@@ -229,6 +237,6 @@ def _report(what: str) -> None:
     code, line, _ = callsite.find(sys._getframe(2))
     if code is None:
         warnings.warn(f"a devguard scope {what}.", RuntimeWarning, stacklevel=3)
-    elif (code, line) not in _reported:
-        _reported.add((code, line))
+    elif (id(code), line) not in _reported:
+        _reported[id(code), line] = code
         warnings.warn_explicit(f"a devguard scope {what}.", RuntimeWarning, code.co_filename, line)

@@ -107,18 +107,20 @@ def wrap(scope: Scope, function: Any, argument: str | None) -> Any:
     if not callable(function):
         raise TypeError(f"{name} decorates functions and methods, not {function!r}.")
     parameter = None if argument is None else find_parameter(function, argument)
-    code = function
-    if not isinstance(function, (types.FunctionType, types.MethodType, functools.partial)):
-        code = type(function).__call__  # an object with a method of that kind
-    if inspect.isasyncgenfunction(code):
+    if _is(inspect.isasyncgenfunction, function):
         return _async_generator(scope, function, parameter)
-    if inspect.iscoroutinefunction(code):
+    if _is(inspect.iscoroutinefunction, function):
         return _coroutine(scope, function, parameter)
-    if inspect.isgeneratorfunction(code):
+    if _is(inspect.isgeneratorfunction, function):
         wrapped = _generator(scope, function, parameter)
         flags = getattr(getattr(function, "__code__", None), "co_flags", 0)
         return types.coroutine(wrapped) if flags & inspect.CO_ITERABLE_COROUTINE else wrapped
     return _function(scope, function, parameter)
+
+
+def _is(kind: Callable[[object], bool], function: Any) -> bool:
+    """Tell whether a function, or the ``__call__`` of an object, is of that kind."""
+    return kind(function) or kind(type(function).__call__)
 
 
 def _function(scope: Scope, function: Callable[..., Any], parameter: Parameter | None) -> Any:

@@ -3,8 +3,8 @@
 Threads of C++ libraries, operators that pick a device by themselves, and Python code that names another device all open
 contexts without passing a door. Afterwards the context is there: it is found by comparing the contexts of the process
 with its owners, when the outermost call of a decorated function returns, at the end of ``no_strays()``, and whenever
-``strays()`` or ``status()`` are asked. It cannot be given back, and the line that opened it is not known; the record says
-after what it was found and what is known of it. ``devguard run --trace-contexts`` answers exactly.
+``strays()`` or ``status()`` are asked. It cannot be given back, and the line that opened it is not known; the record
+says after what it was found and what is known of it. ``devguard run --trace-contexts`` answers exactly.
 
 Contexts that existed before the doors opened belong to the door ``first_touch``.
 """

@@ -1,0 +1,126 @@
+"""What importing devguard costs, and what it does not import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import devguard
+
+MAX_MILLISECONDS = 15
+ROUNDS = 7
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("DEVGUARD", "PYTHONPROFILE"))}
+    done = subprocess.run([sys.executable, *arguments], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def import_milliseconds(*arguments: str) -> float:
+    """Return what the imports of devguard take, all that they import included, of a run without any other cost."""
+
+    def once() -> float:
+        total = 0
+        for line in run("-X", "importtime", *arguments).stderr.splitlines():
+            fields = line.removeprefix("import time:").split("|")
+            if len(fields) != 3 or not fields[1].strip().isdigit():
+                continue
+            name = fields[2].removeprefix(" ")
+            if name.split(".")[0] == "devguard":  # not indented: nobody who is counted already has imported it
+                total += int(fields[1])
+        assert total > 0
+        return total / 1000
+
+    return min(once() for _ in range(ROUNDS))
+
+
+def test_importing_devguard_imports_neither_torch_nor_wrapt() -> None:
+    program = "import devguard, sys; print(sorted({'torch', 'wrapt', 'numpy'} & set(sys.modules)))"
+    assert run("-c", program).stdout.strip() == "[]"
+
+
+def test_help_imports_neither_torch_nor_wrapt() -> None:
+    done = run("-X", "importtime", "-m", "devguard", "--help")
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "devguard" in imported
+    assert not imported & {"torch", "wrapt", "numpy", "rich"}
+    assert "usage: devguard" in done.stdout
+
+
+def test_importing_devguard_is_cheap() -> None:
+    assert import_milliseconds("-c", "import devguard") <= MAX_MILLISECONDS
+
+
+def test_help_is_cheap() -> None:
+    assert import_milliseconds("-m", "devguard", "--help") <= MAX_MILLISECONDS
+
+
+def test_building_and_decorating_import_no_torch() -> None:
+    program = """
+import sys, devguard
+scope = devguard.guard("cuda:1", mode="error", doors={"load": "warn"})
+@devguard.guard(argument="gpu_id")
+def work(gpu_id): ...
+@devguard.guard()
+async def other(): ...
+devguard.remap(); devguard.unguarded(); scope.bind(work)
+devguard.strays(); devguard.contexts(); devguard.status(); devguard.owner(); devguard.uninstall()
+print(sorted({"torch", "wrapt"} & set(sys.modules)))
+"""
+    assert run("-c", program).stdout.strip() == "[]"
+
+
+def test_every_public_name_can_be_imported_and_is_listed() -> None:
+    assert dir(devguard) == sorted(devguard.__all__)
+    for name in devguard.__all__:
+        assert getattr(devguard, name) is not None
+
+
+def test_public_names_are_not_shadowed_by_modules_of_the_package() -> None:
+    program = """
+import devguard.guards, devguard.owners, devguard.journal, devguard.activation, devguard.scope, devguard
+import types
+names = [name for name in devguard.__all__ if isinstance(getattr(devguard, name), types.ModuleType)]
+print(names)
+"""
+    assert run("-c", program).stdout.strip() == "[]"
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'gaurd'"):
+        devguard.gaurd  # noqa: B018
+
+
+def test_without_torch_entering_a_guard_says_what_to_install() -> None:
+    program = """
+import sys
+sys.modules["torch"] = None
+import devguard
+try:
+    with devguard.guard("cpu"): pass
+except devguard.DevGuardError as error:
+    print(isinstance(error, ImportError), error)
+"""
+    said = run("-c", program).stdout
+    assert said.startswith("True ")
+    assert "pip install 'torch-devguard[torch]'" in said
+
+
+def test_a_torch_that_is_too_old_is_refused_with_its_version() -> None:
+    program = """
+import sys, types
+sys.modules["torch"] = types.SimpleNamespace(__version__="2.5.1+cu124")
+import devguard
+try:
+    with devguard.guard("cpu"): pass
+except devguard.DevGuardError as error:
+    print(error)
+"""
+    said = run("-c", program).stdout
+    assert "2.6" in said
+    assert "2.5.1" in said
