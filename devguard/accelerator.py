@@ -87,7 +87,7 @@ def bind() -> Exchange:
 
     def choose(index: int) -> int:
         previous: int = torch._C._cuda_getDevice()
-        torch.cuda.set_device(index)
+        torch._C._cuda_setDevice(index)  # what set_device calls; torch's own check of contexts is for users' calls
         return previous
 
     return Exchange(to, back, choose)
@@ -133,6 +133,41 @@ def initialized() -> bool:
 def _torch_initialized() -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and bool(torch.cuda.is_initialized())
+
+
+_TORCHS_OWN_CHECK = "TORCH_CUDA_CHECK_STRAY_CONTEXT"
+_torchs_own_check_was: list[str | None] = []
+
+
+def set_torchs_own_check(mode: str) -> None:
+    """Let torch's own check of contexts follow our mode, where torch has one (2.15); a value that the user set stays.
+
+    Then ``torch.cuda.set_device`` warns or raises if it finds a context on another device. Children inherit it.
+    """
+    torch = torch_module()
+    cached = getattr(torch.cuda, "_get_stray_context_mode", None)
+    if (
+        cached is None
+        or mode not in ("warn", "error")
+        or (os.environ.get(_TORCHS_OWN_CHECK) and not _torchs_own_check_was)
+    ):
+        return
+    if not _torchs_own_check_was:
+        _torchs_own_check_was.append(os.environ.get(_TORCHS_OWN_CHECK))
+    os.environ[_TORCHS_OWN_CHECK] = mode
+    cached.cache_clear()
+
+
+def restore_torchs_own_check() -> None:
+    """Put the variable back as it was."""
+    if not _torchs_own_check_was:
+        return
+    was = _torchs_own_check_was.pop()
+    if was is None:
+        os.environ.pop(_TORCHS_OWN_CHECK, None)
+    else:
+        os.environ[_TORCHS_OWN_CHECK] = was
+    sys.modules["torch"].cuda._get_stray_context_mode.cache_clear()
 
 
 def contexts() -> tuple[int, ...]:

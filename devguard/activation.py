@@ -52,7 +52,7 @@ def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str
         owner = owners.parse(device)
     else:
         found, looked = owners.from_environment()
-        owner_or_none = found or scope.owner_in_force()
+        owner_or_none = found or scope.current_owner()
         if owner_or_none is None:
             raise owners.not_found(looked)
         owner = owner_or_none
@@ -60,6 +60,7 @@ def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str
         door_table.open_all()
         scope.prepare(owner)
         scope.process.owner, scope.process.mode, scope.process.doors = owner, checked, checked_doors
+        accelerator.set_torchs_own_check(checked)
         if owner.index >= 0 and not scope.local.stack:
             scope.local.stack.take(owner.index)
 
@@ -79,6 +80,7 @@ def uninstall() -> list[str]:
         scope.forget()
         scope.process.reset()
         verdict.forget_allowed()
+        accelerator.restore_torchs_own_check()
     return left
 
 
@@ -90,7 +92,7 @@ def owner() -> Any:
     torch.device or None
         None outside every guard, and inside ``unguarded()``.
     """
-    found = scope.owner_in_force()
+    found = scope.current_owner()
     return None if found is None else found.device
 
 
@@ -129,7 +131,7 @@ def status() -> dict[str, Any]:
         ``strays_not_kept``.
     """
     torch = sys.modules.get("torch")
-    in_force = scope.owner_in_force()
+    in_force = scope.current_owner()
     door_table.inspect("when status() was asked")
     rows = door_table.status()
     for name, row in rows.items():

@@ -79,3 +79,19 @@ def test_a_stray_that_another_door_left_explains_its_context():
 def test_closed_it_sees_nothing():
     code = SHOW + "with devguard.guard(1):\n    devguard.uninstall()\n    torch.empty(4, device='cuda:0')\nshow()"
     assert child(code) == "[]"
+
+
+@pytest.mark.parametrize("mode", ["warn", "error"])
+def test_torchs_own_check_of_contexts_follows_the_process_mode_where_torch_has_one(mode):
+    code = (
+        "import os\n"
+        "name = 'TORCH_CUDA_CHECK_STRAY_CONTEXT'\n"
+        f"devguard.install(mode={mode!r}, device=1)\n"
+        "has = hasattr(torch.cuda, '_check_stray_context')\n"
+        "with devguard.guard(0), devguard.guard(1): pass\n"  # our own exchanges are no business of it
+        f"print(os.environ.get(name) == ({mode!r} if has else None))\n"
+        "devguard.uninstall()\n"
+        "print(name in os.environ)\n"
+        f"os.environ[name] = 'off'; devguard.install(mode={mode!r}, device=1); print(os.environ[name])\n"
+    )
+    assert child(code) == "True\nFalse\noff"

@@ -1,0 +1,39 @@
+"""CHILD-PROC: a loader worker opens a context of its own."""
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+class _OnTheGpu(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        import devguard
+        from tests.matrix.harness import row
+
+        torch.empty(4, device="cuda")  # STRAY
+        return [row(stray) for stray in devguard.strays()]
+
+
+class _OnTheHost(_OnTheGpu):
+    def __getitem__(self, index):
+        torch.empty(4)
+        return []
+
+
+def _iterate(dataset):
+    (item,) = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    return item
+
+
+def stray():
+    return _iterate(_OnTheGpu())
+
+
+def behaves():
+    return _iterate(_OnTheHost())
+
+
+def STRAYS(result):
+    return result

@@ -1,0 +1,29 @@
+"""PIN-THREAD: the DataLoader's pin thread gets the device of the thread that iterates."""
+
+import threading
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def _iterate(found):
+    loader = DataLoader(TensorDataset(torch.arange(4.0)), batch_size=2, num_workers=1, pin_memory=True)
+    found.extend(batch for (batch,) in loader)
+
+
+def stray():
+    found = []
+    thread = threading.Thread(target=_iterate, args=(found,))
+    thread.start()  # STRAY
+    thread.join()
+    return found
+
+
+def behaves():
+    loader = DataLoader(TensorDataset(torch.arange(4.0)), batch_size=2)
+    return [batch.pin_memory() for (batch,) in loader]
+
+
+def REPAIRED(result):
+    held = [i for i in range(torch.cuda.device_count()) if torch._C._cuda_hasPrimaryContext(i)]
+    return len(result) == 2 and held == [1]

@@ -1,0 +1,19 @@
+"""VISIBILITY: CUDA_VISIBLE_DEVICES is changed after CUDA looked."""
+
+import os
+
+import torch
+
+import devguard
+
+
+def stray():
+    torch.empty(1, device="cuda")
+    os.environ["CUDA_VISIBLE_DEVICES"] = "1"
+    with devguard.guard(0):  # STRAY
+        return torch.cuda.device_count()
+
+
+def behaves():
+    with devguard.guard(1):
+        return torch.cuda.device_count()
