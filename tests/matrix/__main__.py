@@ -1,8 +1,8 @@
 """``python -m tests.matrix [--json] [CASE ...]``: every class of stray in every mode, live, as a table.
 
-Each cell is a process of its own on simulated GPUs. A class is *detected* if mode observe records a stray whose call site
-is the line marked in the case, *repaired* if mode repair records a repair and leaves no context and no byte on a device
-that is not owned, *refused* if mode error raises, and has a *false stray* if its well-behaved twin records anything.
+Each cell is a process of its own on simulated GPUs. A class is *detected* if mode observe records a stray whose call
+site is the line marked in the case, *repaired* if mode repair records a repair and leaves no context and no byte on a
+device that is not owned, *refused* if mode error raises, and has a *false stray* if its well-behaved twin records any.
 """
 
 from __future__ import annotations

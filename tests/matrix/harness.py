@@ -1,9 +1,9 @@
 """Runs one case in one mode, in this process: ``python -m tests.matrix.harness CASE MODE``; prints JSON.
 
 A case is a small user program in cases/: ``stray()`` does what the class describes, on the line marked ``# STRAY``;
-``behaves()`` does the same work as it should be done. Optional: ``before()`` runs outside the guard, first; ``REPAIRED``
-is a function of stray()'s result that tells whether the work ended up on the owner, cuda:1; ``STRAYS`` is one that
-returns what a child process recorded.
+``behaves()`` does the same work as it should be done. Optional: ``before()`` runs outside the guard, first;
+``REPAIRED`` is a function of stray()'s result that tells whether the work ended up on the owner, cuda:1; ``STRAYS`` is
+one that returns what a child process recorded.
 """
 
 from __future__ import annotations
