@@ -1,9 +1,9 @@
 """``python -m tests.soak``: processes x threads x mixed operations with three owners, on simulated GPUs.
 
-Each thread owns a GPU and does, in random order: pickles of tensors tagged for another GPU, nested guards, exceptions
-out of guards, threads, cancelled tasks, and CUDA IPC with its neighbour process. Every tensor must lie on its owner, and
-at the end nothing may be left: no memory, patch, thread, file descriptor or entered scope. Prints one line of JSON; exit
-status 1 if anything went wrong.
+Each thread owns a GPU and does, in random order: pickles of tensors tagged for another GPU, nested guards,
+exceptions out of guards, threads, cancelled tasks, and CUDA IPC with its neighbour process. Every tensor must
+lie on its owner, and at the end nothing may be left: no memory, patch, thread, file descriptor or entered
+scope. Prints one line of JSON; exit status 1 if anything went wrong.
 """
 
 from __future__ import annotations
