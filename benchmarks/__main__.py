@@ -52,7 +52,7 @@ def show(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="devguard against torch's own ways (median of 9 interleaved rounds)")
+    table = Table(title="devguard against torch's own ways (median of 20 interleaved rounds)")
     table.add_column("what")
     for name in ("figure", "least", "greatest", "budget", "baseline"):
         table.add_column(name, justify="right")

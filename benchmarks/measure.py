@@ -1,7 +1,7 @@
 """Two ways of doing one thing, timed in turn, as a ratio.
 
-The machine's speed drifts, so the two are timed round by round, A B A B, and the figure is the median of the rounds'
-ratios.
+The machine's speed drifts, so the two are timed round by round, and what comes second finds warmer caches and a fuller
+heap, so the order alternates: A B, B A. The figure is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-ROUNDS = 9
+ROUNDS = 20
 SAMPLE_NS = 30_000_000  # how long one sample takes, about
 
 Run = Callable[[int], None]  # does the thing that many times
@@ -46,32 +46,43 @@ class Row:
 
 
 def sample(run: Run, times: int) -> float:
-    """Return how long one of `times` repetitions takes, in nanoseconds."""
-    start = time.perf_counter_ns()
+    """Return how long one of `times` repetitions takes, in nanoseconds of this thread's processor time.
+
+    Not the wall's: a shared machine would add what others do.
+    """
+    start = time.thread_time_ns()
     run(times)
-    return (time.perf_counter_ns() - start) / times
+    return (time.thread_time_ns() - start) / times
 
 
 def compare(
-    what: str, base: Run, ours: Run, budget: float | None, *, before_base: Callable[[], None] = lambda: None
+    what: str,
+    base: Run,
+    ours: Run,
+    budget: float | None,
+    *,
+    before_base: Callable[[], None] = lambda: None,
+    before_ours: Callable[[], None] = lambda: None,
 ) -> Row:
-    """Time `ours` against `base`; `before_base` runs untimed before each of its samples."""
-    before_base()
-    base(1)
+    """Time `ours` against `base`; `before_base` and `before_ours` run untimed before each of their samples."""
+    before_ours()
     ours(1)
     before_base()
+    base(1)
     times = max(1, int(SAMPLE_NS / max(1.0, min(sample(base, 1), sample(base, 1)))))
     times = max(1, int(SAMPLE_NS / max(1.0, sample(base, min(times, 1000)))))
     ratios, bases = [], []
     gc.collect()
     gc.disable()
     try:
-        for _ in range(ROUNDS):
-            before_base()
-            first = sample(base, times)
-            second = sample(ours, times)
-            ratios.append(second / first)
-            bases.append(first)
+        for number in range(ROUNDS):
+            pair = [(before_base, base), (before_ours, ours)]
+            figures = {}
+            for before, run in pair if number % 2 else reversed(pair):
+                before()
+                figures[run] = sample(run, times)
+            ratios.append(figures[ours] / figures[base])
+            bases.append(figures[base])
     finally:
         gc.enable()
     middle = statistics.median(ratios)

@@ -15,7 +15,7 @@ from typing import Any
 
 from devguard.errors import DevGuardError, DeviceResolutionError
 
-__all__ = ["bind", "contexts", "device_count", "initialized", "out_of_range"]
+__all__ = ["bind", "can_access_peer", "contexts", "device_count", "index_of", "initialized", "out_of_range", "uuid_of"]
 
 TORCH_MINIMUM = (2, 6)
 
@@ -98,6 +98,9 @@ def device_count() -> int:
     torch = sys.modules.get("torch")
     if torch is None:
         return 0
+    seen = getattr(torch._C, "_cuda_getDeviceCount", None)
+    if seen is not None and torch.cuda.is_initialized():  # older torch counts what CUDA_VISIBLE_DEVICES means by now
+        return int(seen())
     count: int = torch.cuda.device_count()
     return count
 
@@ -117,6 +120,27 @@ def out_of_range(what: str, index: int) -> DeviceResolutionError:
         f"{what} names cuda:{index}, but {valid} ({setting}). Indices count the visible devices from 0, not the "
         "physical ones."
     )
+
+
+def uuid_of(index: int) -> str:
+    """Return the UUID of a visible device, in torch's spelling; initialises CUDA, and opens no context."""
+    torch = sys.modules["torch"]
+    torch.cuda.init()
+    # below get_device_properties, which in older torch counts what CUDA_VISIBLE_DEVICES means by now
+    return str(torch.cuda._get_device_properties(index).uuid)
+
+
+def index_of(uuid: str) -> int | None:
+    """Return the index under which this process sees the GPU with this UUID; None if it does not see it."""
+    for index in range(device_count()):
+        if uuid_of(index) == uuid:
+            return index
+    return None
+
+
+def can_access_peer(index: int, peer: int) -> bool:
+    """Tell whether the device `index` can reach the memory of the device `peer`; opens no context."""
+    return bool(sys.modules["torch"].cuda.can_device_access_peer(index, peer))
 
 
 def initialized() -> bool:
@@ -183,4 +207,4 @@ def contexts() -> tuple[int, ...]:
         return ()
     if getattr(torch.cuda, "_is_in_bad_fork", lambda: False)():
         return ()  # forked after CUDA was initialised: this process can hold no context
-    return tuple(index for index in range(torch.cuda.device_count()) if has_context(index))
+    return tuple(index for index in range(device_count()) if has_context(index))

@@ -16,14 +16,14 @@ from devguard import accelerator, owners, scope, settings, verdict
 from devguard import doors as door_table
 from devguard._version import __version__
 from devguard.journal import Stray, journal
-from devguard.settings import DEFAULT_MODE, Mode
+from devguard.settings import DEFAULT_MODE, DoorMode, Mode
 
 __all__ = ["contexts", "install", "owner", "status", "strays", "uninstall"]
 
 _lock = threading.Lock()
 
 
-def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str, Mode] | None = None) -> None:
+def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str, DoorMode] | None = None) -> None:
     """Make a device the owner of this whole process, and open the doors.
 
     The current device of the calling thread becomes the owner's. A guard inside has precedence. Calling it
@@ -47,7 +47,7 @@ def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str
         If nothing names a device, or if this process does not see it.
     """
     checked = settings.check_mode(mode)
-    checked_doors = {} if doors is None else settings.check_doors(doors, door_table.NAMES)
+    checked_doors = {} if doors is None else settings.check_doors(doors, door_table.NAMES, door_table.EXTRA_MODES)
     if device is not None:
         owner = owners.parse(device)
     else:
@@ -58,7 +58,7 @@ def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str
         owner = owner_or_none
     with _lock:
         door_table.open_all()
-        scope.prepare(owner)
+        scope.prepare(owner, lambda door: checked_doors.get(door, checked))
         scope.process.owner, scope.process.mode, scope.process.doors = owner, checked, checked_doors
         accelerator.set_torchs_own_check(checked)
         if owner.index >= 0 and not scope.local.stack:

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import NamedTuple
 
-__all__ = ["Frame", "Site", "find", "is_user", "module", "stack"]
+__all__ = ["Frame", "Origin", "Site", "find", "is_user", "module", "origin", "stack"]
 
 STACK_DEPTH = 12
 MAX_KINDS = 1 << 16
 
 # Packages that carry objects from one process to another: a stray that comes through one of them belongs to
 # its caller.
-TRANSPORTS = frozenset({"cloudpickle", "dill", "joblib", "loky", "multiprocess", "torch_xla", "zmq"})
+TRANSPORTS = frozenset({"cloudpickle", "dill", "joblib", "loky", "multiprocess", "safetensors", "torch_xla", "zmq"})
 # Packages that are never the answer to "which line did it".
-OURS = frozenset({"devguard", "torch", "torchgen", "wrapt"})
+OURS = frozenset({"devguard", "torch", "torchgen", "triton", "wrapt"})
 
 _USER, _INTERNAL, _TRANSPORT = 0, 1, 2
 # By the identity of the code object, because its own hash goes through all of its bytecode (microseconds for a function
@@ -122,6 +122,20 @@ def find(start: FrameType) -> tuple[CodeType | None, int, str | None]:
             via = kind
         frame = frame.f_back
     return None, 0, via
+
+
+class Origin(NamedTuple):
+    """Where something came from, kept for later without holding a frame: what `find` and `stack` say."""
+
+    code: CodeType | None
+    line: int
+    via: str | None
+    stack: tuple[Frame, ...]
+
+
+def origin(start: FrameType) -> Origin:
+    """Return the origin of what `start` does now."""
+    return Origin(*find(start), stack(start))
 
 
 def module(start: FrameType) -> str:

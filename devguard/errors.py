@@ -13,6 +13,7 @@ __all__ = [
     "SimulationError",
     "StrayDeviceError",
     "StrayDeviceWarning",
+    "TracingError",
 ]
 
 
@@ -34,6 +35,10 @@ class ConfigError(DevGuardError, ValueError):
 
 class SimulationError(DevGuardError):
     """Simulated GPUs cannot be had here; the message says what is missing and how to get it."""
+
+
+class TracingError(DevGuardError):
+    """Contexts cannot be traced here; the message says what is missing and how to get it."""
 
 
 class StrayDeviceWarning(RuntimeWarning):

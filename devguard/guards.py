@@ -17,7 +17,7 @@ from devguard.errors import ConfigError
 from devguard.owners import UNKNOWN, Owner
 from devguard.scope import local
 from devguard.scopes import Scope
-from devguard.settings import Mode
+from devguard.settings import DoorMode, Mode
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -90,7 +90,7 @@ class guard(Scope):
         argument: str | None = None,
         resolve: Callable[[], Any] | None = None,
         mode: Mode | None = None,
-        doors: Mapping[str, Mode] | None = None,
+        doors: Mapping[str, DoorMode] | None = None,
     ) -> Self:
         """Return the scope; the same object for the same plain index."""
         if argument is None and resolve is None and mode is None and doors is None:
@@ -120,7 +120,7 @@ class guard(Scope):
             )
         return owners.parse(device)
 
-    def mode_of(self, door: str) -> Mode | None:
+    def mode_of(self, door: str) -> DoorMode | None:
         """Return the mode that this scope sets for `door`, None where it leaves that to the scope around it."""
         options = self._options
         return None if options is None else options.doors.get(door, options.mode)
@@ -161,7 +161,7 @@ class guard(Scope):
 
     def _search(self, tried: str) -> Owner:
         found, looked = owners.from_environment()
-        found = found or scope.owner_in_force()
+        found = found or scope.current_owner()
         if found is None:
             raise owners.not_found(looked, tried)
         return found
@@ -181,24 +181,24 @@ class guard(Scope):
     ) -> None:
         stack = local.stack
         try:
-            entered, owner, previous = stack.pop()
+            entered, owner, previous = entry = stack.pop()
         except IndexError:
             scope.remove(self)
             return
         if entered is not self:
-            stack.append((entered, owner, previous))
+            stack.append(entry)
             scope.remove(self)
+        elif stack.moved:
+            scope.leave(entry, kind is not None)
         elif previous != owner.index:  # type: ignore[union-attr]  # only unguarded() enters without an owner
             scope.give_back(previous)
-        elif stack.moved:
-            scope.leave(previous)
 
     def _prepare(self) -> Owner:
         """Find the owner if nobody named it, and make this process fit to enter it."""
         owner = self._find() if self._owner is UNKNOWN else self._owner
         if owner.device is None:
             door_table.open_all()
-            scope.prepare(owner)
+            scope.prepare(owner, self.mode_of)
         return owner
 
     def __call__(self, function: F) -> F:
@@ -255,9 +255,10 @@ guard._plain = {}
 class remap(guard):
     """A scope for deserialization: what arrives here lands on the owner, host buffers included.
 
-    As `guard`, and inside it ``torch.frombuffer`` gives a tensor on the owner. That tensor is a copy: it no
-    longer aliases the buffer. Outside ``remap()`` ``torch.frombuffer`` is left alone, because programs use
-    it for host memory that they share.
+    As `guard`, and inside it ``torch.frombuffer`` gives a tensor on the owner, and memory that another process shares
+    from another GPU (CUDA IPC) is copied to the owner. Those tensors are copies: they no longer alias the buffer, or
+    the producer's memory. Outside ``remap()`` ``torch.frombuffer`` is left alone, because programs use it for host
+    memory that they share.
 
     Parameters
     ----------
@@ -273,7 +274,7 @@ class remap(guard):
         return True
 
     def _search(self, tried: str) -> Owner:
-        return scope.owner_in_force() or super()._search(tried)
+        return scope.current_owner() or super()._search(tried)
 
 
 class _Options:
@@ -286,7 +287,7 @@ class _Options:
         argument: str | None,
         resolve: Callable[[], Any] | None,
         mode: Mode | None,
-        doors: dict[str, Mode],
+        doors: dict[str, DoorMode],
     ) -> None:
         self.argument = argument
         self.resolve = resolve
@@ -308,7 +309,7 @@ def _check_options(device: Any, argument: Any, resolve: Any, mode: Any, doors: A
         argument,
         resolve,
         None if mode is None else settings.check_mode(mode),
-        {} if doors is None else settings.check_doors(doors, door_table.NAMES),
+        {} if doors is None else settings.check_doors(doors, door_table.NAMES, door_table.EXTRA_MODES),
     )
 
 

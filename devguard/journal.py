@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 from devguard import callsite
-from devguard.callsite import Frame, Site
+from devguard.callsite import Frame, Origin, Site
 from devguard.errors import StrayDeviceError, StrayDeviceWarning
 
 __all__ = ["LEFT", "Action", "Mark", "Stray", "journal", "refused"]
@@ -105,7 +105,13 @@ class _Row:
     __slots__ = ("bytes", "count", "dtype", "note", "pid", "rank", "shape", "site", "stack", "thread", "time", "via")
 
     def __init__(
-        self, site: Frame | None, via: str | None, start: FrameType, nbytes: int, dtype: str | None, shape: Any
+        self,
+        site: Frame | None,
+        via: str | None,
+        stack: tuple[Frame, ...],
+        nbytes: int,
+        dtype: str | None,
+        shape: Any,
     ) -> None:
         self.count = 1
         self.bytes = nbytes
@@ -118,7 +124,7 @@ class _Row:
         self.site = site
         self.via = via
         self.note: str | None = None
-        self.stack = callsite.stack(start)
+        self.stack = stack
 
 
 # code object and line of the call site, door, source, target, owner, action
@@ -141,6 +147,7 @@ class Journal:
 
     def __init__(self, max_rows: int = MAX_ROWS) -> None:
         self._max_rows = max_rows
+        self._watches_forks = False
         self._start()
 
     def _start(self) -> None:
@@ -150,6 +157,12 @@ class Journal:
         self._rows: dict[_Key, _Row] = {}
         self._total = 0
         self._dropped = 0
+
+    def _watch_forks(self) -> None:
+        """Start anew in every forked child: asking for the process's number at each stray would be a system call."""
+        self._watches_forks = True
+        self._same_process()  # forked before its first stray
+        os.register_at_fork(after_in_child=self._start)
 
     def _same_process(self) -> None:
         # a fork brings the parent's strays along, and perhaps a lock that is held by a thread which is not here
@@ -168,6 +181,7 @@ class Journal:
         shape: Any = None,
         start: FrameType | None = None,
         note: str | None = None,
+        origin: Origin | None = None,
     ) -> Frame | None:
         """Count one stray, and keep its stack if it is the first of its call site.
 
@@ -181,17 +195,19 @@ class Journal:
             Where to begin to look for the call site; the caller by default.
         note : str, optional
             What else the door knows; that of the first one is kept.
+        origin : Origin, optional
+            Where it came from, if that was earlier; then `start` says nothing.
 
         Returns
         -------
         Frame or None
             The call site.
         """
-        if os.getpid() != self._pid:
-            self._start()
+        if not self._watches_forks:
+            self._watch_forks()
         if start is None:
             start = sys._getframe(1)
-        code, line, via = callsite.find(start)
+        code, line, via = callsite.find(start) if origin is None else origin[:3]
         # by identity: a code object's own hash goes through all of its bytecode, and the row keeps the object alive
         key = (id(code), line, door, source, target, owner, action)
         with self._lock:
@@ -205,10 +221,12 @@ class Journal:
             if len(self._rows) >= self._max_rows:
                 self._dropped += 1
                 return site
-            row = self._rows[key] = _Row(site, via, start, nbytes, dtype, shape)
+            stack = callsite.stack(start) if origin is None else origin.stack
+            row = self._rows[key] = _Row(site, via, stack, nbytes, dtype, shape)
             row.note = note
         if action == "warned":
-            _warn(site, f"{door}: {nbytes} bytes went to {source}; this scope owns {owner}.")
+            more = f" ({note})" if note else ""
+            _warn(site, f"{door}: {_what(nbytes)} went to {source}; this scope owns {owner}{more}.")
         return site
 
     def strays(self) -> tuple[Stray, ...]:
@@ -285,6 +303,10 @@ def _format(key: _Key, row: _Row, count: int, total: int) -> Stray:
     )
 
 
+def _what(nbytes: int) -> str:
+    return f"{nbytes} bytes" if nbytes else "work"
+
+
 def _warn(site: Frame | None, message: str) -> None:
     """Warn at the user's line, so that Python's own filters and its display of the source work."""
     if site is None:
@@ -310,6 +332,6 @@ def refused(door: str, source: str, owner: str, nbytes: int, advice: str, **know
     site = journal.record(door, source, source, owner, "refused", nbytes, start=sys._getframe(1), **known)
     where = f"{Site.of(site)}" if site else "no line of user code (see the stack in devguard.strays())"
     return StrayDeviceError(
-        f"{door}: {nbytes} bytes were about to go to {source}, but this scope owns {owner}. Call site: {where}. "
-        f"{advice}"
+        f"{door}: {_what(nbytes)} {'were' if nbytes else 'was'} about to go to {source}, but this scope owns {owner}. "
+        f"Call site: {where}. {advice}"
     )

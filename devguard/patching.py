@@ -45,9 +45,10 @@ class Patches:
     def replace(self, owner: Any, name: str, ours: Callable[..., Any]) -> None:
         """Replace ``owner.name``, keeping the names by which pickle and allow-lists know it."""
         original = self.find(owner, name)
+        function = original.__func__ if isinstance(original, staticmethod) else original  # a class's __new__ is one
         for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
-            setattr(ours, attribute, getattr(original, attribute))
-        ours.__wrapped__ = original  # type: ignore[attr-defined]
+            setattr(ours, attribute, getattr(function, attribute))
+        ours.__wrapped__ = function  # type: ignore[attr-defined]
         self.replaced.append((owner, name, original, ours))
         setattr(owner, name, ours)
 

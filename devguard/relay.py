@@ -87,6 +87,8 @@ def _patch_reduce(patches: Patches, kind: Any) -> None:
     original = patches.find(kind, "__reduce__")
 
     def __reduce__(self: Any) -> Any:
+        if not _counts.kept:  # in a process that relays nothing this is all
+            return original(self)
         untyped = getattr(self, "_untyped_storage", self)
         if not hasattr(untyped, _ATTRIBUTE):
             return original(self)

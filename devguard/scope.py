@@ -15,16 +15,32 @@ import warnings
 import weakref
 from collections.abc import Callable
 from types import CodeType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from devguard import accelerator, callsite, owners
 from devguard.owners import Owner
-from devguard.settings import DEFAULT_MODE, Mode
+from devguard.settings import DEFAULT_MODE, DoorMode, Mode
 
 if TYPE_CHECKING:
     from devguard.scopes import Scope
 
-__all__ = ["Entry", "Stack", "asked", "forget", "local", "mode_of", "owner_in_force", "prepare", "process", "remove"]
+__all__ = [
+    "Entry",
+    "Stack",
+    "asked",
+    "current_owner",
+    "disown",
+    "end_task",
+    "forget",
+    "leave",
+    "local",
+    "mode_of",
+    "on_prepare",
+    "owner_in_force",
+    "prepare",
+    "process",
+    "remove",
+]
 
 # scope, its owner (None: unguarded), the device to give back (-1: none was taken)
 Entry = tuple["Scope", "Owner | None", int]
@@ -53,14 +69,17 @@ class Stack(list[Entry]):
         ``take(index) -> previous index``. Makes a device current; for -1, the ``cpu`` owner's index, it does nothing.
         At first a function that prepares the thread, then torch's own.
     moved : bool
-        Whether the current device may have been moved inside a scope that found it current; see movement.py.
+        Whether the current device may have been moved inside a scope that found it current; see doors/set_device.py.
+    changes : list
+        Changes of the current device that may still be put back; the door ``set_device`` keeps them.
     """
 
-    __slots__ = ("__weakref__", "moved", "take")
+    __slots__ = ("__weakref__", "changes", "moved", "take")
 
     def __init__(self) -> None:
         super().__init__()
         self.moved = True
+        self.changes: list[Any] = []
         self.take: Callable[[int], int] = _take_first
 
     def __hash__(self) -> int:  # type: ignore[override]
@@ -72,7 +91,23 @@ class Stack(list[Entry]):
 _stacks: weakref.WeakSet[Stack] = weakref.WeakSet()
 _stacks_lock = threading.Lock()
 
-tracked = False  # whether movement.py marks the stacks
+tracked = False  # whether the door set_device marks the stacks
+
+
+def _settle_nothing(stack: Stack, *, leaving: bool = False, failing: bool = False) -> None:
+    """Stands for the door ``set_device`` while it is closed."""
+
+
+# judges the changes of this thread whose authors have returned: at the next door, or as a scope is left
+settle: Callable[..., None] = _settle_nothing
+
+
+def _inherit_nothing(stack: Stack) -> None:
+    """Stands for the door ``threads`` while it is closed."""
+
+
+# puts the scopes that this thread was started with on its new stack
+inherit: Callable[[Stack], None] = _inherit_nothing
 
 
 class _Local(threading.local):
@@ -84,6 +119,7 @@ class _Local(threading.local):
         self.stack = Stack()
         with _stacks_lock:  # a set that grows cannot be gone through
             _stacks.add(self.stack)
+        inherit(self.stack)
 
 
 local = _Local()
@@ -103,7 +139,7 @@ class _Process:
     def reset(self) -> None:
         self.owner: Owner | None = None
         self.mode: Mode | None = None
-        self.doors: dict[str, Mode] = {}
+        self.doors: dict[str, DoorMode] = {}
 
 
 process = _Process()
@@ -117,8 +153,24 @@ def _unbound(index: int) -> int:
 give_back: Callable[[int], int] = _unbound
 
 
-def prepare(owner: Owner) -> None:
+def _says_nothing(door: str) -> DoorMode | None:
+    """Leave the mode of every door to the scopes around."""
+    return None
+
+
+# called for each owner before its first entry, with what tells the mode that its scope sets for a door
+on_prepare: list[Callable[[Owner, Callable[[str], DoorMode | None]], None]] = []
+
+
+def prepare(owner: Owner, says: Callable[[str], DoorMode | None] = _says_nothing) -> None:
     """Make this process fit to enter `owner`: called for the first entry of each owner.
+
+    Parameters
+    ----------
+    owner : Owner
+        Who is about to be entered.
+    says : callable
+        ``says(door)`` returns the mode that the scope to be entered sets for a door, None if it says nothing.
 
     Raises
     ------
@@ -130,6 +182,8 @@ def prepare(owner: Owner) -> None:
         give_back = accelerator.bind().back
         if owner.index >= accelerator.device_count():
             raise accelerator.out_of_range("the guard", owner.index)
+    for look in tuple(on_prepare):
+        look(owner, says)
     owner.device = accelerator.torch_module().device(owner.tag)
 
 
@@ -142,6 +196,17 @@ def forget() -> None:
     for stack in stacks:
         stack.take = _take_first
         stack.moved = True
+        stack.changes.clear()
+
+
+def disown() -> None:
+    """Forget every owner and scope, in a child that was forked: of all threads only this one came along."""
+    global _stacks_lock
+    _stacks_lock = threading.Lock()  # somebody who is not here may hold the old one
+    local.stack.clear()
+    process.owner = None
+    unguarded_contexts.clear()
+    forget()
 
 
 INSPECT_EVERY_S = 0.1
@@ -159,12 +224,30 @@ def is_time() -> bool:
 
 
 def owner_in_force() -> Owner | None:
-    """Return the owner that governs this thread now; None outside every scope and inside ``unguarded``."""
+    """Return the owner that governs this thread now; None outside every scope and inside ``unguarded``.
+
+    For doors: one that asks is the next door for whoever changed the device and did not put it back.
+    """
+    stack = local.stack
+    if stack.changes:
+        settle(stack)
+    return stack[-1][1] if stack else process.owner
+
+
+def current_owner() -> Owner | None:
+    """Return the same as `owner_in_force`, for whoever just wants to know."""
     stack = local.stack
     return stack[-1][1] if stack else process.owner
 
 
-def mode_of(door: str, *, default: Mode = DEFAULT_MODE) -> Mode:
+def end_task() -> None:
+    """Settle what a task, or a thread, leaves behind; for the doors that know its end."""
+    stack = local.stack
+    if stack.changes:
+        settle(stack, leaving=True)
+
+
+def mode_of(door: str, *, default: Mode = DEFAULT_MODE) -> DoorMode:
     """Return the mode in which `door` works on this thread now: the innermost scope that says anything wins.
 
     ``unguarded()`` says ``off``, and only for what runs directly in it: a guard inside names an owner again.
@@ -182,7 +265,10 @@ def mode_of(door: str, *, default: Mode = DEFAULT_MODE) -> Mode:
 
 
 def asked(door: str) -> bool:
-    """Tell whether a door that acts on request only was asked to: by ``remap()``, by a scope or by ``install``."""
+    """Tell whether a door that acts on request only was asked to: by ``remap()``, by a scope or by ``install``.
+
+    For the empty name the answer is whether ``remap()`` is in force, which asks every door.
+    """
     for scope, owner, _ in reversed(local.stack):
         if scope.asks_for(door):
             return True
@@ -191,13 +277,29 @@ def asked(door: str) -> bool:
     return door in process.doors
 
 
-def leave(previous: int) -> None:
-    """Give back `previous`, the device that was current when the scope was entered; -1 if it took none."""
+def leave(entry: Entry, failing: bool) -> None:
+    """Give back the device of `entry`, which has just been taken off the stack, where the device was moved meanwhile.
+
+    Parameters
+    ----------
+    entry : Entry
+        With the device that was current when the scope was entered; -1 if it took none.
+    failing : bool
+        Whether an exception is on its way out of the scope.
+    """
     stack = local.stack
-    if previous >= 0:
-        give_back(previous)
-    if not stack and tracked:
-        stack.moved = False
+    try:
+        if stack.changes:
+            stack.append(entry)
+            try:
+                settle(stack, leaving=True, failing=failing)
+            finally:
+                stack.pop()
+    finally:
+        if entry[2] >= 0:
+            give_back(entry[2])
+        if not stack and tracked:
+            stack.moved = False
 
 
 def remove(scope: Scope) -> None:
@@ -222,6 +324,7 @@ def remove(scope: Scope) -> None:
         else:
             give_back(stack[position][2])
     del stack[position]
+    stack.changes.clear()  # who changed what within which scope can no longer be told
     stack.moved = True  # whose device is current is now for the entries above to put right
     _report(
         "was held across an await or a yield, and other code ran under its device meanwhile. Decorate the function, or "

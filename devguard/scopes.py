@@ -14,7 +14,7 @@ from devguard import accelerator, doors, scope, wrapping
 from devguard.errors import StrayDeviceError
 from devguard.journal import Mark, journal
 from devguard.scope import local
-from devguard.settings import Mode
+from devguard.settings import DoorMode
 from devguard.steps import Steps
 
 __all__ = ["Bound", "Scope", "no_strays", "unguarded"]
@@ -28,7 +28,7 @@ class Scope:
 
     __slots__ = ()
 
-    def mode_of(self, door: str) -> Mode | None:
+    def mode_of(self, door: str) -> DoorMode | None:
         """Return the mode that this scope sets for `door`, None where it leaves that to the scope around it."""
         return None
 
@@ -137,7 +137,7 @@ class unguarded(Scope):
         scope.unguarded_contexts.update(accelerator.contexts())  # whatever it opened, it opened on purpose
         super().__exit__(kind, error, traceback)
 
-    def mode_of(self, door: str) -> Mode | None:
+    def mode_of(self, door: str) -> DoorMode | None:
         """Return ``'off'``."""
         return "off"
 

@@ -12,9 +12,12 @@ from typing import Literal
 
 from devguard.errors import ConfigError
 
-__all__ = ["MODES", "Mode", "check_doors", "check_mode", "killed"]
+__all__ = ["MODES", "DoorMode", "Mode", "check_doors", "check_mode", "killed"]
 
 Mode = Literal["off", "observe", "warn", "repair", "error"]
+
+# what one door may be told; which doors know more than the modes says the table of doors
+DoorMode = Literal["off", "observe", "warn", "repair", "error", "copy"]
 
 MODES: tuple[Mode, ...] = ("off", "observe", "warn", "repair", "error")
 DEFAULT_MODE: Mode = "repair"
@@ -29,7 +32,9 @@ def check_mode(mode: object) -> Mode:
     raise ConfigError(f"{mode!r} is not a mode. Valid modes: {', '.join(MODES)}.")
 
 
-def check_doors(doors: object, known: Iterable[str]) -> dict[str, Mode]:
+def check_doors(
+    doors: object, known: Iterable[str], extra: Mapping[str, tuple[DoorMode, ...]] | None = None
+) -> dict[str, DoorMode]:
     """Return per-door modes as a dictionary of valid values; raise `ConfigError` for what means nothing.
 
     Parameters
@@ -38,18 +43,20 @@ def check_doors(doors: object, known: Iterable[str]) -> dict[str, Mode]:
         The mode of each named door, such as ``{"load": "warn"}``.
     known : iterable of str
         The names of the doors that exist.
+    extra : mapping of str to tuple of str, optional
+        The modes beyond `MODES` that single doors know.
     """
     if not isinstance(doors, Mapping):
         raise ConfigError(f"doors must map door names to modes, such as {{'load': 'warn'}}; got {doors!r}.")
     names = sorted(known)
-    checked: dict[str, Mode] = {}
+    checked: dict[str, DoorMode] = {}
     for name, mode in doors.items():
         if name not in names:
             raise ConfigError(f"there is no door {name!r}. Doors: {', '.join(names)}.")
-        try:
-            checked[name] = check_mode(mode)
-        except ConfigError as error:
-            raise ConfigError(f"door {name!r}: {error}") from None
+        valid = (*MODES, *(extra or {}).get(name, ()))
+        if mode not in valid:
+            raise ConfigError(f"door {name!r}: {mode!r} is not a mode. Valid modes: {', '.join(valid)}.")
+        checked[name] = mode
     return checked
 
 

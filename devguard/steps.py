@@ -71,7 +71,10 @@ class Steps:
         if self._held:
             self._wake(stack)
         try:
-            return resume(*arguments)
+            result = resume(*arguments)
+            if stack.changes:  # whoever sleeps may still put the device back; it is taken from it anyway
+                stack.changes = [change for change in stack.changes if change.depth < depth]
+            return result
         finally:
             if len(stack) > depth:  # a plain `with` inside is held across this suspend
                 self._sleep(stack, depth)

@@ -108,7 +108,7 @@ def judge(
         return False
     if mode == "error":
         raise refused(door, source, owner.tag, nbytes, advice, **known)
-    if mode == "repair" and target is not None:
+    if mode in ("repair", "copy") and target is not None:
         journal.record(door, source, target, owner.tag, "repaired", nbytes, **known)
         return True
     journal.record(door, source, source, owner.tag, LEFT.get(mode, "observed"), nbytes, **known)

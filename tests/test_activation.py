@@ -51,6 +51,7 @@ def changed(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any
     return {f"{where}.{name}" for (where, name), value in before.items() if after.get((where, name)) is not value}
 
 
+# by the doors load, jit and buffers; every door's own tests say what else
 PATCHED = {
     "torch.frombuffer",
     "torch.jit.load",
@@ -67,7 +68,7 @@ def test_uninstall_puts_back_exactly_what_was_found() -> None:
     before = everything_in_torch()
     registry = list(torch.serialization._package_registry)
     devguard.install("repair", "cpu")
-    assert changed(before, everything_in_torch()) - {"torch._C._accelerator_setDeviceIndex"} == PATCHED
+    assert changed(before, everything_in_torch()) >= PATCHED
     assert devguard.uninstall() == []
     assert changed(before, everything_in_torch()) == set()
     assert torch.serialization._package_registry == registry
@@ -142,7 +143,7 @@ def test_install_from_many_threads_patches_once() -> None:
             thread.join()
     assert errors == []
     devguard.install("repair", "cpu")
-    assert changed(before, everything_in_torch()) - {"torch._C._accelerator_setDeviceIndex"} == PATCHED
+    assert changed(before, everything_in_torch()) >= PATCHED
     assert devguard.uninstall() == []
     assert changed(before, everything_in_torch()) == set()
 

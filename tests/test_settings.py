@@ -39,6 +39,17 @@ def test_a_bad_mode_of_a_door_names_the_door() -> None:
         settings.check_doors({"load": "loud"}, ("load",))
 
 
+def test_a_door_may_have_modes_of_its_own() -> None:
+    extra: dict[str, tuple[settings.DoorMode, ...]] = {"ipc": ("copy",)}
+    assert settings.check_doors({"ipc": "copy"}, ("ipc", "load"), extra) == {"ipc": "copy"}
+    with pytest.raises(ConfigError, match=r"door 'load': 'copy' is not a mode. Valid modes: .*, error\."):
+        settings.check_doors({"load": "copy"}, ("ipc", "load"), extra)
+    with pytest.raises(ConfigError, match=r"door 'ipc': 'move' is not a mode. Valid modes: .*, error, copy\."):
+        settings.check_doors({"ipc": "move"}, ("ipc", "load"), extra)
+    with pytest.raises(ConfigError, match="'copy' is not a mode"):
+        settings.check_mode("copy")
+
+
 @pytest.mark.parametrize("doors", ["load", ["load"], 1, {("load", "warn")}])
 def test_doors_that_are_no_mapping_are_an_error(doors: object) -> None:
     with pytest.raises(ConfigError, match="map door names to modes"):

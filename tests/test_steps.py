@@ -262,7 +262,7 @@ def test_the_event_loop_runs_on_its_own_device_between_steps(cuda: FakeCuda) -> 
     assert set(seen) == {NOBODY}
 
 
-def test_what_a_task_starts_does_not_inherit_its_owner(cuda: FakeCuda) -> None:
+def test_a_task_that_a_task_starts_does_not_inherit_its_owner_and_a_thread_does(cuda: FakeCuda) -> None:
     """A task of its own has a stack of its own turns: an owner held by somebody else's step would come and go."""
 
     @devguard.guard("cuda:1")
@@ -271,7 +271,7 @@ def test_what_a_task_starts_does_not_inherit_its_owner(cuda: FakeCuda) -> None:
         threads = await asyncio.to_thread(where, cuda)
         return await child, threads
 
-    assert asyncio.run(main()) == ([NOBODY], NOBODY)
+    assert asyncio.run(main()) == ([NOBODY], ONE)
 
 
 def test_cancellation_reaches_the_coroutine_inside_its_scope_and_restores(cuda: FakeCuda) -> None:

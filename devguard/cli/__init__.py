@@ -23,6 +23,7 @@ __all__ = ["main"]
 COMMANDS = {
     "demo": "show the disease and the cure: stray tensors on GPU 0, before and after the guard",
     "doctor": "check versions, devices, doors and settings, and say what to do next",
+    "run": "run any program and print who opens which context: device, process, thread, library, Python stack",
     "sim": "run any program on simulated GPUs, on a machine that has none",
 }
 

@@ -15,7 +15,8 @@ __all__ = ["check_settings", "SIMULATION", "that_matter"]
 
 KNOWN = ("DEVGUARD", "DEVGUARD_CACHE_DIR", "DEVGUARD_DEVICE", "DEVGUARD_DOORS", "DEVGUARD_LOG")
 SIMULATION = "DEVGUARD_SIM_"
-INTERNAL = (SIMULATION, "DEVGUARD_TEST_")  # set by `devguard sim` and by the tests of this package
+# set by `devguard sim`, by the tests of this package, by `devguard run --trace-contexts`
+INTERNAL = (SIMULATION, "DEVGUARD_TEST_", "DEVGUARD_TRACE_")
 SWITCHES = ("0", "1")  # off and repair, as a mode
 OTHERS = (
     "CUDA_DEVICE_ORDER",
@@ -47,9 +48,8 @@ def check_settings(environ: Mapping[str, str]) -> list[str]:
         )
     else:
         try:
-            settings.check_doors(
-                {name.strip(): mode.strip() for name, mode in (p.split("=", 1) for p in pairs)}, doors.NAMES
-            )
+            modes = {name.strip(): mode.strip() for name, mode in (p.split("=", 1) for p in pairs)}
+            settings.check_doors(modes, doors.NAMES, doors.EXTRA_MODES)
         except DevGuardError as error:
             wrong.append(f"DEVGUARD_DOORS: {error}")
     log = environ.get("DEVGUARD_LOG", "").strip()

@@ -18,15 +18,35 @@ import threading
 from types import ModuleType
 from typing import Any
 
-from devguard import accelerator, movement, settings
+from devguard import accelerator, settings
 from devguard.patching import DoorError
 
-__all__ = ["NAMES", "ON_REQUEST", "close_all", "inspect", "open_all", "status"]
+__all__ = ["EXTRA_MODES", "NAMES", "ON_REQUEST", "close_all", "inspect", "open_all", "status"]
 
 # name of the door = name of its module
-NAMES = ("buffers", "jit", "load", "native")
+NAMES = (
+    "artefacts",
+    "bare_cuda",
+    "bookkeeping",
+    "buffers",
+    "children",
+    "collectives",
+    "first_touch",
+    "interop",
+    "ipc",
+    "jit",
+    "load",
+    "native",
+    "set_device",
+    "streams",
+    "threads",
+    "triton",
+    "visibility",
+)
 # doors that act only inside remap() or where doors= names them
 ON_REQUEST = frozenset({"buffers"})
+# modes that single doors know beyond those of all
+EXTRA_MODES: dict[str, tuple[settings.DoorMode, ...]] = {"ipc": ("copy",)}
 
 _lock = threading.RLock()
 _open: dict[str, ModuleType] = {}
@@ -39,8 +59,6 @@ def open_all() -> None:
         return
     accelerator.torch_module()
     with _lock:
-        if not _open and not _failed:
-            movement.install()
         for name in NAMES:
             if name in _open or name in _failed:
                 continue
@@ -62,7 +80,6 @@ def close_all() -> list[str]:
             _, module = _open.popitem()
             left_over += module.uninstall()
         _failed.clear()
-        left_over += movement.uninstall()
     return left_over
 
 

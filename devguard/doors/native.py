@@ -75,7 +75,7 @@ def inspect(where: str) -> None:
             if index in _seen:
                 continue
             _seen.add(index)
-        if mode == "off" or tag in explained or verdict.allowed(tag) or index in scope.unguarded_contexts:
+        if mode == "off" or explained & {tag, "cuda"} or verdict.allowed(tag) or index in scope.unguarded_contexts:
             continue
         action = LEFT.get(mode, "observed")
         note = f"found {where}; {_evidence(index)}"

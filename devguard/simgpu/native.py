@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from devguard import compiling
 from devguard.errors import SimulationError
 from devguard.simgpu.stubs import stub_source
 from devguard.simgpu.symbols import Wanted, wanted
@@ -43,19 +42,7 @@ def compiler() -> str:
     SimulationError
         There is none, or readelf and nm, which come with one, are missing.
     """
-    named = os.environ.get("CC")
-    found = next(filter(None, map(shutil.which, [named] if named else ["cc", "gcc", "clang"])), None)
-    if found is None:
-        tried = f"CC={named}, which is no program here" if named else "neither cc, gcc nor clang is on PATH"
-        raise SimulationError(
-            f"simulated GPUs need a C compiler, and {tried}: install one (`apt install gcc libc6-dev`, `dnf "
-            "install gcc`) "
-            "or name it in CC"
-        )
-    for tool in ("readelf", "nm"):
-        if shutil.which(tool) is None:
-            raise SimulationError(f"simulated GPUs need {tool}: install binutils (`apt install binutils`)")
-    return found
+    return compiling.compiler("simulated GPUs", SimulationError, tools=("readelf", "nm"))
 
 
 def cuda_version(site: Path) -> str:
@@ -146,15 +133,4 @@ def _library(
 
 
 def _run(command: Sequence[str]) -> str:
-    variables = os.environ | {"LC_ALL": "C"}
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=variables)
-    if done.returncode:
-        if "No space left on device" in done.stderr:
-            raise OSError(28, "No space left on device")
-        last = "\n".join(f"  {line}" for line in done.stderr.strip().splitlines()[-6:])
-        raise SimulationError(
-            f"the simulation's C source could not be compiled by {command[0]}; a C compiler with its C "
-            "library's headers is "
-            f"needed (`apt install gcc libc6-dev`)\n{last}"
-        )
-    return done.stdout
+    return compiling.run(command, "the simulation's C source", SimulationError)

@@ -387,19 +387,23 @@ def test_a_pickle_without_tensors_is_not_touched() -> None:
             torch.serialization._get_restore_location = patched
 
 
-def test_a_load_in_another_thread_is_that_threads_own_affair() -> None:
+def test_a_load_in_a_thread_that_took_no_scope_over_is_its_own_affair() -> None:
     data = tagging.dumps(torch.ones(1))
     results: list[Any] = []
 
+    entered = threading.Event()
+
     def work() -> None:
+        entered.wait()
         try:
             results.append(pickle.loads(data))
         except RuntimeError as error:
             results.append(error)
 
+    thread = threading.Thread(target=work)
+    thread.start()
     with devguard.guard("cpu"):
-        thread = threading.Thread(target=work)
-        thread.start()
+        entered.set()
         thread.join()
     assert tagging.REFUSAL in str(results[0])
 

@@ -1,7 +1,7 @@
 """Runs this folder's tests on simulated GPUs, whatever torch the environment has.
 
-The tests are collected here and executed in one child pytest on `GPUS` simulated GPUs; each one's own report comes
-back, as if it had run here. In the child (and where the simulation is active already) they just run.
+The tests are collected here and executed, file by file, in a child pytest on `GPUS` simulated GPUs; each one's own
+report comes back, as if it had run here. In the child (and where the simulation is active already) they just run.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ GPUS = 4
 HERE = Path(__file__).parent
 REPORTS = "DEVGUARD_TEST_REPORTS"
 
-_collected: dict[str, list[Any]] | None = None
+_finished: set[Path] = set()
+_reports: dict[str, list[Any]] = {}
 
 
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     """Replay the reports of the child, unless this is the child."""
     if simgpu.active() or item.path.parent != HERE:  # pytest asks every conftest about every test
         return None
-    global _collected
-    if _collected is None:
-        _collected = _run_all([other for other in item.session.items if other.path.parent == HERE], item.config)
+    if item.path not in _finished:  # one child for each file
+        _finished.add(item.path)
+        _reports.update(_run_all([other for other in item.session.items if other.path == item.path], item.config))
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for report in _collected[item.nodeid]:
+    for report in _reports.pop(item.nodeid):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True

@@ -141,6 +141,7 @@ cudaError_t sim_open_context(int ordinal)
     if (ordinal < 0 || ordinal >= sim_visible_count) return cudaErrorInvalidDevice;
     int physical = sim_visible[ordinal];
     if (sim_has_context(physical)) return cudaSuccess;
+    int opened = 0;
     pthread_mutex_lock(&sim_lock);
     if (!memory[physical]) {
         struct device_memory *device = NULL;
@@ -149,11 +150,17 @@ cudaError_t sim_open_context(int ordinal)
             __atomic_fetch_or(&sim_me->contexts, 1u << physical, __ATOMIC_SEQ_CST);
             sim_log("%d ctx_create by=%s", physical, sim_call);
             __atomic_store_n(&memory[physical], device, __ATOMIC_SEQ_CST);
+            opened = 1;
         } else {
             error = cudaErrorMemoryAllocation;
         }
     }
     pthread_mutex_unlock(&sim_lock);
+    if (opened && devguard_context_opened) {
+        unsigned char uuid[16];
+        sim_uuid(physical, uuid);
+        devguard_context_opened(ordinal, uuid, sim_call);
+    }
     return error;
 }
 

@@ -134,6 +134,8 @@ struct sim_range { /* an address range that is no cudaMalloc: pinned host memory
 enum { RANGE_PINNED = 1, RANGE_REGISTERED, RANGE_IPC, RANGE_VMM };
 
 cudaError_t sim_open_context(int ordinal);
+/* Called after a context was opened, without any lock, if some library of the process defines it (devguard/tracing). */
+API __attribute__((weak)) void devguard_context_opened(int ordinal, const unsigned char uuid[16], const char *call);
 int sim_has_context(int physical);
 int sim_memory_fd(int physical);
 int sim_device_of(const void *pointer);                   /* physical, if it lies in a cudaMalloc arena, else -1 */

@@ -1,0 +1,83 @@
+"""What the doors bookkeeping, set_device and streams cost where nothing strays.
+
+On simulated GPUs the calls themselves cost next to nothing (an ``empty_cache`` 0.2 us), so the ratios are at their
+worst there; on a real GPU they take micro- to milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import devguard
+from benchmarks.measure import Row, Run, compare
+
+OWNER = 1
+
+
+def _closed() -> None:
+    devguard.uninstall()
+    torch.cuda.set_device(OWNER)
+
+
+def _plain(call: Callable[[], Any]) -> Run:
+    def run(times: int) -> None:
+        for _ in range(times):
+            call()
+
+    return run
+
+
+def _guarded(call: Callable[[], Any]) -> Run:
+    def run(times: int) -> None:
+        with devguard.guard(OWNER):
+            pass  # the first guard of a thread prepares it
+        with devguard.guard(OWNER):
+            for _ in range(times):
+                call()
+
+    return run
+
+
+def _installed(call: Callable[[], Any]) -> Run:
+    def run(times: int) -> None:
+        devguard.install(device=OWNER)
+        for _ in range(times):
+            call()
+
+    return run
+
+
+def _changes() -> None:
+    torch.cuda.set_device(1 - OWNER)
+    torch.cuda.set_device(OWNER)
+
+
+def _empty_what_was_cached() -> None:
+    torch.empty(1 << 20, dtype=torch.uint8, device="cuda")  # freed at once, and cached
+    torch.cuda.empty_cache()
+
+
+def bookkeeping() -> list[Row]:
+    """Calls that name no device, on the owner: inside a guard, and on the threads of a process with an owner."""
+    torch.empty(1, device="cuda:0"), torch.empty(1, device="cuda:1")
+    calls: dict[str, tuple[Callable[[], Any], float | None]] = {
+        "torch.cuda.synchronize()": (lambda: torch.cuda.synchronize(), 1.10),
+        "torch.cuda.mem_get_info()": (lambda: torch.cuda.mem_get_info(), 1.10),
+        "torch.cuda.memory_allocated()": (lambda: torch.cuda.memory_allocated(), 1.10),
+        "torch.cuda.empty_cache(), nothing cached": (lambda: torch.cuda.empty_cache(), None),
+        "torch.empty of 1 MB, then empty_cache()": (_empty_what_was_cached, 1.10),
+        "torch.cuda.current_stream()": (lambda: torch.cuda.current_stream(), 1.10),
+        "torch.cuda.Stream()": (lambda: torch.cuda.Stream(), None),
+        "torch.cuda.Event()": (lambda: torch.cuda.Event(), None),
+        "set_device, the owner's": (lambda: torch.cuda.set_device(OWNER), None),
+        "set_device, another one and back": (_changes, None),
+    }
+    rows = []
+    for what, (call, budget) in calls.items():
+        rows.append(compare(f"{what} in a guard", _plain(call), _guarded(call), budget, before_base=_closed))
+        rows.append(compare(f"{what} under install()", _plain(call), _installed(call), budget, before_base=_closed))
+    devguard.uninstall()
+    return rows

@@ -1,0 +1,81 @@
+"""What it costs to start a thread, and to run a task in a pool of threads, under a guard."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+import devguard
+from benchmarks.cases import OWNER, closed
+from benchmarks.measure import Row, Run, compare
+
+
+def _nothing() -> None:
+    pass
+
+
+def _start(times: int) -> None:
+    for _ in range(times):
+        thread = threading.Thread(target=_nothing)
+        thread.start()
+        thread.join()
+
+
+def _start_placed(times: int) -> None:
+    """Start a thread whose function is of the standard library: placed, and no stray."""
+    for _ in range(times):
+        thread = threading.Thread(target=threading.main_thread)
+        thread.start()
+        thread.join()
+
+
+def _start_and_set(times: int) -> None:
+    set_device = torch.cuda.set_device
+    for _ in range(times):
+        thread = threading.Thread(target=set_device, args=(OWNER,))
+        thread.start()
+        thread.join()
+
+
+def _submit(times: int) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(times):
+            pool.submit(_nothing).result()
+
+
+def _guarded(run: Run, mode: devguard.settings.Mode) -> Run:
+    def guarded(times: int) -> None:
+        with devguard.guard(OWNER, mode=mode):
+            run(times)
+
+    return guarded
+
+
+def _open(run: Run) -> Run:
+    """Run without an owner while the doors are open."""
+
+    def opened(times: int) -> None:
+        with devguard.guard("cpu"):
+            pass
+        run(times)
+
+    return opened
+
+
+def threads() -> list[Row]:
+    """A thread started and joined, guarded against unguarded; and a task of a pool."""
+    bare, by_hand = _start, _start_and_set
+    placed = _guarded(_start_placed, "repair")
+    rows = [
+        compare("a thread started, doors open, no owner", bare, _open(bare), 1.05, before_base=closed),
+        compare(
+            "a thread placed by the guard, against one that sets its device", by_hand, placed, 1.05, before_base=closed
+        ),
+        compare("the same, recorded as a repaired stray", by_hand, _guarded(bare, "repair"), None, before_base=closed),
+        compare("a pool's task, doors open, no owner", _submit, _open(_submit), 1.05, before_base=closed),
+        compare("a pool's task under a guard", _submit, _guarded(_submit, "repair"), None, before_base=closed),
+    ]
+    devguard.uninstall()
+    return rows

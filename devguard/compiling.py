@@ -1,0 +1,57 @@
+"""Finds the C compiler and runs it, for the parts of devguard that are compiled on first use.
+
+Every failure is an error of the caller's own class that says what is missing and how to get it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+from devguard.errors import DevGuardError
+
+__all__ = ["compiler", "run"]
+
+
+def compiler(purpose: str, error: type[DevGuardError], *, tools: Sequence[str] = ()) -> str:
+    """Return the C compiler: ``$CC``, or cc, gcc or clang.
+
+    Parameters
+    ----------
+    purpose : str
+        What needs it, in the plural: the beginning of the message.
+    error : type
+        What to raise.
+    tools : sequence of str
+        Programs of binutils that are needed, too.
+    """
+    named = os.environ.get("CC")
+    found = next(filter(None, map(shutil.which, [named] if named else ["cc", "gcc", "clang"])), None)
+    if found is None:
+        tried = f"CC={named}, which is no program here" if named else "neither cc, gcc nor clang is on PATH"
+        raise error(
+            f"{purpose} need a C compiler, and {tried}: install one (`apt install gcc libc6-dev`, `dnf install gcc`) "
+            "or name it in CC"
+        )
+    for tool in tools:
+        if shutil.which(tool) is None:
+            raise error(f"{purpose} need {tool}: install binutils (`apt install binutils`)")
+    return found
+
+
+def run(command: Sequence[str], source: str, error: type[DevGuardError]) -> str:
+    """Run one step of a build and return its output; ``source`` says in the message what could not be compiled."""
+    variables = os.environ | {"LC_ALL": "C"}
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=variables)
+    if done.returncode:
+        if "No space left on device" in done.stderr:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        last = "\n".join(f"  {line}" for line in done.stderr.strip().splitlines()[-6:])
+        raise error(
+            f"{source} could not be compiled by {command[0]}; a C compiler with its C library's headers is needed "
+            f"(`apt install gcc libc6-dev`)\n{last}"
+        )
+    return done.stdout

@@ -1,0 +1,565 @@
+"""The door ``ipc``: memory and events of another process, on the owner's GPU and elsewhere."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import os
+import pickle
+import pickletools
+import subprocess
+import sys
+from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.multiprocessing import reductions
+
+import devguard
+from devguard import guard, simgpu
+from devguard.doors import ipc
+from tests import sglang_reductions
+from tests.producer import Producer
+
+ROOT = Path(__file__).parents[2]
+TURNED = {"CUDA_VISIBLE_DEVICES": "1,0,2,3"}
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Producer]:
+    started = Producer(tmp_path_factory.mktemp("producer"))
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def producer(process: Producer) -> Producer:
+    process.begin()
+    return process
+
+
+@pytest.fixture(scope="module")
+def turned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Producer]:
+    """A producer whose cuda:0 is our cuda:1, and the other way round."""
+    process = Producer(tmp_path_factory.mktemp("turned"), TURNED)
+    yield process
+    process.close()
+
+
+def child(code: str, data: bytes, **environment: str) -> str:
+    """Receive `data` in a fresh process."""
+    prelude = (
+        "import pickle, sys, torch, torch.multiprocessing, devguard\n"
+        "from devguard import accelerator\n"
+        "ctx = lambda: [d.index for d in devguard.contexts()]\n"
+        "data = sys.stdin.buffer.read()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", prelude + code],
+        input=data,
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode().strip()
+
+
+def opened() -> int:
+    """How many handles this process has opened so far."""
+    mine = next(process for process in simgpu.state() if process.pid == os.getpid())
+    return sum(device.ipc_opens for device in mine.devices)
+
+
+def actions() -> list[tuple[str, str, str]]:
+    return [(stray.source, stray.target, stray.action) for stray in devguard.strays()]
+
+
+class TestContexts:
+    """In fresh processes, where no device has a context yet."""
+
+    def test_the_disease(self, producer):
+        code = "torch.cuda.set_device(1); x = pickle.loads(data); print(x.device, ctx())"
+        assert child(code, producer.share("cuda:0")) == "cuda:0 [0, 1]"
+
+    def test_the_cure_opens_no_context_on_the_producers_gpu_and_stays_an_alias(self, producer):
+        code = (
+            "with devguard.guard(1):\n"
+            "    x = pickle.loads(data)\n"
+            "    print(x.device, x.tolist(), ctx())\n"
+            "    x.copy_(torch.full((4,), 7.0)); torch.cuda.synchronize()\n"
+            "print(ctx(), devguard.strays()[0])"
+        )
+        first, second = child(code, producer.share("cuda:0")).splitlines()
+        assert first == "cuda:1 [0.0, 1.0, 2.0, 3.0] [1]"
+        assert second.startswith("[1] ipc: cuda:0 -> cuda:1 [owner cuda:1, repaired] 1 x, 16 bytes, at <string>:")
+        assert producer.values() == [7.0] * 4
+
+    def test_a_closed_door_has_the_disease(self, producer):
+        code = "with devguard.guard(1):\n    devguard.uninstall(); x = pickle.loads(data); print(x.device, ctx())"
+        assert child(code, producer.share("cuda:0")) == "cuda:0 [0, 1]"
+
+    def test_copying_opens_no_context_there_either(self, producer):
+        code = (
+            "with devguard.remap(1):\n    x = pickle.loads(data)\ntorch.cuda.synchronize(1); print(x.tolist(), ctx())"
+        )
+        assert child(code, producer.share("cuda:0")) == "[0.0, 1.0, 2.0, 3.0] [1]"
+
+    @pytest.mark.parametrize("how", ["tensor", "event"])
+    def test_error_mode_refuses_before_any_context(self, producer, how):
+        code = (
+            "with devguard.guard(1, mode='error'):\n"
+            "    try: pickle.loads(data)\n"
+            "    except devguard.StrayDeviceError: print(ctx())\n"
+        )
+        assert child(code, producer.share("cuda:0", how=how)) == "[1]"
+
+    def test_the_cpu_owner_refuses_before_cuda_is_touched(self, producer):
+        code = (
+            "with devguard.guard('cpu', mode='error'):\n"
+            "    try: pickle.loads(data)\n"
+            "    except devguard.StrayDeviceError as error: print('silently' in str(error), accelerator.initialized())"
+        )
+        assert child(code, producer.share("cuda:0")) == "True False"
+
+    def test_an_event(self, producer):
+        unguarded = "torch.cuda.set_device(1); e = pickle.loads(data); print(e.query(), ctx())"
+        guarded = "with devguard.guard(1):\n    e = pickle.loads(data); print(e.query(), ctx(), len(devguard.strays()))"
+        assert child(unguarded, producer.share("cuda:0", how="event")) == "True [0, 1]"
+        assert child(guarded, producer.share("cuda:0", how="event")) == "True [1] 1"
+
+    def test_an_empty_tensor(self, producer):
+        code = "with {}:\n    x = pickle.loads(data); print(x.device, tuple(x.shape), ctx())"
+        data = producer.share("cuda:0", shape=(0, 3))
+        assert child(code.format("torch.cuda.device(1)"), data) == "cuda:0 (0, 3) [0, 1]"
+        assert child(code.format("devguard.guard(1)"), data) == "cuda:1 (0, 3) [1]"
+        assert child(code.format("devguard.remap(1)"), data) == "cuda:1 (0, 3) [1]"
+
+    def test_a_gpu_that_the_receiver_does_not_see(self, producer):
+        code = (
+            "for mode in ('repair', 'error', 'off'):\n"
+            "    with devguard.guard(0, mode=mode):\n"
+            "        try: pickle.loads(data)\n"
+            "        except RuntimeError as e:\n"
+            "            print(type(e).__name__, 'CUDA_VISIBLE_DEVICES' in str(e), set(ctx()) <= {0})\n"
+            "print([(s.source, s.action) for s in devguard.strays()])"
+        )
+        lines = child(code, producer.share("cuda:3"), CUDA_VISIBLE_DEVICES="0,1").splitlines()
+        assert lines[:2] == ["DeviceResolutionError True True", "StrayDeviceError True True"]
+        assert lines[2].endswith("Error False True")
+        assert lines[3] == "[('cuda:3', 'observed'), ('cuda:3', 'refused')]"
+
+
+class TestModes:
+    def test_memory_on_the_owner_is_no_stray_in_any_mode(self, producer):
+        for scope in (guard(2, mode="error"), devguard.remap(2, mode="error"), guard(2, doors={"ipc": "copy"})):
+            with scope, devguard.no_strays():
+                tensor = pickle.loads(producer.share("cuda:2"))
+                assert tensor.device.index == 2
+                producer.fill(5)
+                assert tensor.tolist() == [5.0] * 4  # an alias
+            del tensor
+        assert producer.drop() == 0
+
+    def test_repair(self, producer):
+        data = producer.share("cuda:0", how="integers")
+        with guard(1):
+            line = sys._getframe().f_lineno + 1
+            tensor = pickle.loads(data)
+        assert (tensor.device.index, tensor.tolist()) == (1, [0, 1, 2, 3])
+        (stray,) = devguard.strays()
+        assert (stray.door, stray.source, stray.target, stray.action) == ("ipc", "cuda:0", "cuda:1", "repaired")
+        assert (stray.bytes, stray.dtype, stray.shape) == (32, "torch.int64", (4,))
+        assert (stray.site.file, stray.site.line) == (__file__, line)
+        assert producer.drop() == 512  # the producer keeps it for us
+        del tensor
+        assert producer.drop() == 0
+
+    def test_observe_and_warn_leave_it_and_error_opens_nothing(self, producer):
+        with guard(1, mode="observe"):
+            assert pickle.loads(producer.share("cuda:3")).device.index == 3
+        with (
+            guard(1, doors={"ipc": "warn"}),
+            pytest.warns(devguard.StrayDeviceWarning, match="16 bytes went to cuda:3"),
+        ):
+            assert pickle.loads(producer.share("cuda:3")).device.index == 3
+        data, before = producer.share("cuda:3"), opened()
+        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match=r"cuda:3.*owns cuda:1.*repair"):
+            pickle.loads(data)
+        assert opened() == before
+        assert actions() == [("cuda:3", "cuda:3", action) for action in ("observed", "warned", "refused")]
+
+    def test_off_unguarded_allowed_and_uninstalled(self, producer):
+        with guard(1), devguard.unguarded():
+            assert pickle.loads(producer.share("cuda:3")).device.index == 3
+        with guard(1, doors={"ipc": "off"}):
+            assert pickle.loads(producer.share("cuda:3")).device.index == 3
+        devguard.allow("cuda:3")
+        with guard(1):
+            assert pickle.loads(producer.share("cuda:3")).device.index == 3
+            devguard.uninstall()
+            assert pickle.loads(producer.share("cuda:0")).device.index == 0
+        assert devguard.strays() == ()
+
+    def test_without_an_owner_the_open_door_is_inert(self, producer):
+        with guard(1):
+            pass
+        assert pickle.loads(producer.share("cuda:3")).device.index == 3
+        assert devguard.strays() == ()
+
+    def test_the_cpu_owner_gets_no_silent_copy(self, producer):
+        with guard("cpu"):
+            assert pickle.loads(producer.share("cuda:3")).device.index == 3
+        with devguard.remap("cpu"):
+            assert pickle.loads(producer.share("cuda:3")).device.index == 3
+        assert actions() == [("cuda:3", "cuda:3", "observed")] * 2
+        assert "host" in devguard.strays()[0].note
+
+    def test_copy_is_a_mode_of_this_door_only(self):
+        with pytest.raises(devguard.ConfigError, match=r"door 'load': 'copy' is not a mode"):
+            guard(1, doors={"load": "copy"})
+        with pytest.raises(devguard.ConfigError, match=r"'copy' is not a mode"):
+            guard(1, mode="copy")
+        with pytest.raises(devguard.ConfigError, match=r"door 'ipc': 'move'.* error, copy\."):
+            guard(1, doors={"ipc": "move"})
+
+
+@pytest.mark.parametrize("scope", [guard(1, doors={"ipc": "copy"}), devguard.remap(1)], ids=["copy", "remap"])
+class TestCopies:
+    def test_are_the_owners_and_let_go_of_the_producers_memory_at_once(self, producer, scope):
+        data = producer.share("cuda:0")
+        with scope:
+            tensor = pickle.loads(data)
+        assert tensor.device.index == 1
+        producer.fill(9)
+        assert tensor.tolist() == [0.0, 1.0, 2.0, 3.0]
+        assert producer.drop() == 0
+        assert actions() == [("cuda:0", "cuda:1", "repaired")]
+
+    def test_of_the_same_memory_later_hold_what_it_holds_later(self, producer, scope):
+        with scope:
+            first = pickle.loads(producer.share("cuda:0"))
+            producer.fill(9)
+            second = pickle.loads(producer.again())
+        assert (first.tolist(), second.tolist()) == ([0.0, 1.0, 2.0, 3.0], [9.0] * 4)
+
+    def test_of_memory_that_is_open_elsewhere(self, producer, scope):
+        alias = pickle.loads(producer.share("cuda:0"))
+        with scope:
+            tensor = pickle.loads(producer.again())
+        assert (alias.device.index, tensor.device.index, tensor.tolist()) == (0, 1, [0.0, 1.0, 2.0, 3.0])
+
+    def test_without_peer_access(self, producer, scope, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, peer: False)
+        with scope:
+            tensor = pickle.loads(producer.share("cuda:0"))
+        assert (tensor.device.index, tensor.tolist()) == (1, [0.0, 1.0, 2.0, 3.0])
+        assert producer.drop() == 0
+
+    @pytest.mark.parametrize("how", ["parameter", "grad", "views", "integers"])
+    def test_are_the_same_otherwise(self, producer, scope, how):
+        data = producer.share("cuda:0", how=how)
+        with scope:
+            got = pickle.loads(data)
+        for tensor in got if how == "views" else [got]:
+            assert tensor.is_leaf
+            assert tensor.device.index == 1
+            assert tensor.requires_grad == (how in ("parameter", "grad"))
+            assert type(tensor) is (torch.nn.Parameter if how == "parameter" else torch.Tensor)
+        if how == "views":
+            assert [t.tolist() for t in got[:3]] == [[0, 1, 2, 3], [1, 2, 3], [[0, 2], [1, 3]]]
+            assert (got[2].stride(), got[3].shape) == (
+                (1, 2),
+                (2,),
+            )  # gathering got[3] needs arithmetic, which is not here
+
+
+class TestAliases:
+    def test_of_one_storage_stay_together(self, producer):
+        data = producer.share("cuda:0", how="views")
+        with guard(1):
+            whole, rest, turned, every_second = pickle.loads(data)
+        assert {t.device.index for t in (whole, rest, turned, every_second)} == {1}
+        assert len({t.untyped_storage().data_ptr() for t in (whole, rest, turned, every_second)}) == 1
+        assert (rest.storage_offset(), turned.stride(), every_second.stride()) == (1, (1, 2), (2,))
+        assert [stray.count for stray in devguard.strays()] == [4]
+
+    def test_parameters_keep_their_kind(self, producer):
+        with guard(1):
+            parameter = pickle.loads(producer.share("cuda:0", how="parameter"))
+            leaf = pickle.loads(producer.share("cuda:0", how="grad"))
+        assert type(parameter) is torch.nn.Parameter
+        assert (parameter.requires_grad, leaf.requires_grad, leaf.is_leaf) == (True, True, True)
+
+    def test_of_memory_that_is_open_elsewhere_cannot_be_opened_anew(self, producer):
+        alias = pickle.loads(producer.share("cuda:0"))
+        with guard(1):
+            again = pickle.loads(producer.again())
+        assert again.data_ptr() == alias.data_ptr()
+        assert again.device == alias.device
+        assert actions() == [("cuda:0", "cuda:0", "observed")]
+        assert "opened that memory under cuda:0" in devguard.strays()[0].note
+        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match="under cuda:0"):
+            pickle.loads(producer.again())
+
+    def test_of_the_owners_memory_that_another_owner_has_opened(self, producer):
+        with guard(2):
+            alias = pickle.loads(producer.share("cuda:0"))
+        assert alias.device.index == 2
+        with guard(0):
+            assert pickle.loads(producer.again()).device.index == 2
+        with guard(0, doors={"ipc": "copy"}):
+            assert pickle.loads(producer.again()).device.index == 0
+        assert actions()[1:] == [("cuda:2", "cuda:2", "observed"), ("cuda:2", "cuda:0", "repaired")]
+
+
+class TestWithoutPeerAccess:
+    @pytest.fixture(autouse=True)
+    def _no_peers(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, peer: False)
+
+    @pytest.mark.parametrize("how", ["tensor", "event"])
+    def test_it_is_recorded_with_the_reason_and_refused_in_error_mode(self, producer, how):
+        with guard(1):
+            pickle.loads(producer.share("cuda:3", how=how))
+        (stray,) = devguard.strays()
+        assert (stray.source, stray.target, stray.action) == ("cuda:3", "cuda:3", "observed")
+        assert "cuda:1 has no peer access to cuda:3" in stray.note
+        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match="no peer access to cuda:3"):
+            pickle.loads(producer.share("cuda:3", how=how))
+
+
+class TestEvents:
+    def test_modes(self, producer):
+        with guard(1, mode="observe"):
+            assert pickle.loads(producer.share("cuda:3", how="event")).device.index == 3
+        with guard(1):
+            assert pickle.loads(producer.share("cuda:3", how="event")).device.index == 1
+        with guard(3, mode="error"), devguard.no_strays():
+            assert pickle.loads(producer.share("cuda:3", how="event")).device.index == 3
+        assert actions() == [("cuda:3", "cuda:3", "observed"), ("cuda:3", "cuda:1", "repaired")]
+        with guard("cpu", mode="error"), pytest.raises(devguard.StrayDeviceError):
+            pickle.loads(producer.share("cuda:3", how="event"))
+
+
+class TestDifferentVisibleLists:
+    """The producer sees 1,0,2,3 where we see 0,1,2,3: its cuda:0 is our cuda:1."""
+
+    GUARDED = "with devguard.guard({}):\n    x = pickle.loads(data); print(x.device, ctx(), len(devguard.strays()))"
+
+    @pytest.fixture
+    def uuids(self, turned):
+        turned.do("import devguard; devguard.install(device=0)\nfrom devguard.doors import ipc; ipc.send_uuids()")
+        yield
+        turned.do("import devguard; devguard.uninstall()")
+
+    def test_the_disease_is_another_gpu(self, turned):
+        code = "torch.cuda.set_device(1); x = pickle.loads(data); print(x.device, ctx())"
+        assert child(code, turned.share("cuda:0")) == "cuda:0 [0, 1]"
+
+    def test_with_uuids_the_owners_memory_is_the_owners(self, turned, uuids):
+        assert child(self.GUARDED.format(1), turned.share("cuda:0")) == "cuda:1 [1] 0"
+
+    def test_with_uuids_a_stray_is_seen_and_repaired(self, turned, uuids):
+        assert child(self.GUARDED.format(0), turned.share("cuda:0")) == "cuda:0 [0] 1"
+
+    def test_with_uuids_the_source_is_named_as_the_receiver_sees_it(self, turned, uuids):
+        with guard(0):
+            assert pickle.loads(turned.share("cuda:0")).device.index == 0
+            assert pickle.loads(turned.share("cuda:1")).device.index == 0
+        assert actions() == [("cuda:1", "cuda:0", "repaired")]
+        with guard(0, mode="observe"):
+            assert pickle.loads(turned.share("cuda:0")).device.index == 1
+
+    def test_an_owner_is_not_needed_to_read_uuids(self, turned, uuids):
+        with guard(0):
+            pass
+        assert pickle.loads(turned.share("cuda:0")).device.index == 1
+        with guard("cpu"):
+            assert pickle.loads(turned.share("cuda:0")).device.index == 1
+
+    def test_with_uuids_an_empty_tensor(self, turned, uuids):
+        with guard(1, mode="error"):
+            assert pickle.loads(turned.share("cuda:0", shape=(0,))).device.index == 1
+
+    def test_a_uuid_that_the_receiver_does_not_see(self, turned, uuids):
+        code = (
+            "for mode in ('repair', 'error', 'off'):\n"
+            "    with devguard.guard(0, mode=mode):\n"
+            "        try: pickle.loads(data)\n"
+            "        except RuntimeError as e:\n"
+            "            print(type(e).__name__, 'CUDA_VISIBLE_DEVICES' in str(e), set(ctx()) <= {0})\n"
+            "try: pickle.loads(data)\n"
+            "except devguard.DeviceResolutionError: print('and without an owner')"
+        )
+        lines = child(code, turned.share("cuda:0"), CUDA_VISIBLE_DEVICES="0").splitlines()
+        kinds = ["DeviceResolutionError", "StrayDeviceError", "DeviceResolutionError"]
+        assert lines == [*(f"{kind} True True" for kind in kinds), "and without an owner"]
+
+    def test_a_reduction_that_is_not_a_message_keeps_the_index(self):
+        devguard.install(device=1)
+        ipc.send_uuids()
+        storage = torch.arange(4.0).to("cuda:1")._typed_storage()
+        assert storage._share_cuda_()[0] == 1
+        assert devguard.status()["doors"]["ipc"]["sends_uuids"] is True
+        devguard.uninstall()
+        devguard.install(device=1)
+        assert devguard.status()["doors"]["ipc"]["sends_uuids"] is False
+
+
+class TestBesideSglangsPatch:
+    """monkey_patch_torch_reductions before and after the doors open, here and in the producer."""
+
+    @pytest.fixture
+    def patched_producer(self, turned):
+        turned.do("from tests import sglang_reductions; sglang_reductions.monkey_patch_torch_reductions()")
+        yield turned
+        turned.do("from tests import sglang_reductions; sglang_reductions.take_back()")
+
+    @pytest.fixture(params=["first", "second"])
+    def _patched(self, request):
+        if request.param == "second":
+            devguard.install(device=3)
+        sglang_reductions.monkey_patch_torch_reductions()
+        devguard.install(device=3)
+        yield
+        assert devguard.uninstall() == []
+        assert reductions.rebuild_cuda_tensor is sglang_reductions._rebuild_cuda_tensor_modified
+        assert reductions._rebuild_cuda_tensor_original.__code__.co_filename == reductions.__file__
+        sglang_reductions.take_back()
+
+    @pytest.mark.usefixtures("_patched")
+    def test_both_ends_patched(self, patched_producer):
+        with guard(1, mode="error"):
+            assert pickle.loads(patched_producer.share("cuda:0")).device.index == 1
+        with guard(2):
+            tensor = pickle.loads(patched_producer.share("cuda:1"))
+        assert (tensor.device.index, tensor.tolist()) == (2, [0.0, 1.0, 2.0, 3.0])
+        assert actions() == [("cuda:0", "cuda:2", "repaired")]
+
+    @pytest.mark.usefixtures("_patched")
+    def test_a_sender_without_it(self, producer):
+        with guard(2):
+            assert pickle.loads(producer.share("cuda:0")).device.index == 2
+        assert actions() == [("cuda:0", "cuda:2", "repaired")]
+
+    @pytest.mark.usefixtures("_patched")
+    def test_tensors_can_still_be_sent_and_only_one_puts_the_uuid_in(self):
+        ipc.send_uuids()
+        function, sent = reductions.reduce_tensor(torch.arange(4.0).to("cuda:1"))
+        assert function is sglang_reductions._rebuild_cuda_tensor_modified
+        assert sent[6] == str(torch.cuda.get_device_properties(1).uuid)
+        assert b"_rebuild_cuda_tensor_modified" in bytes(ForkingPickler.dumps(torch.arange(4.0).to("cuda:1")))
+
+    def test_devguards_uuids_are_read_by_sglangs_patch_alone(self, turned):
+        turned.do("import devguard; devguard.install(device=0)\nfrom devguard.doors import ipc; ipc.send_uuids()")
+        code = (
+            "from tests import sglang_reductions; sglang_reductions.monkey_patch_torch_reductions()\n"
+            "print(pickle.loads(data).device)"
+        )
+        try:
+            assert child(code, turned.share("cuda:0")) == "cuda:1"
+        finally:
+            turned.do("import devguard; devguard.uninstall()")
+
+
+def shape_of(data: bytes) -> list[Any]:
+    """What is the same in any two messages about one tensor: not the counters and the event."""
+    return [
+        (op.name, None if isinstance(arg, (bytes, int)) and not isinstance(arg, bool) else arg)
+        for op, arg, _ in pickletools.genops(data)
+        if not op.name.startswith("BININT")  # a counter takes one byte or two
+    ]
+
+
+class TestPatches:
+    def test_the_bytes_are_the_bytes(self):
+        for value in (torch.arange(4.0).to("cuda:1"), torch.nn.Parameter(torch.arange(2.0).to("cuda:2"))):
+            plain = bytes(ForkingPickler.dumps(value))
+            with guard(1):
+                assert shape_of(bytes(ForkingPickler.dumps(value))) == shape_of(plain)
+        function = pickle.dumps(reductions.rebuild_cuda_tensor)
+        with guard(1):
+            assert pickle.dumps(reductions.rebuild_cuda_tensor) == function
+
+    def test_everything_is_put_back(self):
+        names = [name for name in vars(reductions) if name.startswith(("re", "_re", "storage_"))]
+        before = [getattr(reductions, name) for name in names], vars(torch.storage.TypedStorage).copy()
+        devguard.install(device=1)
+        assert reductions.rebuild_cuda_tensor is not dict(zip(names, before[0], strict=True))["rebuild_cuda_tensor"]
+        assert reductions.rebuild_cuda_tensor.__qualname__ == "rebuild_cuda_tensor"
+        assert reductions.rebuild_cuda_tensor.__module__ == reductions.__name__
+        assert devguard.uninstall() == []
+        assert [getattr(reductions, name) for name in names] == before[0]
+        assert vars(torch.storage.TypedStorage) == before[1]
+
+    def test_arguments_may_come_by_name(self, producer):
+        devguard.install(device=1)
+        calls = []
+
+        class Spy(pickle.Unpickler):
+            def find_class(self, module, name):
+                found = super().find_class(module, name)
+                if name != "rebuild_cuda_tensor":
+                    return found
+                return lambda *args: calls.append(args) or args
+
+        Spy(io.BytesIO(producer.share("cuda:0"))).load()
+        names = inspect.signature(reductions.rebuild_cuda_tensor).parameters
+        tensor = reductions.rebuild_cuda_tensor(**dict(zip(names, calls[0], strict=True)))
+        assert (tensor.device.index, tensor.tolist()) == (1, [0.0, 1.0, 2.0, 3.0])
+
+    @pytest.mark.parametrize("name", ["rebuild_cuda_tensor", "rebuild_event"])
+    def test_a_torch_with_other_parameters_keeps_the_door_closed_and_is_named(self, monkeypatch, name):
+        def renamed(tensor_size, dtype, gpu): ...
+
+        renamed.__module__ = reductions.__name__
+        renamed.__qualname__ = name
+        monkeypatch.setattr(reductions, name, renamed)
+        devguard.install(device=1)
+        row = devguard.status()["doors"]["ipc"]
+        assert row["open"] is False
+        assert "has no parameter" in row["problem"]
+        assert name in row["problem"]
+        assert getattr(reductions, name) is renamed
+        assert not hasattr(reductions.reduce_tensor, "__wrapped__")
+
+    def test_a_patch_that_nobody_knows_keeps_the_door_closed_and_is_named(self, monkeypatch):
+        def theirs(*args): ...
+
+        monkeypatch.setattr(reductions, "rebuild_cuda_tensor", theirs)
+        devguard.install(device=1)
+        row = devguard.status()["doors"]["ipc"]
+        assert (row["open"], "theirs" in row["problem"]) == (False, True)
+
+
+@guard(argument="gpu_id")
+def consume(gpu_id: int, tensors: Any, answers: Any) -> None:
+    """Take two tensors off a queue, write into the first, and tell where they are."""
+    first, second = tensors.get(), tensors.get()
+    first.copy_(torch.full((4,), 8.0))
+    torch.cuda.synchronize()
+    answers.put((str(first.device), str(second.device), second.tolist(), [d.index for d in devguard.contexts()]))
+    del first, second
+    tensors.get()  # until the parent has looked
+
+
+@pytest.mark.parametrize("kind", ["Queue", "SimpleQueue"])
+def test_a_queue_between_two_processes(kind):
+    context = mp.get_context("spawn")
+    tensors, answers = getattr(context, kind)(), context.SimpleQueue()
+    process = context.Process(target=consume, args=(1, tensors, answers))
+    process.start()
+    stray, own = torch.arange(4.0).to("cuda:0"), torch.arange(3.0).to("cuda:1")
+    tensors.put(stray)
+    tensors.put(own)
+    assert answers.get() == ("cuda:1", "cuda:1", [0.0, 1.0, 2.0], [1])
+    assert stray.tolist() == [8.0] * 4
+    tensors.put(None)
+    process.join()
+    assert process.exitcode == 0

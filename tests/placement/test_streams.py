@@ -1,0 +1,212 @@
+"""The door ``streams`` on real devices: streams and events made for a device that is not the owner's."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import devguard
+from devguard import guard
+from devguard.journal import journal
+
+ROOT = Path(__file__).parents[2]
+
+KINDS = (torch.cuda.Stream, torch.cuda.ExternalStream, torch.cuda.Event)
+
+
+def found() -> list[tuple[str, str, int]]:
+    return [(s.source, s.action, s.count) for s in journal.strays() if s.door == "streams"]
+
+
+WAYS: dict[str, Callable[[], Any]] = {
+    "by index": lambda: torch.cuda.Stream(2),
+    "by name": lambda: torch.cuda.Stream(device="cuda:2", priority=-1),
+    "by device": lambda: torch.cuda.Stream(torch.device("cuda", 2)),
+}
+
+
+def under_device_2(make: Callable[[], Any]) -> Any:
+    with torch.cuda.device(2):
+        return make()
+
+
+@pytest.mark.parametrize("how", [*WAYS, "current"])
+class TestAStreamOfAnotherDevice:
+    def make(self, how: str) -> Any:
+        return WAYS[how]() if how in WAYS else under_device_2(torch.cuda.Stream)
+
+    def test_unguarded_nobody_says_a_word(self, how):
+        assert self.make(how).device.index == 2
+        assert devguard.strays() == ()
+
+    def test_is_recorded_and_stays_where_the_program_put_it(self, how):
+        with guard(1):
+            assert self.make(how).device.index == 2
+        assert found() == [("cuda:2", "observed", 1)]
+        (stray,) = (s for s in journal.strays() if s.door == "streams")
+        assert stray.site.file == __file__
+
+    def test_is_refused_before_it_exists_in_mode_error(self, how):
+        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match="cuda:2, but this scope owns"):
+            self.make(how)
+        assert found() == [("cuda:2", "refused", 1)]
+
+    def test_warns_once_in_mode_warn_and_is_silent_in_mode_off(self, how):
+        with guard(1, doors={"streams": "warn"}), pytest.warns(devguard.StrayDeviceWarning) as caught:
+            for _ in range(2):
+                self.make(how)
+        assert len(caught) == 1
+        with guard(1, mode="off"):
+            self.make(how)
+        with guard(1), devguard.unguarded():
+            self.make(how)
+        devguard.allow("cuda:2")
+        with guard(1):
+            self.make(how)
+        assert found() == [("cuda:2", "warned", 2)]
+
+
+class TestExternalStreams:
+    def test_are_seen_once_by_the_device_that_is_named_or_current(self):
+        pointer = torch.cuda.Stream(2).cuda_stream
+        with guard(1):
+            assert torch.cuda.ExternalStream(pointer, 2).device.index == 2
+            assert torch.cuda.ExternalStream(stream_ptr=pointer, device="cuda:2").cuda_stream == pointer
+            under_device_2(lambda: torch.cuda.ExternalStream(pointer))
+            torch.cuda.ExternalStream(torch.cuda.Stream().cuda_stream)
+        assert [row[2] for row in found()] == [1, 1, 1]
+
+
+class TestEvents:
+    def test_made_while_another_device_is_current_are_recorded_or_refused(self):
+        with guard(1):
+            under_device_2(lambda: torch.cuda.Event(enable_timing=True))
+        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError):
+            under_device_2(torch.cuda.Event)
+        assert [row[:2] for row in found()] == [("cuda:2", "observed"), ("cuda:2", "refused")]
+
+    def test_that_torch_makes_for_a_stream_of_the_owner_are_none(self):
+        with guard(1, doors={"streams": "error"}):
+            stream, side = torch.cuda.Stream(), torch.cuda.Stream()
+            with torch.cuda.device(2):
+                stream.record_event().synchronize()
+                side.wait_stream(stream)
+        assert found() == []
+
+
+class TestWellBehavedPrograms:
+    def test_on_the_owner_nothing_is_recorded(self):
+        with guard(1, mode="error"):
+            for device in (None, 1, -1, "cuda:1", "cuda", torch.device("cuda")):
+                assert torch.cuda.Stream(device).device.index == 1
+            with torch.cuda.stream(torch.cuda.Stream()):
+                event = torch.cuda.Event()
+                event.record()
+                torch.ones(4, device="cuda").record_stream(torch.cuda.current_stream())
+            event.synchronize()
+        assert found() == []
+
+    def test_looking_at_streams_of_any_device_is_no_making(self):
+        with guard(1, mode="error"):
+            for index in range(torch.cuda.device_count()):
+                assert torch.cuda.current_stream(index).device.index == index
+                assert torch.cuda.default_stream(f"cuda:{index}").device.index == index
+        assert found() == []
+
+    def test_torchs_own_errors_stay(self):
+        with guard(1, mode="error"):
+            with pytest.raises((RuntimeError, ValueError)):
+                torch.cuda.Stream("cpu")
+            with pytest.raises(TypeError):
+                torch.cuda.Stream(priority="high")
+            with pytest.raises(TypeError):
+                torch.cuda.Event(nothing=1)
+            with pytest.raises(RuntimeError):
+                torch.cuda.Stream("nonsense")
+
+    def test_subclasses_made_before_and_after(self):
+        class Before(torch.cuda.Stream):
+            def __new__(cls, tag: str, **options: Any) -> Any:
+                made = super().__new__(cls, **options)
+                made.tag = tag
+                return made
+
+        with guard(1):
+
+            class After(torch.cuda.Stream):
+                pass
+
+            one, two = Before("x"), After(priority=-1)
+            assert (type(one), one.tag, type(two)) == (Before, "x", After)
+            assert isinstance(one, torch.cuda.Stream)
+            assert issubclass(After, torch._C._CudaStreamBase)
+            Before("y", device=2)
+        assert found() == [("cuda:2", "observed", 1)]
+        assert isinstance(After(), After)
+
+    def test_torch_compile_traces_streams_as_before(self):
+        def step(x: torch.Tensor) -> torch.Tensor:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                y = x.reshape(2, 4)
+            torch.cuda.current_stream().wait_stream(side)
+            return y
+
+        with guard(1, mode="error"):
+            x = torch.ones(8).to("cuda:1")
+            compiled: Callable[..., Any] = torch.compile(step, backend="eager")
+            assert compiled(x).shape == (2, 4)
+        assert found() == []
+
+
+class TestTheCpuOwner:
+    def test_is_refused_before_cuda_is_initialised(self):
+        code = (
+            "import torch, devguard\n"
+            "with devguard.guard('cpu', mode='error'):\n"
+            "    torch.cuda.Event()\n"
+            "    for make in (torch.cuda.Stream, lambda: torch.cuda.Stream(1)):\n"
+            "        try: make()\n"
+            "        except devguard.StrayDeviceError: print(torch.cuda.is_initialized(), devguard.contexts())\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, check=False)
+        assert done.stdout.decode().splitlines() == ["False ()", "False ()"], done.stderr.decode()
+
+
+def test_names_and_signatures_are_torchs():
+    before = [(vars(kind)["__new__"].__func__, inspect.signature(kind)) for kind in KINDS]
+    with guard(1):
+        for kind, (original, signature) in zip(KINDS, before, strict=True):
+            assert kind.__new__ is not original
+            assert kind.__new__.__qualname__ == original.__qualname__
+            assert inspect.signature(kind) == signature
+
+
+def test_uninstall_puts_back_exactly_what_was_there():
+    before = [vars(kind)["__new__"] for kind in KINDS]
+    with guard(1):
+        assert devguard.status()["doors"]["streams"]["watched"] == [f"torch.cuda.{kind.__name__}" for kind in KINDS]
+    assert devguard.uninstall() == []
+    assert all(vars(kind)["__new__"] is original for kind, original in zip(KINDS, before, strict=True))
+    with guard(1):
+        devguard.uninstall()
+        under_device_2(torch.cuda.Event)
+        torch.cuda.Stream(2)
+    assert found() == []
+
+
+def test_a_torch_without_the_class_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", type("Event", (), {}))
+    with guard(1):
+        row = devguard.status()["doors"]["streams"]
+    assert not row["open"]
+    assert "Event.__new__ is not in torch" in row["problem"]
+    assert isinstance(vars(torch.cuda.Stream)["__new__"], staticmethod)

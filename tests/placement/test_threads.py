@@ -1,0 +1,493 @@
+"""The door ``threads`` on real devices: on which device threads and the tasks of pools run, and under whose scopes."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import pickle
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent import futures
+from multiprocessing.pool import Pool, ThreadPool
+from typing import Any
+
+import pytest
+import torch
+
+import devguard
+from devguard import guard, takeover
+from devguard.doors import threads as door
+from devguard.patching import DoorError
+from tests.placement.test_load import child
+
+current = torch.cuda.current_device
+
+
+def seen() -> tuple[int, str]:
+    """Where the code that asks runs, and who owns it."""
+    return current(), str(devguard.owner())
+
+
+class Overriding(threading.Thread):
+    result: Any = None
+
+    def run(self) -> None:
+        self.result = seen()
+
+
+def in_thread(work: Callable[[], Any] = seen) -> Any:
+    got: list[Any] = []
+    thread = threading.Thread(target=lambda: got.append(work()))
+    thread.start()
+    thread.join()
+    return got[0] if got else None
+
+
+def subclass() -> Any:
+    thread = Overriding()
+    thread.start()
+    thread.join()
+    return thread.result
+
+
+def timer() -> Any:
+    got: list[Any] = []
+    thread = threading.Timer(0, lambda: got.append(seen()))
+    thread.start()
+    thread.join()
+    return got[0]
+
+
+def submit() -> Any:
+    with futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(seen).result()
+
+
+def executor_map() -> Any:
+    with futures.ThreadPoolExecutor(2) as pool:
+        (result,) = set(pool.map(lambda _: seen(), range(8)))
+        return result
+
+
+async def _in_executor() -> Any:
+    return await asyncio.get_running_loop().run_in_executor(None, seen)
+
+
+def to_thread() -> Any:
+    return asyncio.run(asyncio.to_thread(seen))
+
+
+def run_in_executor() -> Any:
+    return asyncio.run(_in_executor())
+
+
+def pool_apply() -> Any:
+    with ThreadPool(1) as pool:
+        return pool.apply(seen)
+
+
+def pool_map() -> Any:
+    with ThreadPool(2) as pool:
+        (result,) = set(pool.map(lambda _: seen(), range(8)))
+        return result
+
+
+def pool_imap() -> Any:
+    with ThreadPool(2) as pool:
+        ordered, unordered = pool.imap(lambda _: seen(), range(8)), pool.imap_unordered(lambda _: seen(), range(8), 4)
+        (result,) = {*ordered, *unordered}
+        return result
+
+
+def nested() -> Any:
+    return in_thread(lambda: in_thread(seen))
+
+
+WAYS = [
+    in_thread, subclass, timer, submit, executor_map, to_thread, run_in_executor, pool_apply, pool_map, pool_imap,
+    nested,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+class TestEveryWay:
+    def test_unguarded_it_starts_on_device_0(self, way):
+        torch.cuda.set_device(1)
+        assert way() == (0, "None")
+
+    def test_guarded_it_starts_on_the_owner(self, way):
+        with guard(1):
+            assert way() == (1, "cuda:1")
+            assert current() == 1
+        strays = devguard.strays()
+        assert {(s.door, s.source, s.target, s.action) for s in strays} == {("threads", "cuda:0", "cuda:1", "repaired")}
+        assert {s.site.file for s in strays} == {__file__}
+
+    def test_on_the_owner_anyway_it_is_no_stray(self, way):
+        with guard(0, mode="error"):
+            assert way() == (0, "cuda:0")
+        assert devguard.strays() == ()
+
+    def test_the_cpu_owner_and_unguarded_are_inherited(self, way):
+        with guard("cpu", mode="error"):
+            assert way() == (0, "cpu")
+        with guard(1), devguard.unguarded():
+            assert way() == (0, "None")
+        assert devguard.strays() == ()
+
+    def test_observe_records_and_leaves_it(self, way):
+        with guard(1, mode="observe"):
+            assert way() == (0, "cuda:1")
+        assert {s.action for s in devguard.strays()} == {"observed"}
+
+    def test_warn_warns_and_leaves_it(self, way):
+        with guard(1, doors={"threads": "warn"}), pytest.warns(devguard.StrayDeviceWarning, match="cuda:0"):
+            assert way() == (0, "cuda:1")
+
+    def test_error_refuses_where_it_is_started(self, way):
+        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match="owns cuda:1"):
+            way()
+        assert {s.action for s in devguard.strays()} == {"refused"}
+
+    def test_off_leaves_it(self, way):
+        with guard(1, doors={"threads": "off"}):
+            assert way() == (0, "None")
+        with guard(1, mode="off"):
+            assert way() == (0, "cuda:1")  # the scope is inherited, so that its mode is
+        assert devguard.strays() == ()
+
+    def test_closed_after_uninstall(self, way):
+        with guard(1):
+            devguard.uninstall()
+            assert way() == (0, "None")
+
+    def test_the_owner_of_the_process_holds_too(self, way):
+        devguard.install(device=2)
+        assert way()[0] == 2
+        with guard(3):
+            assert way() == (3, "cuda:3")
+
+
+def test_the_call_site_is_the_line_that_starts_it():
+    with guard(1), futures.ThreadPoolExecutor(1) as pool:
+        thread = threading.Thread(target=seen)
+        thread.start(), pool.submit(seen).result(), asyncio.run(asyncio.to_thread(seen))
+        line = sys._getframe().f_lineno - 1
+        thread.join()
+    (stray,) = devguard.strays()
+    assert (stray.site.line, stray.count) == (line, 3)
+
+
+class TestThreads:
+    def test_error_mode_leaves_the_thread_unstarted(self):
+        thread = Overriding()
+        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError):
+            thread.start()
+        assert thread.ident is None
+        thread.start()
+        thread.join()
+        assert thread.result == (0, "None")
+
+    def test_the_scopes_of_the_moment_of_start_count(self):
+        thread = Overriding()
+        with guard(2), guard(1):
+            thread.start()
+        thread.join()
+        assert thread.result == (1, "cuda:1")
+
+    def test_it_outlives_the_scope(self):
+        go, got = threading.Event(), []
+
+        def work():
+            go.wait()
+            got.append(seen())
+            with guard(3):
+                got.append(seen())
+            got.append(seen())
+
+        with guard(1):
+            thread = threading.Thread(target=work)
+            thread.start()
+        with guard(2):
+            go.set()
+            thread.join()
+        assert got == [(1, "cuda:1"), (3, "cuda:3"), (1, "cuda:1")]
+
+    def test_what_was_taken_over_is_not_for_the_thread_to_leave(self):
+        scoped = guard(1)
+
+        def leave() -> Any:
+            with pytest.warns(RuntimeWarning, match="not entered it"):
+                scoped.__exit__(None, None, None)
+            return seen()
+
+        with scoped:
+            assert in_thread(leave) == (1, "cuda:1")
+
+    def test_doors_work_in_it_in_the_inherited_modes(self):
+        data = pickle.dumps(torch.arange(8.0).to("cuda:0"))
+        with guard(1):
+            assert in_thread(lambda: pickle.loads(data).device.index) == 1
+            with guard(1, doors={"load": "observe"}):
+                assert in_thread(lambda: pickle.loads(data).device.index) == 0
+
+    def test_it_has_a_context_bound(self):
+        code = (
+            "import ctypes, threading\n"
+            "def work():\n"
+            "    context = ctypes.c_void_p()\n"
+            "    ctypes.CDLL('libcuda.so.1').cuCtxGetCurrent(ctypes.byref(context))\n"
+            "    print(bool(context.value), torch.ones(2, device='cuda').device, ctx())\n"
+            "with devguard.guard(1):\n"
+            "    t = threading.Thread(target=work); t.start(); t.join()"
+        )
+        assert child(code) == "True cuda:1 [1]"
+
+    @pytest.mark.parametrize(
+        "work",
+        [guard(1)(seen), guard(1).bind(seen), functools.partial(guard(1)(seen))],
+        ids=["decorated", "bound", "partial"],
+    )
+    def test_what_names_its_own_device_is_no_stray(self, work):
+        with guard(1, mode="error"):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            with futures.ThreadPoolExecutor(1) as pool:
+                assert pool.submit(work).result() == (1, "cuda:1")
+        assert devguard.strays() == ()
+
+    def test_threads_of_the_standard_library_are_placed_and_are_no_strays(self):
+        with guard(1, mode="error"):
+            thread = threading.Thread(target=threading.main_thread().is_alive)
+            thread.start()
+            thread.join()
+        assert devguard.strays() == ()
+
+    def test_it_is_freed_without_the_collector(self):
+        def fail():
+            raise ZeroDivisionError
+
+        hook, threading.excepthook = threading.excepthook, lambda args: None
+        gc.collect()
+        gc.disable()
+        try:
+            for target in (seen, fail):
+                with guard(1):
+                    thread = threading.Thread(target=target)
+                    thread.start()
+                    thread.join()
+                gone = weakref.ref(thread)
+                del thread
+                assert gone() is None
+            with guard(1), futures.ThreadPoolExecutor(1) as pool:
+                tensor = torch.ones(2)
+                gone = weakref.ref(tensor)
+                pool.submit(torch.add, tensor, 1).result()
+                del tensor
+                pool.submit(seen).result()
+                assert gone() is None
+        finally:
+            gc.enable()
+            threading.excepthook = hook
+        assert takeover.begun == {}
+
+    def test_starting_twice_is_pythons_error(self):
+        with guard(1):
+            thread = Overriding()
+            thread.start()
+            thread.join()
+            with pytest.raises(RuntimeError, match="once"):
+                thread.start()
+
+    def test_a_failure_of_devguard_costs_no_thread_its_life(self, monkeypatch):
+        with guard(1):
+            monkeypatch.setattr(takeover, "plan", lambda *args: 1 / 0)
+            monkeypatch.setattr(takeover, "plan_worker", lambda *args: 1 / 0)
+            assert {way() for way in WAYS} == {(0, "None")}
+            assert devguard.status()["doors"]["threads"]["failures"][0] == "ZeroDivisionError: division by zero"
+            monkeypatch.undo()
+            monkeypatch.setattr(takeover, "enter", lambda *args: 1 / 0)
+            assert submit() == pool_map() == (0, "None")
+
+    def test_a_device_that_cannot_be_set_costs_no_thread_its_life(self, monkeypatch):
+        monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda index: 1 / 0)
+        from devguard import doors
+
+        doors.open_all()
+        monkeypatch.undo()
+        with guard(1):
+            assert in_thread() == (0, "cuda:1")
+        assert takeover.failures == ["ZeroDivisionError: division by zero"]
+        devguard.uninstall()
+
+    def test_status_names_the_threads_from_before(self):
+        stop = threading.Event()
+        thread = threading.Thread(target=stop.wait, name="early")
+        thread.start()
+        with guard(1):
+            row = devguard.status()["doors"]["threads"]
+        stop.set()
+        thread.join()
+        assert row["threads_before"] == ["early"]
+        assert "_thread.start_new_thread" in row["out_of_reach"]
+
+    def test_what_a_library_leaves_behind_at_the_end_of_a_thread_is_settled(self):
+        with guard(1):
+            in_thread(clobber)
+        assert "set_device" in {stray.door for stray in devguard.strays()}
+        assert threading.active_count() == 1
+
+
+def clobber() -> None:
+    library = {"__name__": "some_library.core"}
+    exec(
+        compile("import torch\ndef take(index):\n    torch.cuda.set_device(index)\n", "some_library.py", "exec"),
+        library,
+    )
+    library["take"](2)
+
+
+class TestPools:
+    def test_each_task_runs_under_its_submitters_scope(self):
+        with futures.ThreadPoolExecutor(1) as executor, ThreadPool(1) as pool:
+            for index in (1, 2, 0, 3):
+                with guard(index):
+                    assert executor.submit(seen).result() == pool.apply(seen) == (index, f"cuda:{index}")
+            assert executor.submit(seen).result() == pool.apply(seen) == (0, "None")
+
+    def test_an_initializer_counts_where_there_is_no_scope(self):
+        chosen = {"initializer": torch.cuda.set_device, "initargs": (3,)}
+        with futures.ThreadPoolExecutor(1, **chosen) as executor, ThreadPool(1, **chosen) as pool:
+            assert executor.submit(seen).result() == pool.apply(seen) == (3, "None")
+            with guard(1):
+                assert executor.submit(seen).result() == pool.apply(seen) == (1, "cuda:1")
+            assert executor.submit(seen).result() == pool.apply(seen) == (3, "None")
+        assert {(s.source, s.target, s.site.file) for s in devguard.strays()} == {("cuda:3", "cuda:1", __file__)}
+
+    def test_an_initializer_counts_against_the_owner_of_the_process(self):
+        devguard.install(device=2)
+        chosen = {"initializer": torch.cuda.set_device, "initargs": (3,)}
+        with futures.ThreadPoolExecutor(1, **chosen) as executor, ThreadPool(1, **chosen) as pool:
+            assert executor.submit(current).result() == pool.apply(current) == 3
+        assert devguard.strays() == ()
+
+    def test_an_initializer_that_sets_the_owner_is_no_stray(self):
+        chosen = {"initializer": torch.cuda.set_device, "initargs": (1,)}
+        with (
+            guard(1, mode="error"),
+            futures.ThreadPoolExecutor(1, **chosen) as executor,
+            ThreadPool(1, **chosen) as pool,
+        ):
+            assert executor.submit(seen).result() == pool.apply(seen) == (1, "cuda:1")
+        assert devguard.strays() == ()
+
+    def test_error_mode_fails_the_task_whose_worker_chose_otherwise(self):
+        chosen = {"initializer": torch.cuda.set_device, "initargs": (3,)}
+        with (
+            guard(1, mode="error"),
+            futures.ThreadPoolExecutor(1, **chosen) as executor,
+            ThreadPool(1, **chosen) as pool,
+        ):
+            with pytest.raises(devguard.StrayDeviceError, match="cuda:3"):
+                executor.submit(seen).result()
+            with pytest.raises(devguard.StrayDeviceError, match="cuda:3"):
+                pool.apply(seen)
+            with guard(3):
+                assert executor.submit(seen).result() == pool.apply(seen) == (3, "cuda:3")
+
+    @pytest.mark.filterwarnings("error")
+    def test_a_warning_that_is_an_error_reaches_the_caller(self):
+        chosen = {"initializer": torch.cuda.set_device, "initargs": (3,)}
+        with guard(1, mode="warn"), futures.ThreadPoolExecutor(1, **chosen) as executor:
+            for attempt in range(2):  # one call site: the second one is silent
+                task = executor.submit(seen)
+                if attempt:
+                    assert task.result() == (3, "cuda:1")
+                else:
+                    assert isinstance(task.exception(), devguard.StrayDeviceWarning)
+
+    def test_error_mode_leaves_the_pool_usable(self):
+        with futures.ThreadPoolExecutor(1) as executor:
+            with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError):
+                executor.submit(seen)
+            assert executor.submit(seen).result() == (0, "None")
+
+    def test_a_task_leaves_nothing_behind(self):
+        def leaves_a_scope():
+            guard(3).__enter__()
+
+        with futures.ThreadPoolExecutor(1) as executor:
+            with guard(1):
+                executor.submit(leaves_a_scope).result()
+                executor.submit(torch.cuda.set_device, 2).result()
+                with pytest.raises(ZeroDivisionError):
+                    executor.submit(lambda: 1 / 0).result()
+                assert executor.submit(seen).result() == (1, "cuda:1")
+            assert executor.submit(seen).result() == (0, "None")
+
+    def test_a_pool_from_before_the_door_opened_runs_tasks_in_their_scopes(self):
+        with futures.ThreadPoolExecutor(1) as executor, ThreadPool(1) as pool:
+            executor.submit(seen).result(), pool.apply(seen)
+            with guard(1):
+                assert executor.submit(seen).result() == pool.apply(seen) == (1, "cuda:1")
+
+    def test_the_pin_thread_of_a_loader_takes_the_device_of_the_thread_that_iterates(self, monkeypatch):
+        from torch.utils.data import DataLoader, TensorDataset, _utils
+
+        pinned_on: list[int] = []
+        pin = _utils.pin_memory.pin_memory
+
+        def noting(data: Any, *args: Any) -> Any:
+            if threading.current_thread() is not threading.main_thread():
+                pinned_on.append(current())
+            return pin(data, *args)
+
+        def iterate() -> int:
+            data = TensorDataset(torch.arange(4.0))
+            return len(list(DataLoader(data, batch_size=2, num_workers=1, pin_memory=True)))
+
+        monkeypatch.setattr(_utils.pin_memory, "pin_memory", noting)
+        assert in_thread(iterate) == 2
+        assert set(pinned_on) == {0}
+        pinned_on.clear()
+        with guard(1):
+            assert in_thread(iterate) == 2
+        assert set(pinned_on) == {1}
+        assert [stray.count for stray in devguard.strays()] == [1]
+
+
+HOOKED = [
+    (threading.Thread, ("start", "_bootstrap_inner", "_delete")),
+    (futures.ThreadPoolExecutor, ("submit",)),
+    (futures.thread._WorkItem, ("__init__", "run")),
+    (Pool, ("apply_async", "_map_async", "imap", "imap_unordered")),
+]
+
+
+def hooked() -> list[Any]:
+    return [vars(owner)[name] for owner, names in HOOKED for name in names]
+
+
+class TestInstalling:
+    def test_uninstall_restores_exactly(self):
+        found = hooked()
+        with guard(1):
+            assert not any(now is then for now, then in zip(hooked(), found, strict=True))
+            assert devguard.uninstall() == []
+        assert all(now is then for now, then in zip(hooked(), found, strict=True))
+
+    def test_a_python_that_lacks_a_name_is_told(self, monkeypatch):
+        found = hooked()
+        monkeypatch.delattr(futures.thread._WorkItem, "run")
+        with guard(1):
+            row = devguard.status()["doors"]["threads"]
+        assert not row["open"]
+        assert "_WorkItem.run is not in Python" in row["problem"]
+        monkeypatch.undo()
+        assert hooked() == found
+        with pytest.raises(DoorError):
+            door._find(threading.Thread, "no_such")
