@@ -31,10 +31,11 @@ def main() -> int:
             return 1
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], simgpu.environment(2))
 
-    from benchmarks import cases
+    from benchmarks import bookkeeping, cases, ipc, threads
 
+    groups = {**cases.GROUPS, "threads": threads.threads, "ipc": ipc.ipc, "bookkeeping": bookkeeping.bookkeeping}
     rows: list[Row] = []
-    for name, group in cases.GROUPS.items():
+    for name, group in groups.items():
         if arguments.only in name:
             print(f"benchmarks: {name}", file=sys.stderr)
             rows += group()
