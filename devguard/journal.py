@@ -327,9 +327,10 @@ def refused(door: str, source: str, owner: str, nbytes: int, advice: str, **know
     advice : str
         What the reader can do about it.
     **known
-        `dtype` and `shape`, where the door knows them.
+        `dtype` and `shape`, where the door knows them; `start` as for `Journal.record`.
     """
-    site = journal.record(door, source, source, owner, "refused", nbytes, start=sys._getframe(1), **known)
+    known.setdefault("start", sys._getframe(1))
+    site = journal.record(door, source, source, owner, "refused", nbytes, **known)
     where = f"{Site.of(site)}" if site else "no line of user code (see the stack in devguard.strays())"
     return StrayDeviceError(
         f"{door}: {_what(nbytes)} {'were' if nbytes else 'was'} about to go to {source}, but this scope owns {owner}. "

@@ -91,7 +91,7 @@ def judge(
     target : str, optional
         Where a repair would put it; None if it cannot be repaired.
     **known
-        `dtype` and `shape`, where the door knows them.
+        `dtype` and `shape`, where the door knows them; `start` as for `Journal.record`.
 
     Returns
     -------

@@ -100,7 +100,12 @@ def _by_tag(restore: Restore, owner: Owner) -> Restore:
 def _stray(restore: Restore, storage: Any, location: str, owner: Owner) -> Any:
     if not _is_away(location, owner):
         return restore(storage, owner.tag)
-    if not judge(NAME, location, owner, storage.nbytes(), _ADVICE_TAG, target=owner.tag):
+    try:
+        # past the frames of this module and the innermost two of torch's loader: this is the hot path of a repair
+        start = sys._getframe(4)
+    except ValueError:  # torch's function is called by hand, from almost no stack
+        start = sys._getframe()
+    if not judge(NAME, location, owner, storage.nbytes(), _ADVICE_TAG, target=owner.tag, start=start):
         return restore(storage, location)
     return relay.keep(storage, location) if owner.index < 0 else restore(storage, owner.tag)
 
