@@ -24,7 +24,7 @@ OWNER = 1
 CLASSES = {
     path.stem: path.read_text().split('"""')[1].split(":")[0]
     for path in sorted((HERE / "cases").glob("*.py"))
-    if "# STRAY" in path.read_text()
+    if path.stem != "__init__"
 }
 
 
@@ -42,19 +42,23 @@ def run(case: str, mode: str) -> dict[str, Any]:
     return report
 
 
-def marked(case: str) -> int:
-    """The number of the line marked ``# STRAY``."""
-    lines = (HERE / "cases" / f"{case}.py").read_text().splitlines()
-    return next(number for number, line in enumerate(lines, 1) if line.endswith("# STRAY"))
+def marked(case: str) -> tuple[str, int]:
+    """The file and the number of the line marked ``# STRAY``: in the case, or in the library that it uses."""
+    for path in (HERE / "cases" / f"{case}.py", *(HERE / "libraries").glob("*.py")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if line.endswith("# STRAY"):
+                return path.name, number
+    raise ValueError(f"no line of {case} is marked")
 
 
 def judge(case: str, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Say what was shown of one class."""
-    place = (f"{case}.py", marked(case))
+    place = marked(case)
     observed = [row for row in reports["observe"]["strays"] if (row["file"], row["line"]) == place]
     repaired = [row for row in reports["repair"]["strays"] if row["action"] == "repaired"]
     after = reports["repair"]
-    clean = after["contexts"] == [OWNER] and not any(held for index, held in after["bytes"].items() if index != OWNER)
+    foreign = set(after["contexts"]) - {OWNER, *after["opens"]}
+    clean = not foreign and not any(held for index, held in after["bytes"].items() if index != OWNER)
     return {
         "class": CLASSES[case],
         "door": observed[0]["door"] if observed else None,

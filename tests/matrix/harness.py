@@ -3,7 +3,7 @@
 A case is a small user program in cases/: ``stray()`` does what the class describes, on the line marked ``# STRAY``;
 ``behaves()`` does the same work as it should be done. Optional: ``before()`` runs outside the guard, first;
 ``REPAIRED`` is a function of stray()'s result that tells whether the work ended up on the owner, cuda:1; ``STRAYS`` is
-one that returns what a child process recorded.
+one that returns what a child process recorded; ``OPENS`` are devices whose context is open before any repair.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def main(case: str, mode: str) -> int:
         report["strays"] += module.STRAYS(result)
     report["contexts"] = [device.index for device in devguard.contexts()]
     report["pid"] = os.getpid()
+    report["opens"] = getattr(module, "OPENS", ())
     print(json.dumps(report), flush=True)
     return 0
 

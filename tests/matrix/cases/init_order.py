@@ -1,13 +1,17 @@
 """INIT-ORDER: CUDA touched before the process chose its device."""
 
+import sys
+
 import torch
+
+import devguard
 
 TOUCHED = []
 
 
 def before():
-    from tests.matrix.harness import sys
-
+    with devguard.guard("cpu"):  # opens the doors; activation by environment will do so on `import torch`
+        pass
     if sys.argv[2] != "behaves":
         TOUCHED.append(torch.ones(1, device="cuda"))  # STRAY
 

@@ -5,7 +5,7 @@ import torch
 
 def setup():
     """Leave device 0 current."""
-    torch.cuda.set_device(0)
+    torch.cuda.set_device(0)  # STRAY
 
 
 def careful():
