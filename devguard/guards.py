@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from devguard import doors as door_table
 from devguard import owners, scope, settings, wrapping
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["guard", "remap"]
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 _PLAIN_LIMIT = 64
 
@@ -201,27 +199,10 @@ class guard(Scope):
             scope.prepare(owner, self.mode_of)
         return owner
 
-    def __call__(self, function: F) -> F:
-        """Decorate `function`: each call of it runs inside this scope.
-
-        Parameters
-        ----------
-        function : callable
-            A function, method, ``staticmethod``, ``classmethod``, coroutine function, generator function or
-            asynchronous generator function.
-
-        Returns
-        -------
-        callable
-            A native function of the same kind.
-
-        Raises
-        ------
-        ConfigError
-            If the function has no parameter of the name given as `argument`.
-        """
-        decorated: F = wrapping.wrap(self, function, self._options.argument if self._options else None)
-        return decorated
+    @property
+    def parameter(self) -> str | None:
+        """The name of the parameter of a decorated function that holds the device; None if none does."""
+        return None if self._options is None else self._options.argument
 
     def _value(self) -> tuple[Any, ...]:
         options = self._options

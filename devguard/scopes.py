@@ -36,6 +36,11 @@ class Scope:
         """Tell whether this scope asks a door to act that acts on request only."""
         return False
 
+    @property
+    def parameter(self) -> str | None:
+        """The name of the parameter of a decorated function that holds the device; None if none does."""
+        return None
+
     def settled(self, parameter: wrapping.Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
         """Return this scope with its owner known, for one call of a decorated function."""
         return self
@@ -85,8 +90,13 @@ class Scope:
         -------
         callable
             A native function of the same kind.
+
+        Raises
+        ------
+        ConfigError
+            If the function has no parameter of the name that the scope takes its device from.
         """
-        decorated: F = wrapping.wrap(self, function, None)
+        decorated: F = wrapping.wrap(self, function, self.parameter)
         return decorated
 
     def bind(self, function: Callable[..., Any]) -> Bound:
