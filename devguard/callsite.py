@@ -25,7 +25,7 @@ TRANSPORTS = frozenset({"cloudpickle", "dill", "joblib", "loky", "multiprocess",
 # Packages that are never the answer to "which line did it".
 OURS = frozenset({"devguard", "torch", "torchgen", "triton", "wrapt"})
 
-_USER, _INTERNAL, _TRANSPORT = 0, 1, 2
+_USER, _INTERNAL = 0, 1
 # By the identity of the code object, because its own hash goes through all of its bytecode (microseconds for a function
 # of torch's size); the object is kept beside, so that no other can take its identity.
 _kinds: dict[int, tuple[int | str, CodeType]] = {}

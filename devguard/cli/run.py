@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import sys
 
+from devguard.cli import executing
 from devguard.errors import ConfigError
 
 __all__ = ["HELP", "configure", "run"]
@@ -37,17 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if not program:
         raise ConfigError(f"name a program to run, after --\nusage: {USAGE}")
-    path = shutil.which(program[0])
+    path = executing.find("run", program[0])
     if path is None:
-        print(f"devguard run: there is no program {program[0]!r} on PATH", file=sys.stderr)
-        return 127
+        return executing.NOT_FOUND
     from devguard import tracing
 
     environment = tracing.environment(arguments.output, json=arguments.json)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    try:
-        os.execve(path, program, environment)
-    except OSError as error:
-        print(f"devguard run: {path} cannot be run: {error.strerror}", file=sys.stderr)
-        return 126
+    return executing.become("run", path, program, environment)

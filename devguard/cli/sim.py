@@ -6,9 +6,9 @@ import argparse
 import json
 import os
 import re
-import shutil
 import sys
 
+from devguard.cli import executing
 from devguard.errors import SimulationError
 
 __all__ = ["HELP", "configure", "run"]
@@ -49,10 +49,9 @@ def _execute(arguments: argparse.Namespace) -> int:
     from devguard import simgpu
 
     program: list[str] = arguments.program
-    path = shutil.which(program[0])
+    path = executing.find("sim", program[0])
     if path is None:
-        print(f"devguard sim: there is no program {program[0]!r} on PATH", file=sys.stderr)
-        return 127
+        return executing.NOT_FOUND
     _warn_other_python(program[0], path)
     environment = simgpu.environment(
         arguments.gpus,
@@ -61,13 +60,7 @@ def _execute(arguments: argparse.Namespace) -> int:
         state=arguments.state,
         log=arguments.log,
     )
-    sys.stdout.flush()
-    sys.stderr.flush()
-    try:
-        os.execve(path, program, environment)
-    except OSError as error:
-        print(f"devguard sim: {path} cannot be run: {error.strerror}", file=sys.stderr)
-        return 126
+    return executing.become("sim", path, program, environment)
 
 
 def _warn_other_python(name: str, path: str) -> None:
