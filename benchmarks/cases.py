@@ -17,25 +17,9 @@ import torch
 
 import devguard
 from benchmarks.measure import ROUNDS, Row, Run, compare
+from benchmarks.states import OWNER, STATES, guarded, plain
 
-OWNER = 1
 SIZES = {"16 B": 16, "1 MB": 1 << 20, "256 MB": 256 << 20}
-
-
-def closed() -> None:
-    """Close the doors, and make the owner's device current: an unguarded process that did set_device."""
-    devguard.uninstall()
-    torch.cuda.set_device(OWNER)
-
-
-def opened() -> None:
-    """Open the doors, which takes a millisecond the first time."""
-    with devguard.guard(OWNER):
-        pass
-    torch.cuda.set_device(OWNER)
-
-
-STATES = {"before_base": closed, "before_ours": opened}
 
 
 def entering() -> list[Row]:
@@ -78,23 +62,6 @@ def entering() -> list[Row]:
     return rows
 
 
-def _guarded(call: Callable[[], Any]) -> Run:
-    def run(times: int) -> None:
-        with devguard.guard(OWNER):
-            for _ in range(times):
-                call()
-
-    return run
-
-
-def _plain(call: Callable[[], Any]) -> Run:
-    def run(times: int) -> None:
-        for _ in range(times):
-            call()
-
-    return run
-
-
 def _pickled(nbytes: int, device: str) -> bytes:
     return pickle.dumps(torch.zeros(nbytes, dtype=torch.uint8).to(device))
 
@@ -119,22 +86,22 @@ def harmless() -> list[Row]:
     value = {"text": "x" * 100, "numbers": list(range(100)), "nested": [{"a": (1, 2.0, None)}] * 10}
     data = pickle.dumps(value)
     call = lambda: pickle.loads(data)  # noqa: E731
-    rows.append(compare("pickle.loads without tensors", _plain(call), _guarded(call), 1.0, **STATES))
+    rows.append(compare("pickle.loads without tensors", plain(call), guarded(call), 1.0, **STATES))
     for name in ("16 B", "1 MB"):
         own = _pickled(SIZES[name], f"cuda:{OWNER}")
         call = lambda own=own: pickle.loads(own)  # noqa: E731
         what = f"pickle.loads of {name} tagged with the owner"
-        rows.append(compare(what, _plain(call), _guarded(call), 1.02, **STATES))
+        rows.append(compare(what, plain(call), guarded(call), 1.02, **STATES))
         load = _load(_saved(SIZES[name], f"cuda:{OWNER}"))
         what = f"torch.load of {name} tagged with the owner"
-        rows.append(compare(what, _plain(load), _guarded(load), 1.02, **STATES))
+        rows.append(compare(what, plain(load), guarded(load), 1.02, **STATES))
     host, small = torch.zeros(1000), torch.zeros(4, device=f"cuda:{OWNER}")
     for what, call in {
         "torch operator on the host (add, 1000 numbers)": lambda: host + 1,
         "torch operator on the owner (add, 4 numbers)": lambda: small + 1,
         "pickle.dumps of a tensor on the owner": lambda: pickle.dumps(small),
     }.items():
-        rows.append(compare(what, _plain(call), _guarded(call), 1.0, **STATES))
+        rows.append(compare(what, plain(call), guarded(call), 1.0, **STATES))
     return rows
 
 
@@ -143,13 +110,13 @@ def repaired() -> list[Row]:
     rows = []
     for name, nbytes in SIZES.items():
         stray, own = _pickled(nbytes, f"cuda:{1 - OWNER}"), _pickled(nbytes, f"cuda:{OWNER}")
-        base = _plain(lambda own=own: pickle.loads(own))
-        ours = _guarded(lambda stray=stray: pickle.loads(stray))
+        base = plain(lambda own=own: pickle.loads(own))
+        ours = guarded(lambda stray=stray: pickle.loads(stray))
         what = f"pickle.loads of {name}, repaired / tagged with the owner"
         rows.append(compare(what, base, ours, 1.05, **STATES))
         del stray, own, base, ours
         file = _saved(nbytes, f"cuda:{1 - OWNER}")
-        base, ours = _plain(_load(file, map_location=f"cuda:{OWNER}")), _guarded(_load(file))
+        base, ours = plain(_load(file, map_location=f"cuda:{OWNER}")), guarded(_load(file))
         what = f"torch.load of {name}, repaired / right map_location"
         rows.append(compare(what, base, ours, 1.05, **STATES))
         torch.cuda.empty_cache()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import pickle
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -13,10 +12,9 @@ from typing import Any
 import torch
 import torch.multiprocessing  # registers the reductions
 
-import devguard
-from benchmarks.measure import Row, Run, compare
+from benchmarks.measure import Row, compare
+from benchmarks.states import OWNER, closed, guarded, opened, plain
 
-OWNER = 1
 BUDGET = 1.02
 
 
@@ -26,34 +24,6 @@ def _produce(connection: Connection) -> None:
     connection.send_bytes(ForkingPickler.dumps(tensor))
     with contextlib.suppress(EOFError):
         connection.recv()
-
-
-def _closed() -> None:
-    devguard.uninstall()
-    torch.cuda.set_device(OWNER)
-
-
-def _opened() -> None:
-    with devguard.guard(OWNER):
-        pass
-    torch.cuda.set_device(OWNER)
-
-
-def _plain(call: Callable[[], Any]) -> Run:
-    def run(times: int) -> None:
-        for _ in range(times):
-            call()
-
-    return run
-
-
-def _guarded(call: Callable[[], Any]) -> Run:
-    def run(times: int) -> None:
-        with devguard.guard(OWNER):
-            for _ in range(times):
-                call()
-
-    return run
 
 
 def ipc() -> list[Row]:
@@ -69,7 +39,7 @@ def ipc() -> list[Row]:
         return pickle.loads(message)
 
     def row(what: str) -> Row:
-        return compare(what, _plain(receive), _guarded(receive), BUDGET, before_base=_closed, before_ours=_opened)
+        return compare(what, plain(receive), guarded(receive), BUDGET, before_base=closed, before_ours=opened)
 
     rows = [row("IPC receive of 1 MB on the owner, opened each time")]
     kept = receive()

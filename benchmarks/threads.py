@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 import devguard
-from benchmarks.cases import OWNER, closed
 from benchmarks.measure import Row, Run, compare
+from benchmarks.states import OWNER, closed
 
 
 def _nothing() -> None:
