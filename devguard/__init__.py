@@ -28,8 +28,8 @@ if TYPE_CHECKING:
         StrayDeviceWarning,
     )
     from devguard.guards import guard, remap
-    from devguard.journal import Stray
     from devguard.scopes import no_strays, unguarded
+    from devguard.stray import Stray
     from devguard.verdict import allow
 
 __all__ = [
@@ -73,7 +73,7 @@ _HOMES = {
     ),
     "allow": "verdict",
     "Site": "callsite",
-    "Stray": "journal",
+    "Stray": "stray",
 }
 
 

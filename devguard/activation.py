@@ -15,8 +15,9 @@ from typing import Any
 from devguard import accelerator, owners, scope, settings, verdict
 from devguard import doors as door_table
 from devguard._version import __version__
-from devguard.journal import Stray, journal
+from devguard.journal import journal
 from devguard.settings import DEFAULT_MODE, DoorMode, Mode
+from devguard.stray import Stray
 
 __all__ = ["contexts", "install", "owner", "status", "strays", "uninstall"]
 

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from devguard import doors as door_table
-from devguard import owners, scope, settings, wrapping
+from devguard import leaving, owners, scope, settings, wrapping
 from devguard.errors import ConfigError
 from devguard.owners import UNKNOWN, Owner
 from devguard.scope import local
@@ -181,13 +181,13 @@ class guard(Scope):
         try:
             entered, owner, previous = entry = stack.pop()
         except IndexError:
-            scope.remove(self)
+            leaving.remove(self)
             return
         if entered is not self:
             stack.append(entry)
-            scope.remove(self)
+            leaving.remove(self)
         elif stack.moved:
-            scope.leave(entry, kind is not None)
+            leaving.settle(entry, kind is not None)
         elif previous != owner.index:  # type: ignore[union-attr]  # only unguarded() enters without an owner
             scope.give_back(previous)
 

@@ -1,4 +1,4 @@
-"""The record of one stray, and the journal that counts them per call site.
+"""The journal: it counts strays per call site.
 
 The journal is bounded: it keeps one row per (door, devices, action, call site) and at most `MAX_ROWS` rows;
 what no longer fits is counted and its rows are not. It never holds a frame or a tensor.
@@ -11,96 +11,21 @@ import sys
 import threading
 import time
 import warnings
-from dataclasses import asdict, dataclass
 from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from devguard import callsite
 from devguard.callsite import Frame, Origin, Site
 from devguard.errors import StrayDeviceError, StrayDeviceWarning
+from devguard.stray import Action, Stray
 
-__all__ = ["LEFT", "Action", "Mark", "Stray", "journal", "refused"]
+__all__ = ["Mark", "journal", "refused"]
 
 MAX_ROWS = 1024
 
-Action = Literal["observed", "warned", "repaired", "refused", "kept"]
-
-# what a stray is called that a door leaves where it is
-LEFT: dict[str, Action] = {"observe": "observed", "warn": "warned"}
-
-
-@dataclass(frozen=True, slots=True)
-class Stray:
-    """Work that landed, or was about to land, on a device that is not the owner's; one record per call site.
-
-    Attributes
-    ----------
-    door : str
-        The way it came, such as ``"load"``.
-    source : str
-        The device that it named or was on, such as ``"cuda:0"``.
-    target : str
-        The device on which it is now. Equal to `source` unless the action is ``"repaired"``.
-    owner : str
-        Who owns this scope: ``"cuda:1"`` or ``"cpu"``.
-    action : str
-        ``"repaired"``, ``"observed"``, ``"warned"``, ``"refused"`` (an error was raised instead), or ``"kept"``
-        (left alone, because the program said so explicitly).
-    count : int
-        How often it happened at this call site.
-    bytes : int
-        Bytes of tensor data, summed over `count`.
-    dtype : str or None
-        The data type of the first one, where the door knows it.
-    shape : tuple of int or None
-        The shape of the first one, where the door knows it.
-    pid, thread, rank : int, str, str or None
-        Who did it first. `rank` is the launcher's ``RANK``.
-    time : float
-        When it happened first, in seconds since the epoch.
-    site : Site or None
-        The line of the user's code; None where the whole stack belongs to libraries.
-    via : str or None
-        The transport by which it came, such as ``"zmq"``.
-    note : str or None
-        What else the door knows, in words.
-    stack : tuple of Site
-        The innermost lines of the first one's stack, innermost first.
-    """
-
-    door: str
-    source: str
-    target: str
-    owner: str
-    action: Action
-    count: int
-    bytes: int
-    dtype: str | None
-    shape: tuple[int, ...] | None
-    pid: int
-    thread: str
-    rank: str | None
-    time: float
-    site: Site | None
-    via: str | None
-    note: str | None
-    stack: tuple[Site, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the record as plain data, fit for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        where = f"at {self.site}" if self.site else "at no line of user code"
-        via = f" (via {self.via})" if self.via else ""
-        moved = f"{self.source} -> {self.target}" if self.source != self.target else self.source
-        how = f"[owner {self.owner}, {self.action}] {self.count} x, {self.bytes} bytes"
-        note = f"; {self.note}" if self.note else ""
-        return f"{self.door}: {moved} {how}, {where}{via}{note}"
-
 
 class _Row:
-    """The mutable twin of `Stray`."""
+    """The mutable twin of `Stray`, whose stack is not formatted."""
 
     __slots__ = ("bytes", "count", "dtype", "note", "pid", "rank", "shape", "site", "stack", "thread", "time", "via")
 

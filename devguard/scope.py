@@ -8,16 +8,13 @@ steps.py.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable
-from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-from devguard import accelerator, callsite, owners
+from devguard import accelerator, owners
 from devguard.owners import Owner
 from devguard.settings import DEFAULT_MODE, DoorMode, Mode
 
@@ -32,14 +29,12 @@ __all__ = [
     "disown",
     "end_task",
     "forget",
-    "leave",
     "local",
     "mode_of",
     "on_prepare",
     "owner_in_force",
     "prepare",
     "process",
-    "remove",
 ]
 
 # scope, its owner (None: unguarded), the device to give back (-1: none was taken)
@@ -275,71 +270,3 @@ def asked(door: str) -> bool:
         if owner is None:
             return False  # unguarded
     return door in process.doors
-
-
-def leave(entry: Entry, failing: bool) -> None:
-    """Give back the device of `entry`, which has just been taken off the stack, where the device was moved meanwhile.
-
-    Parameters
-    ----------
-    entry : Entry
-        With the device that was current when the scope was entered; -1 if it took none.
-    failing : bool
-        Whether an exception is on its way out of the scope.
-    """
-    stack = local.stack
-    try:
-        if stack.changes:
-            stack.append(entry)
-            try:
-                settle(stack, leaving=True, failing=failing)
-            finally:
-                stack.pop()
-    finally:
-        if entry[2] >= 0:
-            give_back(entry[2])
-        if not stack and tracked:
-            stack.moved = False
-
-
-def remove(scope: Scope) -> None:
-    """Take the newest entry of `scope` out of the middle of the stack, and report it.
-
-    The current device belongs to the entries above: it stays, and the saved device goes to the entry above,
-    which will give it back in its turn.
-    """
-    stack = local.stack
-    for position in range(len(stack) - 1, -1, -1):
-        if stack[position][0] is scope:
-            break
-    else:
-        _report("was left on a thread that had not entered it; that thread still holds its device")
-        return
-    above = position + 1
-    if stack[position][2] >= 0:
-        while above < len(stack) and stack[above][2] < 0:  # an entry that took no device has none to give back
-            above += 1
-        if above < len(stack):
-            stack[above] = (*stack[above][:2], stack[position][2])
-        else:
-            give_back(stack[position][2])
-    del stack[position]
-    stack.changes.clear()  # who changed what within which scope can no longer be told
-    stack.moved = True  # whose device is current is now for the entries above to put right
-    _report(
-        "was held across an await or a yield, and other code ran under its device meanwhile. Decorate the function, or "
-        "use guard(...).run(awaitable): they hold the device only while your code runs"
-    )
-
-
-_reported: dict[tuple[int, int], CodeType] = {}  # by identity: equal code may lie in two files
-
-
-def _report(what: str) -> None:
-    """Warn once per call site that a scope was misused."""
-    code, line, _ = callsite.find(sys._getframe(2))
-    if code is None:
-        warnings.warn(f"a devguard scope {what}.", RuntimeWarning, stacklevel=3)
-    elif (id(code), line) not in _reported:
-        _reported[id(code), line] = code
-        warnings.warn_explicit(f"a devguard scope {what}.", RuntimeWarning, code.co_filename, line)

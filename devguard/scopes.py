@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
-from devguard import accelerator, doors, scope, wrapping
+from devguard import accelerator, doors, leaving, scope, wrapping
 from devguard.errors import StrayDeviceError
 from devguard.journal import Mark, journal
 from devguard.scope import local
@@ -62,7 +62,7 @@ class Scope:
     ) -> None:
         stack = local.stack
         if not stack or stack[-1][0] is not self:
-            scope.remove(self)
+            leaving.remove(self)
         else:
             stack.pop()
 

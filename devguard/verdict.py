@@ -12,8 +12,9 @@ from typing import Any
 
 from devguard import callsite, owners, scope
 from devguard.errors import ConfigError
-from devguard.journal import LEFT, journal, refused
+from devguard.journal import journal, refused
 from devguard.owners import Owner
+from devguard.stray import LEFT
 
 __all__ = ["allow", "allowed", "forget_allowed", "judge"]
 

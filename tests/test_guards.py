@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import devguard
-from devguard import ConfigError, DeviceResolutionError, StrayDeviceError, StrayDeviceWarning, scope
+from devguard import ConfigError, DeviceResolutionError, StrayDeviceError, StrayDeviceWarning, leaving, scope
 from devguard.scopes import Bound
 from devguard.settings import MODES
 from tests import tagging
@@ -620,9 +620,9 @@ def test_no_strays_does_not_hide_another_exception() -> None:
 
 @pytest.fixture
 def misuse() -> Iterator[None]:
-    scope._reported.clear()
+    leaving._reported.clear()
     yield
-    scope._reported.clear()
+    leaving._reported.clear()
 
 
 @pytest.mark.usefixtures("misuse")

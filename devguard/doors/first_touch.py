@@ -20,10 +20,11 @@ from collections.abc import Callable
 from typing import Any
 
 from devguard import accelerator, callsite, scope, touched
-from devguard.journal import LEFT, journal
+from devguard.journal import journal
 from devguard.owners import Owner
 from devguard.patching import Patches
 from devguard.settings import DoorMode
+from devguard.stray import LEFT
 from devguard.touched import Touch
 from devguard.verdict import allowed, judge
 

@@ -17,7 +17,8 @@ import threading
 from typing import Any
 
 from devguard import accelerator, owners, scope, verdict
-from devguard.journal import LEFT, journal
+from devguard.journal import journal
+from devguard.stray import LEFT
 
 __all__ = ["inspect", "install", "status", "uninstall"]
 

@@ -31,9 +31,10 @@ from typing import Any, NamedTuple
 from devguard import accelerator, owners, ranks, scope
 from devguard.callsite import Site
 from devguard.errors import StrayDeviceError
-from devguard.journal import LEFT, journal
+from devguard.journal import journal
 from devguard.owners import Owner
 from devguard.settings import DoorMode
+from devguard.stray import LEFT
 from devguard.verdict import allowed
 
 __all__ = ["install", "status", "uninstall"]
