@@ -1,7 +1,8 @@
 """Switching devguard on and off for a whole process, and saying how it stands.
 
-``install`` gives every thread of the process an owner where no guard is in force. ``uninstall`` leaves
-torch as it was found.
+``install`` gives every thread of the process an owner where no guard is in force. ``activate`` does it by environment,
+for a program that knows nothing of devguard; ``assign``, for an integration that knows what the process is.
+``uninstall`` leaves torch as it was found.
 """
 
 from __future__ import annotations
@@ -12,16 +13,31 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from devguard import accelerator, owners, scope, settings, verdict
+from devguard import (
+    accelerator,
+    adoption,
+    autoload,
+    ending,
+    environment,
+    integrations,
+    owners,
+    scope,
+    settings,
+    verdict,
+)
 from devguard import doors as door_table
 from devguard._version import __version__
+from devguard.environment import Said
 from devguard.journal import journal
 from devguard.settings import DEFAULT_MODE, DoorMode, Mode
 from devguard.stray import Stray
 
-__all__ = ["contexts", "install", "owner", "status", "strays", "uninstall"]
+__all__ = ["activate", "assign", "contexts", "install", "owner", "status", "strays", "uninstall"]
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # importing torch inside it may activate devguard
+
+INSTALLED = "install"  # who said what is in force
+BY_ENVIRONMENT = "environment"
 
 
 def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str, DoorMode] | None = None) -> None:
@@ -57,13 +73,123 @@ def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str
         if owner_or_none is None:
             raise owners.not_found(looked)
         owner = owner_or_none
+    _own(owner, checked, checked_doors, INSTALLED)
+
+
+def assign(device: Any, *, role: str) -> bool:
+    """Make a device the owner of this process, because of what the process is; for integrations.
+
+    The mode and the modes of single doors stay as the environment or the parent process says. What the program itself
+    has installed stays in force.
+
+    Parameters
+    ----------
+    device : int, str or torch.device
+        The owner.
+    role : str
+        What this process is, such as ``"SGLang scheduler TP1"``; shown by ``status()``.
+
+    Returns
+    -------
+    bool
+        Whether the device owns this process now; False where the program's own ``install()`` stays in force.
+
+    Raises
+    ------
+    DeviceResolutionError
+        If this process does not see the device.
+    """
+    process = scope.process
+    if process.said_by == INSTALLED:
+        return False
+    _own(owners.parse(device, role), process.mode or environment.read().mode or DEFAULT_MODE, dict(process.doors), role)
+    return True
+
+
+def _own(owner: owners.Owner, mode: Mode, doors: dict[str, DoorMode], said_by: str) -> None:
+    """Make `owner` the firm owner of this process."""
+    process = scope.process
     with _lock:
         door_table.open_all()
-        scope.prepare(owner, lambda door: checked_doors.get(door, checked))
-        scope.process.owner, scope.process.mode, scope.process.doors = owner, checked, checked_doors
-        accelerator.set_torchs_own_check(checked)
+        scope.prepare(owner, lambda door: doors.get(door, mode))
+        process.owner, process.mode, process.doors = owner, mode, doors
+        process.said_by, process.adoption = said_by, None
+        accelerator.set_torchs_own_check(mode)
         if owner.index >= 0 and not scope.local.stack:
             scope.local.stack.take(owner.index)
+
+
+def activate(environ: Mapping[str, str] | None = None) -> None:
+    """Put in force what ``DEVGUARD``, ``DEVGUARD_DEVICE``, ``DEVGUARD_DOORS`` and ``DEVGUARD_LOG`` say.
+
+    Without a device it waits for the owner to become known: from an integration that knows the process's role, or as
+    adoption.py says. What the program itself has installed stays in force. Initialises no CUDA, and opens no context.
+
+    Parameters
+    ----------
+    environ : mapping, optional
+        The environment; ``os.environ`` by default.
+
+    Raises
+    ------
+    ConfigError
+        If a variable means nothing.
+    DeviceResolutionError
+        If a variable names a device that this process does not see.
+    """
+    environ = os.environ if environ is None else environ
+    said = environment.read(environ)
+    process = scope.process
+    if said.mode in (None, "off") or process.said_by == INSTALLED:
+        return
+    with _lock:
+        try:
+            door_table.open_all()
+            if process.mode is None:  # else a parent that was told more has said it
+                process.mode, process.doors, process.said_by = said.mode, said.doors, BY_ENVIRONMENT
+            if process.owner is None:
+                process.adoption = _adopt(said, environ)
+                process.restart = lambda: _adopt_again(said, environ)
+            accelerator.set_torchs_own_check(said.mode)
+        except Exception:
+            uninstall()
+            raise
+    integrations.arm()
+    ending.at_end(_at_end)
+
+
+def _adopt(said: Said, environ: Mapping[str, str]) -> adoption.Adoption:
+    """Find the owner of this process, or the first candidate for it, in the environment."""
+    several = owners.local_size(environ) is not None
+    child = adoption.is_child()  # what a launcher says is said to its parent, and an owner is not inherited
+    if said.owner is not None:
+        owner, _ = owners.from_environment(environ)  # which checks that it is one device for one process
+        _check_visible(owner)
+        return adoption.Adoption(owner, "DEVGUARD_DEVICE", firm=not child, pin=not child, several=several)
+    if accelerator.device_count() == 0:
+        return adoption.Adoption(None, "no GPU is visible", firm=False, pin=False, several=several)
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    if visible and "," not in visible and visible != "-1":
+        return adoption.Adoption(owners.of_index(0), "CUDA_VISIBLE_DEVICES", firm=True, pin=False, several=several)
+    if several and not child:
+        owner, _ = owners.from_environment(environ)
+        return adoption.Adoption(owner, "the launcher's local rank", firm=False, pin=True, several=True)
+    return adoption.Adoption(None, "nothing yet", firm=False, pin=False, several=several)
+
+
+def _adopt_again(said: Said, environ: Mapping[str, str]) -> None:
+    scope.process.adoption = _adopt(said, environ)
+
+
+def _check_visible(owner: owners.Owner | None) -> None:
+    if owner is not None and owner.index >= accelerator.device_count():
+        raise accelerator.out_of_range("DEVGUARD_DEVICE", owner.index)
+
+
+def _at_end() -> None:
+    """Look at the contexts a last time, for the log."""
+    if scope.process.adoption is not None:
+        _look("at the end of the process")
 
 
 def uninstall() -> list[str]:
@@ -94,12 +220,21 @@ def owner() -> Any:
         None outside every guard, and inside ``unguarded()``.
     """
     found = scope.current_owner()
-    return None if found is None else found.device
+    if found is None or found.device is not None:
+        return found and found.device
+    return accelerator.torch_module().device(found.tag)  # the environment named it, and nothing has entered it yet
+
+
+def _look(where: str) -> None:
+    """Look for contexts that nobody owns."""
+    if scope.process.adoption is not None:
+        scope.process.adoption.settle()
+    door_table.inspect(where)
 
 
 def strays() -> tuple[Stray, ...]:
     """Return what strayed in this process so far: one record per call site, in the order of their first time."""
-    door_table.inspect("when strays() was asked")
+    _look("when strays() was asked")
     return journal.strays()
 
 
@@ -127,13 +262,15 @@ def status() -> dict[str, Any]:
     -------
     dict
         ``version``, ``torch`` (None if not imported), ``killed`` (``DEVGUARD=off``), ``mode`` and ``owner``
-        in force on this thread, ``process_owner``, ``owned`` and ``contexts`` (device names), ``doors``
+        in force on this thread, ``process_owner``, ``problem`` (why ``DEVGUARD`` is not in
+        force), ``said_by`` (who gave the process its settings), ``adoption`` (how
+        the environment found its owner), ``owned`` and ``contexts`` (device names), ``doors``
         (per door: ``open``, ``mode``, problems, copies taken before it opened), ``strays`` (total),
         ``strays_not_kept``.
     """
     torch = sys.modules.get("torch")
     in_force = scope.current_owner()
-    door_table.inspect("when status() was asked")
+    _look("when status() was asked")
     rows = door_table.status()
     for name, row in rows.items():
         asked = name not in door_table.ON_REQUEST or scope.asked(name)
@@ -146,6 +283,9 @@ def status() -> dict[str, Any]:
         "mode": scope.mode_of(""),
         "owner": in_force and in_force.tag,
         "process_owner": scope.process.owner and scope.process.owner.tag,
+        "problem": autoload.problem,
+        "said_by": scope.process.said_by or None,
+        "adoption": scope.process.adoption and scope.process.adoption.as_dict(),
         "owned": owners.owned(),
         "contexts": [f"cuda:{index}" for index in accelerator.contexts()],
         "doors": rows,

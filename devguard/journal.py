@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from devguard import callsite
 from devguard.callsite import Frame, Origin, Site
@@ -24,7 +24,7 @@ __all__ = ["Mark", "journal", "refused"]
 MAX_ROWS = 1024
 
 
-class _Row:
+class Row:
     """The mutable twin of `Stray`, whose stack is not formatted."""
 
     __slots__ = ("bytes", "count", "dtype", "note", "pid", "rank", "shape", "site", "stack", "thread", "time", "via")
@@ -53,7 +53,19 @@ class _Row:
 
 
 # code object and line of the call site, door, source, target, owner, action
-_Key = tuple[int, int, str, str, str, str, Action]
+Key = tuple[int, int, str, str, str, str, Action]
+
+
+class Log(Protocol):
+    """Who is told of every row that is new or has grown, under the journal's lock; see logs.py."""
+
+    def note(self, key: Key, row: Row) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def restart(self) -> None: ...
+
+    def stop(self) -> None: ...
 
 
 class Mark(NamedTuple):
@@ -61,7 +73,7 @@ class Mark(NamedTuple):
 
     life: object
     dropped: int
-    rows: dict[_Key, tuple[int, int]]
+    rows: dict[Key, tuple[int, int]]
 
 
 class Journal:
@@ -73,15 +85,18 @@ class Journal:
     def __init__(self, max_rows: int = MAX_ROWS) -> None:
         self._max_rows = max_rows
         self._watches_forks = False
+        self.log: Log | None = None
         self._start()
 
     def _start(self) -> None:
         self._pid = os.getpid()
         self._life = object()
         self._lock = threading.Lock()
-        self._rows: dict[_Key, _Row] = {}
+        self._rows: dict[Key, Row] = {}
         self._total = 0
         self._dropped = 0
+        if self.log is not None:
+            self.log.restart()
 
     def _watch_forks(self) -> None:
         """Start anew in every forked child: asking for the process's number at each stray would be a system call."""
@@ -141,14 +156,18 @@ class Journal:
             if row is not None:
                 row.count += 1
                 row.bytes += nbytes
+                if self.log is not None:
+                    self.log.note(key, row)
                 return row.site
             site = None if code is None else Frame(code, line)
             if len(self._rows) >= self._max_rows:
                 self._dropped += 1
                 return site
             stack = callsite.stack(start) if origin is None else origin.stack
-            row = self._rows[key] = _Row(site, via, stack, nbytes, dtype, shape)
+            row = self._rows[key] = Row(site, via, stack, nbytes, dtype, shape)
             row.note = note
+            if self.log is not None:
+                self.log.note(key, row)
         if action == "warned":
             more = f" ({note})" if note else ""
             _warn(site, f"{door}: {_what(nbytes)} went to {source}; this scope owns {owner}{more}.")
@@ -159,7 +178,7 @@ class Journal:
         self._same_process()
         with self._lock:
             rows = [(key, row, row.count, row.bytes) for key, row in self._rows.items()]
-        return tuple(_format(key, row, count, total) for key, row, count, total in rows)
+        return tuple(format_row(key, row, count, total) for key, row, count, total in rows)
 
     def mark(self) -> Mark:
         """Return how much each call site strayed until now."""
@@ -179,7 +198,7 @@ class Journal:
                 count, total = mark.rows.get(key, (0, 0))
                 if row.count > count:
                     grown.append((key, row, row.count - count, row.bytes - total))
-        return tuple(_format(key, row, count, total) for key, row, count, total in grown)
+        return tuple(format_row(key, row, count, total) for key, row, count, total in grown)
 
     def dropped_since(self, mark: Mark) -> int:
         """Return how many strays the journal had no room for since `mark`."""
@@ -197,6 +216,13 @@ class Journal:
         self._same_process()
         return self._dropped
 
+    def stop_log(self) -> None:
+        """Tell the log of no row any more, after what has grown."""
+        with self._lock:
+            log, self.log = self.log, None
+            if log is not None:
+                log.flush()
+
     def clear(self) -> None:
         """Forget everything."""
         self._start()
@@ -205,7 +231,7 @@ class Journal:
 journal = Journal()
 
 
-def _format(key: _Key, row: _Row, count: int, total: int) -> Stray:
+def format_row(key: Key, row: Row, count: int, total: int) -> Stray:
     _, _, door, source, target, owner, action = key
     return Stray(
         door=door,

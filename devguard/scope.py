@@ -19,6 +19,7 @@ from devguard.owners import Owner
 from devguard.settings import DEFAULT_MODE, DoorMode, Mode
 
 if TYPE_CHECKING:
+    from devguard.adoption import Adoption
     from devguard.scopes import Scope
 
 __all__ = [
@@ -124,9 +125,9 @@ unguarded_contexts: set[int] = set()
 
 
 class _Process:
-    """What holds where no scope does: the owner and the modes given to ``install``."""
+    """What holds where no scope does: the owner and the modes given to ``install``, or by the environment."""
 
-    __slots__ = ("doors", "mode", "owner")
+    __slots__ = ("adoption", "doors", "mode", "owner", "restart", "said_by")
 
     def __init__(self) -> None:
         self.reset()
@@ -135,6 +136,14 @@ class _Process:
         self.owner: Owner | None = None
         self.mode: Mode | None = None
         self.doors: dict[str, DoorMode] = {}
+        self.said_by = ""  # who said so: "install", "environment", "parent", or the role that an integration knows
+        self.adoption: Adoption | None = None  # how the environment found the owner
+        self.restart: Callable[[], None] | None = None  # finds the owner anew, in a forked child
+
+    def mode_of(self, door: str, default: Mode = DEFAULT_MODE) -> DoorMode:
+        """Return the mode of `door` where no scope is in force."""
+        mode = self.doors.get(door) or self.mode or default
+        return mode if self.adoption is None else self.adoption.mode(mode)
 
 
 process = _Process()
@@ -202,6 +211,8 @@ def disown() -> None:
     process.owner = None
     unguarded_contexts.clear()
     forget()
+    if process.restart is not None:
+        process.restart()
 
 
 INSPECT_EVERY_S = 0.1
@@ -256,7 +267,9 @@ def mode_of(door: str, *, default: Mode = DEFAULT_MODE) -> DoorMode:
         mode = scope.mode_of(door)
         if mode is not None:
             return mode
-    return process.doors.get(door) or process.mode or default
+    if guarded:  # by an owner that is no guess
+        return process.doors.get(door) or process.mode or default
+    return process.mode_of(door, default)
 
 
 def asked(door: str) -> bool:

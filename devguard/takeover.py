@@ -139,7 +139,7 @@ def plan_worker() -> Start | None:
     process = scope.process
     if process.owner is None or process.owner.index < 0:
         return None
-    mode = process.doors.get(NAME) or process.mode or "repair"
+    mode = process.mode_of(NAME)
     return Start((), process.owner.index) if mode in ("repair", "error") else None
 
 

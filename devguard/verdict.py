@@ -104,6 +104,9 @@ def judge(
     StrayDeviceError
         In mode ``error``.
     """
+    adoption = scope.process.adoption
+    if adoption is not None and not scope.local.stack:
+        adoption.handle()
     mode = scope.mode_of(door)
     if mode == "off" or (_allowed and all(map(allowed, source.split(",")))):
         return False

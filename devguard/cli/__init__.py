@@ -23,7 +23,8 @@ __all__ = ["main"]
 COMMANDS = {
     "demo": "show the disease and the cure: stray tensors on GPU 0, before and after the guard",
     "doctor": "check versions, devices, doors and settings, and say what to do next",
-    "run": "run any program and print who opens which context: device, process, thread, library, Python stack",
+    "log": "show the journals that DEVGUARD_LOG, or devguard run --log, collected: per call site, most bytes first",
+    "run": "run any program guarded, without a change to it; or print who opens which context, with --trace-contexts",
     "sim": "run any program on simulated GPUs, on a machine that has none",
 }
 

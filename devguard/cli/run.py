@@ -1,44 +1,92 @@
-"""``devguard run``: run a program, and print who opens which CUDA context."""
+"""``devguard run``: run a program that knows nothing of devguard, guarded; or print who opens which CUDA context."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
 from devguard.cli import executing
 from devguard.errors import ConfigError
 
 __all__ = ["HELP", "configure", "run"]
 
-HELP = "run any program and print who opens which context: device, process, thread, library, Python stack"
-USAGE = "devguard run --trace-contexts [--output FILE] [--json] -- COMMAND [ARGUMENT ...]"
+HELP = "run any program guarded, without a change to it; or print who opens which context, with --trace-contexts"
+USAGE = """devguard run [--mode MODE] [--device DEVICE] [--doors DOOR=MODE,...] [--log DIR] -- COMMAND [ARGUMENT ...]
+       devguard run --trace-contexts [--output FILE] [--json] [--mode MODE ...] -- COMMAND [ARGUMENT ...]"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.usage = USAGE
-    parser.epilog = "With simulated GPUs: devguard sim --gpus 2 -- devguard run --trace-contexts -- COMMAND"
-    parser.add_argument(
-        "--trace-contexts", action="store_true", help="report each CUDA context that the program or a child of it opens"
+    parser.epilog = (
+        "It sets DEVGUARD and its companions and becomes the program; every process of it that imports torch is "
+        "guarded. With simulated GPUs: devguard sim --gpus 2 -- devguard run -- COMMAND"
     )
-    parser.add_argument("--output", metavar="FILE", help="append the reports to this file (default: standard error)")
-    parser.add_argument("--json", action="store_true", help="report one JSON object a line")
+    guarding = parser.add_argument_group("guarding")
+    guarding.add_argument("--mode", help="off, observe, warn, repair or error (default repair)")
+    guarding.add_argument(
+        "--device",
+        help="the GPU that the program owns, such as cuda:1, or cpu; by default the launcher's local rank, or what the "
+        "program itself chooses with torch.cuda.set_device",
+    )
+    guarding.add_argument("--doors", metavar="DOOR=MODE,...", help="modes of single doors, as in ipc=error,threads=off")
+    guarding.add_argument("--log", metavar="DIR", help="collect the journals of all processes there, for devguard log")
+    tracing = parser.add_argument_group("tracing")
+    tracing.add_argument(
+        "--trace-contexts",
+        action="store_true",
+        help="report each CUDA context that the program or a child of it opens; it is guarded only if --mode is given",
+    )
+    tracing.add_argument("--output", metavar="FILE", help="append the reports to this file (default: standard error)")
+    tracing.add_argument("--json", action="store_true", help="report one JSON object a line")
     parser.add_argument("program", nargs="*", metavar="COMMAND", help="the program to run, after --")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out; this process becomes the program."""
     program: list[str] = arguments.program
-    if not arguments.trace_contexts:
-        raise ConfigError(
-            "running a program under a guard is not there yet. What there is: --trace-contexts, with --output FILE and "
-            f"--json\nusage: {USAGE}"
-        )
     if not program:
         raise ConfigError(f"name a program to run, after --\nusage: {USAGE}")
+    if not arguments.trace_contexts and (arguments.output or arguments.json):
+        raise ConfigError("--output and --json say where --trace-contexts reports; give that too, or leave them out")
+    environment = dict(os.environ)
+    if not arguments.trace_contexts or arguments.mode is not None:
+        _guard(arguments, environment)
     path = executing.find("run", program[0])
     if path is None:
         return executing.NOT_FOUND
-    from devguard import tracing
+    if arguments.trace_contexts:
+        from devguard import tracing
 
-    environment = tracing.environment(arguments.output, json=arguments.json)
+        environment = tracing.environment(arguments.output, json=arguments.json, base=environment)
     return executing.become("run", path, program, environment)
+
+
+def _guard(arguments: argparse.Namespace, environment: dict[str, str]) -> None:
+    """Say in `environment` what was asked for, if it means anything."""
+    from devguard import owners
+    from devguard.environment import read
+
+    said = {
+        "DEVGUARD": arguments.mode or "repair",
+        "DEVGUARD_DEVICE": arguments.device,
+        "DEVGUARD_DOORS": arguments.doors,
+        "DEVGUARD_LOG": arguments.log and os.path.abspath(arguments.log),
+    }
+    environment.update({name: value for name, value in said.items() if value is not None})
+    if read(environment).owner is not None:
+        owners.from_environment(environment)
+    if environment.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+        raise ConfigError(
+            "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it, or guard in code: the "
+            "decorator, or devguard.install()."
+        )
+    import importlib.metadata
+
+    if not any(found.name == "devguard" for found in importlib.metadata.entry_points(group="torch.backends")):
+        print(
+            "devguard run: warning: devguard is not installed here, only importable, so torch will not load it; "
+            "install it with pip, in the environment of the program",
+            file=sys.stderr,
+        )

@@ -6,18 +6,22 @@ A module of ``devguard doctor``. It reads no device and needs no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from devguard import doors, owners, settings
-from devguard.errors import DevGuardError
+from devguard import environment, owners
 
 __all__ = ["check_settings", "SIMULATION", "that_matter"]
 
-KNOWN = ("DEVGUARD", "DEVGUARD_CACHE_DIR", "DEVGUARD_DEVICE", "DEVGUARD_DOORS", "DEVGUARD_LOG")
+KNOWN = (
+    "DEVGUARD",
+    "DEVGUARD_CACHE_DIR",
+    "DEVGUARD_DEVICE",
+    "DEVGUARD_DOORS",
+    "DEVGUARD_LOG",
+    "DEVGUARD_RANK_LOCK",
+)
 SIMULATION = "DEVGUARD_SIM_"
 # set by `devguard sim`, by the tests of this package, by `devguard run --trace-contexts`
 INTERNAL = (SIMULATION, "DEVGUARD_TEST_", "DEVGUARD_TRACE_")
-SWITCHES = ("0", "1")  # off and repair, as a mode
 OTHERS = (
     "CUDA_DEVICE_ORDER",
     "CUDA_VISIBLE_DEVICES",
@@ -31,30 +35,7 @@ OTHERS = (
 
 def check_settings(environ: Mapping[str, str]) -> list[str]:
     """Return what is wrong with devguard's own variables, one sentence each."""
-    wrong = []
-    mode = environ.get("DEVGUARD", "").strip().lower()
-    if mode and mode not in (*settings.MODES, *SWITCHES):
-        wrong.append(f"DEVGUARD={mode!r} is not a mode. Valid: {', '.join((*settings.MODES, *SWITCHES))}.")
-    device = environ.get("DEVGUARD_DEVICE", "").strip()
-    if device:
-        try:
-            owners.parse(device, "DEVGUARD_DEVICE")
-        except DevGuardError as error:
-            wrong.append(str(error))
-    pairs = [pair.strip() for pair in environ.get("DEVGUARD_DOORS", "").split(",") if pair.strip()]
-    if not all("=" in pair for pair in pairs):
-        wrong.append(
-            f"DEVGUARD_DOORS={','.join(pairs)!r} cannot be read. Valid: door=mode, with commas, as in load=warn."
-        )
-    else:
-        try:
-            modes = {name.strip(): mode.strip() for name, mode in (p.split("=", 1) for p in pairs)}
-            settings.check_doors(modes, doors.NAMES, doors.EXTRA_MODES)
-        except DevGuardError as error:
-            wrong.append(f"DEVGUARD_DOORS: {error}")
-    log = environ.get("DEVGUARD_LOG", "").strip()
-    if log and Path(log).exists() and not Path(log).is_dir():
-        wrong.append(f"DEVGUARD_LOG={log!r} is not a directory. Name a directory; it is made if it does not exist.")
+    wrong = environment.problems(environ)
     wrong += [
         f"{name} is not a variable that devguard knows. Known: {', '.join(KNOWN)}."
         for name in sorted(environ)

@@ -14,11 +14,14 @@ An open door is inert where no owner is in force. A door never imports another d
 from __future__ import annotations
 
 import importlib
+import os
 import threading
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from devguard import accelerator, settings
+from devguard.journal import journal
 from devguard.patching import DoorError
 
 __all__ = ["EXTRA_MODES", "NAMES", "ON_REQUEST", "close_all", "inspect", "open_all", "status"]
@@ -70,12 +73,24 @@ def open_all() -> None:
                 _failed[name] = str(error)
             else:
                 _open[name] = module
+        _start_log()
+
+
+def _start_log() -> None:
+    """Write the journal to a file from now on, where ``DEVGUARD_LOG`` names a folder."""
+    folder = os.environ.get("DEVGUARD_LOG", "").strip()
+    if folder:
+        from devguard import logs
+
+        logs.start(Path(os.path.abspath(folder)))
 
 
 def close_all() -> list[str]:
     """Close every open door, the last one first; return the names that somebody else patched over ours."""
     left_over: list[str] = []
     with _lock:
+        if journal.log is not None:
+            journal.log.stop()
         while _open:
             _, module = _open.popitem()
             left_over += module.uninstall()

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from devguard import doors as door_table
-from devguard import owners, scope, touched
+from devguard import ending, owners, scope, touched
 from devguard.patching import DoorError, Patches
 from devguard.settings import DEFAULT_MODE, DoorMode
 
@@ -76,7 +76,10 @@ def install() -> None:
     def bootstrap_disowned(self: Any, *args: Any, **kwargs: Any) -> Any:
         if os.getpid() != _pid:
             _safely(_arrive_forked, self)
-        return bootstrap(self, *args, **kwargs)
+        try:
+            return bootstrap(self, *args, **kwargs)
+        finally:
+            _safely(ending.run)
 
     def dump_with_settings(obj: Any, file: Any, protocol: Any = None) -> Any:
         if isinstance(obj, multiprocessing.process.BaseProcess):
@@ -129,10 +132,11 @@ def _settings(process: Any) -> Settings | None:
         return None
     owner = scope.current_owner()
     mode: DoorMode | None
-    if owner is None:  # nobody owns anything, or unguarded(): that is said of the code here, not of the child's
-        mode, doors = scope.process.mode, dict(scope.process.doors)
-    elif scope.mode_of(NAME) == "off":
+    if owner is not None and scope.mode_of(NAME) == "off":
         return None
+    if owner is None or not scope.local.stack:
+        # the process's own, as it was said; unguarded() is said of the code here, not of the child's
+        mode, doors = scope.process.mode, dict(scope.process.doors)
     else:
         mode = scope.mode_of("")
         known = [name for name in door_table.NAMES if name not in door_table.ON_REQUEST]
@@ -141,7 +145,7 @@ def _settings(process: Any) -> Settings | None:
         doors = {name: scope.mode_of(name) for name in known}
         doors = {name: its for name, its in doors.items() if its != mode or name in door_table.ON_REQUEST}
     loader = owner is not None and _is_loader_worker(process)
-    if not loader and not doors and mode in (None, DEFAULT_MODE):
+    if not loader and not doors and mode in (None, DEFAULT_MODE) and not os.environ.get("DEVGUARD"):
         return None
     return Settings(mode, doors, loader)
 
@@ -169,10 +173,10 @@ def _take_over(settings: Settings) -> None:
     global _taken_over
     process = scope.process
     if process.mode is None:  # else the child's own main module has said it
-        process.mode, process.doors = settings.mode, settings.doors
+        process.mode, process.doors, process.said_by = settings.mode, settings.doors, "parent"
         _taken_over = settings
-    if settings.loader and process.owner is None:
-        process.owner = owners.CPU
+    if settings.loader and process.said_by != "install":
+        process.owner, process.adoption = owners.CPU, None
         touched.door = NAME
         door_table.open_all()
         scope.prepare(owners.CPU)

@@ -81,6 +81,8 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
         if stray and owner is not None and scope.mode_of(touched.door) == "error":
             judge(touched.door, "cuda", owner, 0, _ADVICE)  # raises
         result = original(*args)
+        if scope.process.adoption is not None:
+            scope.process.adoption.touched()
         unowned = not _owned and owner is None and not scope.local.stack
         touched.first = Touch(
             callsite.origin(sys._getframe(1)), os.getpid(), threading.current_thread().name, time.time(), unowned

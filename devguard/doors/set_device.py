@@ -113,11 +113,18 @@ def _watched(original: Callable[..., Any], get_device: Callable[[], int]) -> Cal
         stack = local.stack
         stack.moved = True
         owner = stack[-1][1] if stack else process.owner
-        if (owner is None or owner.index < 0) and not stack.changes:
+        adoption = None if stack else process.adoption
+        follows = adoption is not None and adoption.watches()
+        if (owner is None or owner.index < 0) and not stack.changes and not follows:
             return original(*args, **kwargs)
         before = get_device()
         result = original(*args, **kwargs)
         after = get_device()
+        if adoption is not None and follows:
+            settled = adoption.frozen
+            adoption.moved(after, sys._getframe(1))
+            if not settled:
+                return result  # a process that is still choosing its device strays from none
         if after != before:
             _note(stack, owner, before, after, sys._getframe(1))
         return result

@@ -1,0 +1,37 @@
+"""What torch calls at the end of ``import torch``: the entry point ``devguard`` of the group ``torch.backends``.
+
+It does nothing where ``DEVGUARD`` is not set, and imports nothing for it. It never raises: ``import torch`` would fail.
+"""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["activate", "problem"]
+
+problem: str | None = None  # why the guard is off in this process
+
+
+def activate() -> None:
+    """Put in force what ``DEVGUARD`` and its companions say; a failure becomes one warning, and the guard stays off."""
+    if not os.environ.get("DEVGUARD", "").strip():
+        return
+    try:
+        from devguard import activation
+
+        activation.activate()
+    except Exception as error:  # noqa: BLE001 - see above
+        _say(f"{type(error).__name__}: {error}")
+
+
+def _say(what: str) -> None:
+    import sys
+    import warnings
+
+    global problem
+    problem = what
+    text = f"devguard is off in this process, although DEVGUARD={os.environ.get('DEVGUARD')!r}: {what}"
+    try:
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:  # the program's filters turn it into an error
+        print(text, file=sys.stderr)

@@ -1,0 +1,127 @@
+"""``DEVGUARD_LOG``: the journal of every process as a file of JSON lines in one folder.
+
+Each process writes a file of its own, so that no two ever write to one. Its first line says which process it is, the
+last one how it ended; between them stands a line for each call site that strayed, at once when it is new, and again
+with its counts when they have grown: at most once a second, and at the end. So what a killed process lacks are the
+counts of its last second, and a line is written in one piece. A folder that cannot be written costs one warning, and no
+program its life. ``devguard log DIR`` reads them (reading.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from devguard import ending
+from devguard._version import __version__
+from devguard.journal import Key, Row, format_row, journal
+
+__all__ = ["SUFFIX", "start"]
+
+SUFFIX = ".jsonl"
+EVERY_S = 1.0
+
+
+class _Log:
+    """The file of this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._descriptor = -1
+        self._rows = 0
+        self._numbers: dict[Row, int] = {}  # a row that was written, and its number in the file
+        self._grown: dict[Row, Key] = {}
+        self._flushed = 0.0
+        self._broken = False
+
+    def restart(self) -> None:
+        """Forget the rows: the journal was cleared. In a forked child, begin a file of its own."""
+        if self._pid != os.getpid():
+            self._begin()
+        self._numbers.clear()
+        self._grown.clear()
+
+    def note(self, key: Key, row: Row) -> None:
+        """Take notice of a row that is new or has grown; the journal calls it under its lock."""
+        if row in self._numbers:
+            self._grown[row] = key
+            if time.monotonic() - self._flushed >= EVERY_S:
+                self.flush()
+        else:
+            self._numbers[row] = self._rows
+            self._rows += 1
+            self._write_row(key, row)
+
+    def flush(self) -> None:
+        """Write the counts that have grown."""
+        self._flushed = time.monotonic()
+        while self._grown:
+            row, key = self._grown.popitem()
+            self._write_row(key, row)
+
+    def _write_row(self, key: Key, row: Row) -> None:
+        self._write({"stray": self._numbers[row], **format_row(key, row, row.count, row.bytes).as_dict()})
+
+    def open(self) -> None:
+        """Make the file, with the line that says which process it is of."""
+        process = {"pid": self._pid, "parent": os.getppid(), "host": socket.gethostname(), "command": _command()}
+        ranks = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK") if name in os.environ}
+        self._write({"process": {**process, **ranks, "time": time.time(), "devguard": __version__}})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._broken:
+            return
+        try:
+            if self._descriptor < 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                name = f"{socket.gethostname()}-{self._pid}-{time.time_ns()}{SUFFIX}"
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+                self._descriptor = os.open(self.folder / name, flags, 0o644)
+                if "process" not in line:
+                    self.open()
+            os.write(self._descriptor, (json.dumps(line) + "\n").encode())
+        except OSError as error:
+            self._broken = True
+            text = f"devguard cannot write its log to {self.folder}: {error.strerror}. Strays are kept in memory only."
+            try:
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            except RuntimeWarning:  # the program's filters turn it into an error
+                print(text, file=sys.stderr)
+
+    def stop(self) -> None:
+        """Write what is left, and how the process stands at its end."""
+        ending.forget(self.stop)
+        if self._pid != os.getpid():
+            return
+        from devguard import activation
+
+        status = activation.status()
+        journal.stop_log()
+        kept = ("owner", "process_owner", "said_by", "mode", "owned", "contexts", "strays", "strays_not_kept")
+        self._write({"end": {**{name: status[name] for name in kept}, "time": time.time()}})
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor, self._broken = -1, True
+
+
+def _command() -> str:
+    """Return the program as it was called; multiprocessing's children have no better one."""
+    return " ".join(getattr(sys, "orig_argv", sys.argv))
+
+
+def start(folder: Path) -> None:
+    """Write the journal of this process to a file in `folder` from now on, until it ends."""
+    log = _Log(folder)
+    log.open()
+    journal.log = log
+    ending.at_end(log.stop)
