@@ -81,10 +81,12 @@ class Adoption:
             self._away = None
 
     def touched(self) -> None:
-        """Make the owner's device the current one of this thread, which has just initialised CUDA; opens no context."""
+        """Make the owner's device the current one of this thread, which initialises CUDA now; opens no context."""
         owner = scope.process.owner
         if self.pin and owner is not None and owner.index >= 0 and not scope.local.stack:
-            accelerator.bind().back(owner.index)
+            back = accelerator.bind().back
+            # as `torch.cuda._lazy_call`, whose lock torch holds now: any call into CUDA before its end waits for ever
+            sys.modules["torch"].cuda._queued_calls.append((lambda: back(owner.index), []))
 
     def handle(self) -> None:
         """Stop following, since a stray is about to be handled; demote the owner if the main thread has left it."""
