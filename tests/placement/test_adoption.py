@@ -1,7 +1,7 @@
 """Activation by environment: whose device a process gets that never names one, and what is done with a wrong guess.
 
-Each test runs in a process of its own in which CUDA is not initialised, and activates devguard there with an environment
-of its own, as ``import torch`` would have done it.
+Each test runs in a process of its own in which CUDA is not initialised, and activates devguard there with an
+environment of its own, as ``import torch`` would have done it.
 """
 
 from __future__ import annotations
