@@ -114,6 +114,8 @@ class Adoption:
         """Tell whether this process is one of several that each may own a GPU."""
         if not self._several:
             self._several = is_child()
+            if self._several:
+                scope.process.renew()
         return self._several
 
     def as_dict(self) -> dict[str, Any]:
@@ -142,6 +144,7 @@ class Adoption:
             self._away = None
             return
         self.demoted = True
+        scope.process.renew()
         code, line = self._away
         where = Site(code.co_filename, line, code.co_name) if code is not None else "no line of user code"
         text = (

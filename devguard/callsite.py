@@ -29,6 +29,7 @@ _USER, _INTERNAL = 0, 1
 # By the identity of the code object, because its own hash goes through all of its bytecode (microseconds for a function
 # of torch's size); the object is kept beside, so that no other can take its identity.
 _kinds: dict[int, tuple[int | str, CodeType]] = {}
+INTERNAL: set[int] = set()  # those of them that are nobody's call site and no transport: what most stacks consist of
 
 _STDLIB = tuple(
     os.path.normcase(os.path.realpath(path)) + os.sep
@@ -87,8 +88,11 @@ def _kind(code: CodeType) -> int | str:
     known = _kinds.get(id(code))
     if known is None:
         if len(_kinds) >= MAX_KINDS:
+            INTERNAL.clear()
             _kinds.clear()  # a program that makes code objects without end must not fill the memory
         known = _kinds[id(code)] = (_classify(code), code)
+        if known[0] == _INTERNAL:
+            INTERNAL.add(id(code))
     return known[0]
 
 
@@ -111,11 +115,13 @@ def find(start: FrameType) -> tuple[CodeType | None, int, str | None]:
     """
     via: str | None = None
     frame: FrameType | None = start
-    kinds = _kinds
+    internal = INTERNAL
     while frame is not None:
         code = frame.f_code
-        known = kinds.get(id(code))
-        kind = _kind(code) if known is None else known[0]
+        if id(code) in internal:
+            frame = frame.f_back
+            continue
+        kind = _kind(code)
         if kind == _USER:
             return code, frame.f_lineno, via
         if kind.__class__ is str:

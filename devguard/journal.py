@@ -27,10 +27,25 @@ MAX_ROWS = 1024
 class Row:
     """The mutable twin of `Stray`, whose stack is not formatted."""
 
-    __slots__ = ("bytes", "count", "dtype", "note", "pid", "rank", "shape", "site", "stack", "thread", "time", "via")
+    __slots__ = (
+        "bytes",
+        "count",
+        "dtype",
+        "key",
+        "note",
+        "pid",
+        "rank",
+        "shape",
+        "site",
+        "stack",
+        "thread",
+        "time",
+        "via",
+    )
 
     def __init__(
         self,
+        key: Key,
         site: Frame | None,
         via: str | None,
         stack: tuple[Frame, ...],
@@ -38,6 +53,7 @@ class Row:
         dtype: str | None,
         shape: Any,
     ) -> None:
+        self.key = key
         self.count = 1
         self.bytes = nbytes
         self.dtype = dtype
@@ -80,7 +96,14 @@ class Journal:
     """Every stray of this process, counted per call site.
 
     Safe between threads. A forked child starts with an empty one.
+
+    Attributes
+    ----------
+    life : object
+        Another one after a fork or a clearing: rows from before count no more.
     """
+
+    life: object
 
     def __init__(self, max_rows: int = MAX_ROWS) -> None:
         self._max_rows = max_rows
@@ -90,7 +113,7 @@ class Journal:
 
     def _start(self) -> None:
         self._pid = os.getpid()
-        self._life = object()
+        self.life = object()
         self._lock = threading.Lock()
         self._rows: dict[Key, Row] = {}
         self._total = 0
@@ -123,6 +146,28 @@ class Journal:
         note: str | None = None,
         origin: Origin | None = None,
     ) -> Frame | None:
+        """Count one stray, and keep its stack if it is the first of its call site; return the call site.
+
+        The parameters are those of `enter`.
+        """
+        if start is None:
+            start = sys._getframe(1)
+        return self.enter(door, source, target, owner, action, nbytes, dtype, shape, start, note, origin)[0]
+
+    def enter(
+        self,
+        door: str,
+        source: str,
+        target: str,
+        owner: str,
+        action: Action,
+        nbytes: int,
+        dtype: str | None,
+        shape: Any,
+        start: FrameType,
+        note: str | None,
+        origin: Origin | None,
+    ) -> tuple[Frame | None, Row | None]:
         """Count one stray, and keep its stack if it is the first of its call site.
 
         Parameters
@@ -131,22 +176,22 @@ class Journal:
             As in `Stray`.
         nbytes : int
             Bytes of tensor data.
-        start : frame, optional
-            Where to begin to look for the call site; the caller by default.
-        note : str, optional
+        start : frame
+            Where to begin to look for the call site.
+        note : str or None
             What else the door knows; that of the first one is kept.
-        origin : Origin, optional
+        origin : Origin or None
             Where it came from, if that was earlier; then `start` says nothing.
 
         Returns
         -------
         Frame or None
-            The call site.
+            The call site; None where the whole stack belongs to libraries.
+        Row or None
+            What `grow` takes for the next stray like this one; None if there is no room for it.
         """
         if not self._watches_forks:
             self._watch_forks()
-        if start is None:
-            start = sys._getframe(1)
         code, line, via = callsite.find(start) if origin is None else origin[:3]
         # by identity: a code object's own hash goes through all of its bytecode, and the row keeps the object alive
         key = (id(code), line, door, source, target, owner, action)
@@ -158,20 +203,29 @@ class Journal:
                 row.bytes += nbytes
                 if self.log is not None:
                     self.log.note(key, row)
-                return row.site
+                return row.site, row
             site = None if code is None else Frame(code, line)
             if len(self._rows) >= self._max_rows:
                 self._dropped += 1
-                return site
+                return site, None
             stack = callsite.stack(start) if origin is None else origin.stack
-            row = self._rows[key] = Row(site, via, stack, nbytes, dtype, shape)
+            row = self._rows[key] = Row(key, site, via, stack, nbytes, dtype, shape)
             row.note = note
             if self.log is not None:
                 self.log.note(key, row)
         if action == "warned":
             more = f" ({note})" if note else ""
             _warn(site, f"{door}: {_what(nbytes)} went to {source}; this scope owns {owner}{more}.")
-        return site
+        return site, row
+
+    def grow(self, row: Row, nbytes: int) -> None:
+        """Count one more stray of a call site that `enter` gave a row in this `life`."""
+        with self._lock:
+            self._total += 1
+            row.count += 1
+            row.bytes += nbytes
+            if self.log is not None:
+                self.log.note(row.key, row)
 
     def strays(self) -> tuple[Stray, ...]:
         """Return one record per call site, in the order of their first time."""
@@ -185,13 +239,13 @@ class Journal:
         self._same_process()
         with self._lock:
             rows = {key: (row.count, row.bytes) for key, row in self._rows.items()}
-            return Mark(self._life, self._dropped, rows)
+            return Mark(self.life, self._dropped, rows)
 
     def since(self, mark: Mark) -> tuple[Stray, ...]:
         """Return one record for every call site that strayed since `mark`, with the count and bytes since then."""
         self._same_process()
-        if mark.life is not self._life:  # taken before a fork or a clearing: all that is here came later
-            mark = Mark(self._life, 0, {})
+        if mark.life is not self.life:  # taken before a fork or a clearing: all that is here came later
+            mark = Mark(self.life, 0, {})
         grown = []
         with self._lock:
             for key, row in self._rows.items():
@@ -202,7 +256,7 @@ class Journal:
 
     def dropped_since(self, mark: Mark) -> int:
         """Return how many strays the journal had no room for since `mark`."""
-        return self.dropped - (mark.dropped if mark.life is self._life else 0)
+        return self.dropped - (mark.dropped if mark.life is self.life else 0)
 
     @property
     def total(self) -> int:

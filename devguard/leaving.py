@@ -66,6 +66,7 @@ def remove(left: Scope) -> None:
         else:
             scope.give_back(stack[position][2])
     del stack[position]
+    stack.judged = None
     stack.changes.clear()  # who changed what within which scope can no longer be told
     stack.moved = True  # whose device is current is now for the entries above to put right
     _report(

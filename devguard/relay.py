@@ -8,6 +8,8 @@ writes it again.
 Only pickle writes it: ``torch.save`` writes what is true, ``cpu``. The tag lives on the storage object.
 Views, ``detach``, ``Parameter`` and garbage collection keep it; whatever makes a new storage loses it:
 ``clone``, ``deepcopy``, ``cat``, numpy, and a multiprocessing queue, which sends shared memory.
+
+torch's way to pickle a storage is watched from the first such storage on: a process that relays nothing pays nothing.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ class _Counts:
 _counts = _Counts()
 _writing = threading.local()
 _registered: list[tuple[Any, ...]] = []
+_to_watch: list[Patches] = []  # where the patches go, while the door is open and they are not made yet
 
 
 def keep(storage: Any, tag: str) -> Any:
@@ -52,6 +55,8 @@ def keep(storage: Any, tag: str) -> Any:
     setattr(storage, _ATTRIBUTE, tag)
     with _counts.lock:
         _counts.kept += 1
+        while _to_watch:
+            _watch(_to_watch.pop())
     return storage
 
 
@@ -61,12 +66,29 @@ def status() -> dict[str, int]:
 
 
 def install(patches: Patches) -> None:
-    """Make pickles of storages write the tag that the storage remembers."""
+    """Make pickles of storages write the tag that the storage remembers, as soon as one remembers any."""
+    for kind in _reducing():
+        patches.find(kind, "__reduce__")  # what is missing is said now, not when a tensor arrives
+    with _counts.lock:
+        if _counts.kept:  # before the doors were closed
+            _watch(patches)
+        else:
+            _to_watch.append(patches)
+
+
+def _reducing() -> list[type]:
+    """Return the classes of torch by whose ``__reduce__`` storages are pickled."""
     import torch
 
-    for kind in (torch.storage.TypedStorage, torch.storage.UntypedStorage):
-        owner = next(base for base in kind.__mro__ if "__reduce__" in vars(base))
-        _patch_reduce(patches, owner)
+    kinds = (torch.storage.TypedStorage, torch.storage.UntypedStorage)
+    return [next(base for base in kind.__mro__ if "__reduce__" in vars(base)) for kind in kinds]
+
+
+def _watch(patches: Patches) -> None:
+    import torch
+
+    for kind in _reducing():
+        _patch_reduce(patches, kind)
     registry = torch.serialization._package_registry
     before = {id(row) for row in registry}
     torch.serialization.register_package(_PRIORITY, _tag, _pass_on)  # type: ignore[arg-type]
@@ -78,17 +100,17 @@ def uninstall() -> None:
     import torch
 
     registry = torch.serialization._package_registry
-    while _registered:
-        row = _registered.pop()
-        registry[:] = [other for other in registry if other is not row]
+    with _counts.lock:
+        _to_watch.clear()
+        while _registered:
+            row = _registered.pop()
+            registry[:] = [other for other in registry if other is not row]
 
 
 def _patch_reduce(patches: Patches, kind: Any) -> None:
     original = patches.find(kind, "__reduce__")
 
     def __reduce__(self: Any) -> Any:
-        if not _counts.kept:  # in a process that relays nothing this is all
-            return original(self)
         untyped = getattr(self, "_untyped_storage", self)
         if not hasattr(untyped, _ATTRIBUTE):
             return original(self)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from devguard import accelerator, owners
@@ -68,14 +68,18 @@ class Stack(list[Entry]):
         Whether the current device may have been moved inside a scope that found it current; see doors/set_device.py.
     changes : list
         Changes of the current device that may still be put back; the door ``set_device`` keeps them.
+    judged : Judged or None
+        Strays that were judged under the innermost entry; verdict.py keeps them. Whoever puts entries on a stack that
+        were on one before, or takes one out of the middle, forgets them.
     """
 
-    __slots__ = ("__weakref__", "changes", "moved", "take")
+    __slots__ = ("__weakref__", "changes", "judged", "moved", "take")
 
     def __init__(self) -> None:
         super().__init__()
         self.moved = True
         self.changes: list[Any] = []
+        self.judged: Any = None
         self.take: Callable[[int], int] = _take_first
 
     def __hash__(self) -> int:  # type: ignore[override]
@@ -125,17 +129,34 @@ unguarded_contexts: set[int] = set()
 
 
 class _Process:
-    """What holds where no scope does: the owner and the modes given to ``install``, or by the environment."""
+    """What holds where no scope does: the owner and the modes given to ``install``, or by the environment.
 
-    __slots__ = ("adoption", "doors", "mode", "owner", "restart", "said_by")
+    Attributes
+    ----------
+    owner, mode, doors, adoption
+        To be replaced, not to be changed in place.
+    era : object
+        Another one whenever one of them is set, or `renew` is called: what was judged before may be judged otherwise.
+    """
+
+    __slots__ = ("adoption", "doors", "era", "mode", "owner", "restart", "said_by")
+    era: object
 
     def __init__(self) -> None:
         self.reset()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin another era."""
+        object.__setattr__(self, "era", object())
+
     def reset(self) -> None:
         self.owner: Owner | None = None
         self.mode: Mode | None = None
-        self.doors: dict[str, DoorMode] = {}
+        self.doors: Mapping[str, DoorMode] = {}
         self.said_by = ""  # who said so: "install", "environment", "parent", or the role that an integration knows
         self.adoption: Adoption | None = None  # how the environment found the owner
         self.restart: Callable[[], None] | None = None  # finds the owner anew, in a forked child

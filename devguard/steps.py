@@ -99,6 +99,7 @@ class Steps:
             assert innermost is not None
             held[takers[0]] = (within, owner, stack.take(innermost.index))
         stack.extend(held)
+        stack.judged = None
 
 
 def unregistered(generator: Any) -> Any:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import fnmatch
 import sys
+from types import FrameType
 from typing import Any
 
 from devguard import callsite, owners, scope
+from devguard.callsite import INTERNAL, Origin
 from devguard.errors import ConfigError
-from devguard.journal import journal, refused
+from devguard.journal import MAX_ROWS, Row, journal, refused
 from devguard.owners import Owner
-from devguard.stray import LEFT
+from devguard.scope import local, process
+from devguard.stray import LEFT, Action
 
 __all__ = ["allow", "allowed", "forget_allowed", "judge"]
 
@@ -47,11 +50,13 @@ def allow(*devices: Any, modules: str | list[str] | None = None) -> None:
         tag = owners.parse(device).tag
         known = _allowed.get(tag, set())
         _allowed[tag] = None if patterns is None or known is None else known | patterns
+    process.renew()
 
 
 def forget_allowed() -> None:
     """Allow nothing any more."""
     _allowed.clear()
+    process.renew()
 
 
 def allowed(tag: str) -> bool:
@@ -65,15 +70,36 @@ def allowed(tag: str) -> bool:
     return any(fnmatch.fnmatchcase(module, p) or module.startswith(f"{p}.") for p in patterns)
 
 
+class Judged:
+    """The strays that one thread has judged under its innermost scope, so that the next like them costs little.
+
+    The rest of what a verdict depends on may not have changed either: the scopes further out are under the same entry,
+    `era` stands for what holds outside of scopes and for what is allowed, `life` for the journal. The call site is part
+    of the key.
+    """
+
+    __slots__ = ("era", "life", "rows", "top")
+
+    def __init__(self, top: scope.Entry | None, era: object, life: object) -> None:
+        self.top = top
+        self.era = era
+        self.life = life
+        # door, source, owner, target, code object and instruction of the call site -> row, and whether to repair it
+        self.rows: dict[tuple[str, str, str, str | None, int, int], tuple[Row, bool]] = {}
+
+
 def judge(
     door: str,
     source: str,
     owner: Owner,
     nbytes: int,
     advice: str,
-    *,
     target: str | None = None,
-    **known: Any,
+    start: FrameType | None = None,
+    dtype: str | None = None,
+    shape: Any = None,
+    note: str | None = None,
+    origin: Origin | None = None,
 ) -> bool:
     """Decide about one stray, and record it.
 
@@ -91,8 +117,8 @@ def judge(
         For the error: what the reader can do.
     target : str, optional
         Where a repair would put it; None if it cannot be repaired.
-    **known
-        `dtype` and `shape`, where the door knows them; `start` as for `Journal.record`.
+    start, dtype, shape, note, origin : optional
+        As for `Journal.enter`, where the door knows them; `start` is the caller by default.
 
     Returns
     -------
@@ -104,16 +130,41 @@ def judge(
     StrayDeviceError
         In mode ``error``.
     """
-    adoption = scope.process.adoption
-    if adoption is not None and not scope.local.stack:
-        adoption.handle()
+    if start is None:
+        start = sys._getframe(1)
+    stack = local.stack
+    top = stack[-1] if stack else None
+    if process.adoption is not None and top is None:
+        process.adoption.handle()
+    era, life = process.era, journal.life
+    judged: Judged | None = stack.judged
+    if judged is None or judged.top is not top or judged.era is not era or judged.life is not life:
+        judged = stack.judged = Judged(top, era, life)
+    frame: FrameType | None = start
+    while frame is not None and id(frame.f_code) in INTERNAL:
+        frame = frame.f_back
+    # the instruction, not the line: the line is looked up in a table
+    place = (0, 0) if frame is None else (id(frame.f_code), frame.f_lasti)
+    key = (door, source, owner.tag, target, *place)
+    known = judged.rows.get(key)
+    if known is not None and origin is None:
+        journal.grow(known[0], nbytes)
+        return known[1]
+
     mode = scope.mode_of(door)
     if mode == "off" or (_allowed and all(map(allowed, source.split(",")))):
         return False
     if mode == "error":
-        raise refused(door, source, owner.tag, nbytes, advice, **known)
-    if mode in ("repair", "copy") and target is not None:
-        journal.record(door, source, target, owner.tag, "repaired", nbytes, **known)
-        return True
-    journal.record(door, source, source, owner.tag, LEFT.get(mode, "observed"), nbytes, **known)
-    return False
+        raise refused(
+            door, source, owner.tag, nbytes, advice, start=start, dtype=dtype, shape=shape, note=note, origin=origin
+        )
+    repairs = mode in ("repair", "copy") and target is not None
+    action: Action = "repaired" if repairs else LEFT.get(mode, "observed")
+    lands = target if repairs and target is not None else source
+    _, row = journal.enter(door, source, lands, owner.tag, action, nbytes, dtype, shape, start, note, origin)
+    # not where modules may be allowed: one code object may run in several
+    if row is not None and origin is None and not _allowed and frame is not None and callsite.is_user(frame.f_code):
+        if len(judged.rows) >= MAX_ROWS:
+            judged.rows.clear()  # one line can hold many instructions
+        judged.rows[key] = (row, repairs)
+    return repairs

@@ -16,7 +16,7 @@ import torch
 import torch.package.package_importer
 
 import devguard
-from devguard import ConfigError, DeviceResolutionError, doors, owners
+from devguard import ConfigError, DeviceResolutionError, doors, owners, relay
 from tests import tagging
 from tests.fakecuda import FakeCuda
 
@@ -59,9 +59,13 @@ PATCHED = {
     "torch.serialization._get_restore_location",
     "torch._utils._get_restore_location",
     "torch.package.package_importer._get_restore_location",
-    "TypedStorage.__reduce__",
-    "_StorageBase.__reduce__",
 }
+# from the first storage on that is relayed
+PATCHED_FOR_RELAYS = {"TypedStorage.__reduce__", "_StorageBase.__reduce__"}
+
+
+def relay_something() -> None:
+    relay.keep(torch.zeros(1).untyped_storage(), "cuda:0")
 
 
 def test_uninstall_puts_back_exactly_what_was_found() -> None:
@@ -69,9 +73,25 @@ def test_uninstall_puts_back_exactly_what_was_found() -> None:
     registry = list(torch.serialization._package_registry)
     devguard.install("repair", "cpu")
     assert changed(before, everything_in_torch()) >= PATCHED
+    relay_something()
+    assert changed(before, everything_in_torch()) >= PATCHED | PATCHED_FOR_RELAYS
     assert devguard.uninstall() == []
     assert changed(before, everything_in_torch()) == set()
     assert torch.serialization._package_registry == registry
+
+
+def test_pickling_is_left_alone_until_something_is_relayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "_counts", relay._Counts())
+    before = everything_in_torch()
+    registry = list(torch.serialization._package_registry)
+    devguard.install("repair", "cpu")
+    assert not changed(before, everything_in_torch()) & PATCHED_FOR_RELAYS
+    assert torch.serialization._package_registry == registry
+    relay_something()
+    devguard.uninstall()
+    devguard.install("repair", "cpu")  # storages from before remember their tags
+    assert changed(before, everything_in_torch()) >= PATCHED_FOR_RELAYS
+    devguard.uninstall()
 
 
 def test_uninstall_puts_back_the_functions_that_move_the_device(cuda: FakeCuda) -> None:
@@ -91,6 +111,8 @@ def test_install_and_uninstall_are_idempotent() -> None:
         devguard.install("warn", "cpu")
         with devguard.guard("cpu"):
             pass
+        relay_something()
+        relay_something()
         assert len(torch.serialization._package_registry) == registry + 1
         assert devguard.uninstall() == []
         assert devguard.uninstall() == []
@@ -158,6 +180,7 @@ def test_two_threads_that_open_the_doors_at_once_open_them_once() -> None:
             barrier.wait()
             with devguard.guard("cpu"):
                 pass
+            relay_something()
 
         threads = [threading.Thread(target=work) for _ in range(2)]
         for thread in threads:
@@ -383,7 +406,7 @@ def test_a_door_whose_relay_cannot_be_patched_leaves_nothing_patched(monkeypatch
     def refuse(*args: Any) -> None:
         raise doors.DoorError("TypedStorage.__reduce__ is not in this torch")
 
-    monkeypatch.setattr("devguard.relay._patch_reduce", refuse)
+    monkeypatch.setattr("devguard.relay._reducing", refuse)
     with devguard.guard("cpu"):
         assert not devguard.status()["doors"]["load"]["open"]
     devguard.uninstall()

@@ -525,9 +525,9 @@ def test_a_step_on_another_thread_is_that_threads_own_affair(cuda: FakeCuda) -> 
 
 
 def test_a_with_block_in_a_bare_coroutine_is_reported(cuda: FakeCuda) -> None:
-    from devguard import scope
+    from devguard import leaving
 
-    scope._reported.clear()
+    leaving._reported.clear()
 
     async def bare(index: int) -> None:
         with devguard.guard(f"cuda:{index}"):
@@ -540,7 +540,7 @@ def test_a_with_block_in_a_bare_coroutine_is_reported(cuda: FakeCuda) -> None:
         asyncio.run(main())
     assert caught[0].filename == __file__
     assert where(cuda) == NOBODY
-    scope._reported.clear()
+    leaving._reported.clear()
 
 
 # --- asynchronous generators ---

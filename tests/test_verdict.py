@@ -1,7 +1,9 @@
-"""What is allowed is no stray."""
+"""What becomes of a stray: what is allowed is none, and one that repeats is judged as the first was."""
 
 from __future__ import annotations
 
+import os
+import threading
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +12,8 @@ import pytest
 import torch
 
 import devguard
-from devguard import ConfigError, DeviceResolutionError
+from devguard import ConfigError, DeviceResolutionError, owners, scope, verdict
+from devguard.journal import journal
 from tests import tagging
 
 PAYLOAD = tagging.dumps(torch.arange(4.0))  # tagged cuda:3
@@ -82,3 +85,151 @@ def test_bad_arguments() -> None:
         devguard.allow()
     with pytest.raises(DeviceResolutionError):
         devguard.allow("gpu")
+
+
+# --- the next stray of a call site is judged from memory, and must be judged the same ---
+
+
+def stray(nbytes: int = 8, door: str = "load") -> bool:
+    """One call site, for whoever owns the scope."""
+    owner = scope.current_owner()
+    assert owner is not None
+    return verdict.judge(door, "cuda:3", owner, nbytes, "Do not.", target=owner.tag)
+
+
+def actions() -> dict[str, tuple[int, int]]:
+    return {stray.action: (stray.count, stray.bytes) for stray in devguard.strays()}
+
+
+def test_what_repeats_is_counted_with_its_bytes() -> None:
+    with devguard.guard("cpu"):
+        assert all(stray(nbytes) for nbytes in (1, 2, 3))
+    assert actions() == {"repaired": (3, 6)}
+    assert journal.total == 3
+
+
+def test_a_scope_inside_and_the_scope_around_judge_for_themselves() -> None:
+    with devguard.guard("cpu"):
+        for _ in range(3):
+            assert stray()
+            with devguard.guard("cpu", mode="observe"):
+                assert not stray()
+            with devguard.guard("cpu", doors={"load": "off"}):
+                assert not stray()
+            with devguard.guard("cpu", mode="error"), pytest.raises(devguard.StrayDeviceError):
+                stray()
+    assert actions() == {"repaired": (3, 24), "observed": (3, 24), "refused": (3, 24)}
+
+
+def test_the_scope_around_counts_as_much_as_the_innermost() -> None:
+    inner = devguard.guard("cpu")
+    for mode, repairs in (("repair", True), ("observe", False), ("repair", True)):
+        with devguard.guard("cpu", mode=mode), inner:
+            assert stray() is repairs
+            assert stray() is repairs
+
+
+def test_doors_of_one_line_are_kept_apart() -> None:
+    with devguard.guard("cpu", doors={"jit": "observe"}):
+        for _ in range(2):
+            assert [stray(door=door) for door in ("load", "jit")] == [True, False]
+    assert {(s.door, s.action, s.count) for s in devguard.strays()} == {("load", "repaired", 2), ("jit", "observed", 2)}
+
+
+def test_two_calls_on_one_line_are_one_call_site() -> None:
+    with devguard.guard("cpu"):
+        for _ in range(2):
+            owner = owners.CPU
+            verdict.judge("load", "cuda:3", owner, 1, "", "cpu"), verdict.judge("load", "cuda:3", owner, 1, "", "cpu")
+    assert actions() == {"repaired": (4, 4)}
+
+
+def test_install_and_uninstall_change_what_is_judged() -> None:
+    for mode, repairs in (("repair", True), ("observe", False), ("repair", True)):
+        devguard.install(mode, "cpu")
+        assert [stray(), stray()] == [repairs] * 2
+    devguard.uninstall()
+    with devguard.guard("cpu"):
+        assert stray()
+
+
+def test_what_is_allowed_from_now_on_is_no_stray_from_now_on() -> None:
+    with devguard.guard("cpu"):
+        assert [stray(), stray()] == [True, True]
+        devguard.allow("cuda:3")
+        assert [stray(), stray()] == [False, False]
+        verdict.forget_allowed()
+        devguard.allow("cuda:3", modules="nobody")
+        assert [stray(), stray()] == [True, True]
+        devguard.allow("cuda:3", modules=__name__)
+        assert [stray(), stray()] == [False, False]
+    assert actions() == {"repaired": (4, 32)}
+
+
+def test_a_journal_that_was_cleared_starts_anew() -> None:
+    with devguard.guard("cpu"):
+        stray(), stray()
+        journal.clear()
+        stray()
+    assert actions() == {"repaired": (1, 8)}
+
+
+def test_a_full_journal_counts_what_it_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_max_rows", 0)
+    with devguard.guard("cpu"):
+        stray(), stray()
+    assert (devguard.strays(), journal.total, journal.dropped) == ((), 2, 2)
+
+
+def test_threads_that_stray_at_one_line_lose_no_count() -> None:
+    def work() -> None:
+        with devguard.guard("cpu"):
+            for _ in range(500):
+                stray()
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert actions() == {"repaired": (4000, 32000)}
+
+
+def test_a_forked_child_counts_its_own() -> None:
+    with devguard.guard("cpu"):
+        stray(), stray()
+        receiver, sender = os.pipe()
+        pid = os.fork()
+        if not pid:
+            with devguard.guard("cpu"):
+                stray()
+            os.write(sender, repr(actions()).encode())
+            os._exit(0)
+        os.waitpid(pid, 0)
+        assert os.read(receiver, 1000) == repr({"repaired": (1, 8)}).encode()
+    assert actions() == {"repaired": (2, 16)}
+
+
+def test_a_scope_that_slept_is_judged_by_the_scopes_around_it_now() -> None:
+    @types.coroutine
+    def suspend() -> Iterator[None]:
+        yield
+
+    async def work() -> list[bool]:
+        judged = []
+        with devguard.guard("cpu"):
+            for _ in range(3):
+                judged.append(stray())
+                await suspend()
+        return judged
+
+    def step(coroutine: Any, mode: Any) -> None:
+        with devguard.guard("cpu", mode=mode):
+            next(coroutine)
+
+    steps = devguard.guard("cpu").steps(work())
+    for mode in ("repair", "observe", "repair"):
+        step(steps, mode)
+    with pytest.raises(StopIteration) as stopped:
+        next(steps)
+    assert stopped.value.value == [True, False, True]

@@ -90,24 +90,19 @@ def _by_tag(restore: Restore, owner: Owner) -> Restore:
     own = owner.tag
 
     def restore_on_owner(storage: Any, location: str) -> Any:
-        if location == own or not location.startswith("cuda"):
+        if location == own or location[:4] != "cuda":
             return restore(storage, location)
-        return _stray(restore, storage, location, owner)
+        if location == "cuda" and not _is_away(location, owner):
+            return restore(storage, own)
+        try:
+            start = sys._getframe(3)  # past the innermost two frames of torch's loader: this is a hot path
+        except ValueError:  # torch's function is called by hand, from almost no stack
+            start = sys._getframe()
+        if judge(NAME, location, owner, storage.nbytes(), _ADVICE_TAG, own, start):
+            return relay.keep(storage, location) if own == "cpu" else restore(storage, own)
+        return restore(storage, location)
 
     return restore_on_owner
-
-
-def _stray(restore: Restore, storage: Any, location: str, owner: Owner) -> Any:
-    if not _is_away(location, owner):
-        return restore(storage, owner.tag)
-    try:
-        # past the frames of this module and the innermost two of torch's loader: this is the hot path of a repair
-        start = sys._getframe(4)
-    except ValueError:  # torch's function is called by hand, from almost no stack
-        start = sys._getframe()
-    if not judge(NAME, location, owner, storage.nbytes(), _ADVICE_TAG, target=owner.tag, start=start):
-        return restore(storage, location)
-    return relay.keep(storage, location) if owner.index < 0 else restore(storage, owner.tag)
 
 
 def _by_request(restore: Restore, map_location: Any, owner: Owner) -> Restore:

@@ -225,8 +225,9 @@ def _settle(stack: Stack, *, leaving: bool = False, failing: bool = False) -> No
         if current == owner.index:
             return
         where = "when its scope or task ended" if leaving else "at the next door"
-        known = {"origin": change.origin, "note": f"it was cuda:{change.before}; found {where}"}
-        if judge(NAME, f"cuda:{current}", owner, 0, _ADVICE, target=owner.tag, **known) and not (leaving and stack):
+        note = f"it was cuda:{change.before}; found {where}"
+        moves = judge(NAME, f"cuda:{current}", owner, 0, _ADVICE, target=owner.tag, note=note, origin=change.origin)
+        if moves and not (leaving and stack):
             accelerator.bind().to(owner.index)
     except StrayDeviceError:
         if not failing:
