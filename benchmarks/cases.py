@@ -6,7 +6,6 @@ import asyncio
 import io
 import pickle
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 import devguard
-from benchmarks.measure import ROUNDS, Row, Run, compare
+from benchmarks.measure import ROUNDS, Row, Run, compare, row
 from benchmarks.states import OWNER, STATES, guarded, plain
 
 SIZES = {"16 B": 16, "1 MB": 1 << 20, "256 MB": 256 << 20}
@@ -86,6 +85,7 @@ def harmless() -> list[Row]:
     value = {"text": "x" * 100, "numbers": list(range(100)), "nested": [{"a": (1, 2.0, None)}] * 10}
     data = pickle.dumps(value)
     call = lambda: pickle.loads(data)  # noqa: E731
+    rows.append(compare("pickle.loads without tensors, against itself", plain(call), plain(call), None))
     rows.append(compare("pickle.loads without tensors", plain(call), guarded(call), 1.0, **STATES))
     for name in ("16 B", "1 MB"):
         own = _pickled(SIZES[name], f"cuda:{OWNER}")
@@ -143,9 +143,7 @@ def coroutines() -> list[Row]:
     seconds(decorated, 100)
     torch.cuda.set_device(0)  # so that each step really exchanges
     costs = [(seconds(decorated, times) - seconds(work, times)) / times * 1e6 for _ in range(ROUNDS)]
-    return [
-        Row("suspend + resume of a decorated coroutine", statistics.median(costs), min(costs), max(costs), 3.0, "us")
-    ]
+    return [row("suspend + resume of a decorated coroutine", costs, 3.0, "us")]
 
 
 def importing() -> list[Row]:
@@ -161,7 +159,7 @@ def importing() -> list[Row]:
             text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
             rows_of = re.findall(r"\|\s+(\d+) \| (\s*)devguard", text)
             figures.append(max(int(total) for total, _ in rows_of) / 1000)
-        rows.append(Row(what, statistics.median(figures), min(figures), max(figures), 15.0, "ms"))
+        rows.append(row(what, figures, 15.0, "ms"))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The two states that most rows compare, unguarded and guarded, and how a call is run in each."""
+"""The states that rows compare, unguarded, guarded and installed, and how a call is run in each."""
 
 from __future__ import annotations
 
@@ -20,13 +20,19 @@ def closed() -> None:
 
 
 def opened() -> None:
-    """Open the doors, which takes a millisecond the first time."""
+    """Open the doors, which takes a millisecond the first time, and choose the device before there is a guard."""
     with devguard.guard(OWNER):
         pass
     torch.cuda.set_device(OWNER)
 
 
+def installed() -> None:
+    """Make the owner that of the whole process, and of no scope."""
+    devguard.install(device=OWNER)
+
+
 STATES = {"before_base": closed, "before_ours": opened}
+INSTALLED = {"before_base": closed, "before_ours": installed}
 
 
 def plain(call: Callable[[], Any]) -> Run:

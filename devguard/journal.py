@@ -9,79 +9,18 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 import warnings
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from devguard import callsite
 from devguard.callsite import Frame, Origin, Site
 from devguard.errors import StrayDeviceError, StrayDeviceWarning
-from devguard.stray import Action, Stray
+from devguard.stray import Action, Key, Row, Stray, format_row
 
 __all__ = ["Mark", "journal", "refused"]
 
 MAX_ROWS = 1024
-
-
-class Row:
-    """The mutable twin of `Stray`, whose stack is not formatted."""
-
-    __slots__ = (
-        "bytes",
-        "count",
-        "dtype",
-        "key",
-        "note",
-        "pid",
-        "rank",
-        "shape",
-        "site",
-        "stack",
-        "thread",
-        "time",
-        "via",
-    )
-
-    def __init__(
-        self,
-        key: Key,
-        site: Frame | None,
-        via: str | None,
-        stack: tuple[Frame, ...],
-        nbytes: int,
-        dtype: str | None,
-        shape: Any,
-    ) -> None:
-        self.key = key
-        self.count = 1
-        self.bytes = nbytes
-        self.dtype = dtype
-        self.shape = None if shape is None else tuple(shape)
-        self.pid = os.getpid()
-        self.thread = threading.current_thread().name
-        self.rank = os.environ.get("RANK")
-        self.time = time.time()
-        self.site = site
-        self.via = via
-        self.note: str | None = None
-        self.stack = stack
-
-
-# code object and line of the call site, door, source, target, owner, action
-Key = tuple[int, int, str, str, str, str, Action]
-
-
-class Log(Protocol):
-    """Who is told of every row that is new or has grown, under the journal's lock; see logs.py."""
-
-    def note(self, key: Key, row: Row) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def restart(self) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 class Mark(NamedTuple):
@@ -283,29 +222,6 @@ class Journal:
 
 
 journal = Journal()
-
-
-def format_row(key: Key, row: Row, count: int, total: int) -> Stray:
-    _, _, door, source, target, owner, action = key
-    return Stray(
-        door=door,
-        source=source,
-        target=target,
-        owner=owner,
-        action=action,
-        count=count,
-        bytes=total,
-        dtype=row.dtype,
-        shape=row.shape,
-        pid=row.pid,
-        thread=row.thread,
-        rank=row.rank,
-        time=row.time,
-        site=None if row.site is None else Site.of(row.site),
-        via=row.via,
-        note=row.note,
-        stack=tuple(map(Site.of, row.stack)),
-    )
 
 
 def _what(nbytes: int) -> str:

@@ -20,7 +20,8 @@ from typing import Any
 
 from devguard import ending
 from devguard._version import __version__
-from devguard.journal import Key, Row, format_row, journal
+from devguard.journal import journal
+from devguard.stray import Key, Row, format_row
 
 __all__ = ["SUFFIX", "start"]
 

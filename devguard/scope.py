@@ -52,7 +52,10 @@ def _take_first(index: int) -> int:
         return -1
     moves = accelerator.bind()
     previous = moves.choose(index)
-    local.stack.take = moves.to
+    stack = local.stack
+    stack.take = moves.to
+    if tracked and all(taken < 0 for _, _, taken in stack):
+        stack.moved = False  # no scope that has a device to give back saw it moved
     return previous
 
 

@@ -1,16 +1,19 @@
-"""The record of one stray: what the journal tells of a call site.
+"""The record of one stray, what the journal tells of a call site, and the row that it is made from.
 
 It is plain data. Who counts strays, and keeps them within bounds, is journal.py; what becomes of one, verdict.py.
 """
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from devguard.callsite import Site
+from devguard.callsite import Frame, Site
 
-__all__ = ["LEFT", "Action", "Stray"]
+__all__ = ["LEFT", "Action", "Key", "Row", "Stray", "format_row"]
 
 Action = Literal["observed", "warned", "repaired", "refused", "kept"]
 
@@ -86,3 +89,75 @@ class Stray:
         how = f"[owner {self.owner}, {self.action}] {self.count} x, {self.bytes} bytes"
         note = f"; {self.note}" if self.note else ""
         return f"{self.door}: {moved} {how}, {where}{via}{note}"
+
+
+# code object and line of the call site, door, source, target, owner, action
+Key = tuple[int, int, str, str, str, str, Action]
+
+
+class Log(Protocol):
+    """Who is told of every row that is new or has grown, under the journal's lock; see logs.py."""
+
+    def note(self, key: Key, row: Row) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def restart(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Row:
+    """The mutable twin of `Stray`, whose stack is not formatted."""
+
+    __slots__ = (
+        "bytes", "count", "dtype", "key", "note", "pid", "rank", "shape", "site", "stack", "thread", "time", "via",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        key: Key,
+        site: Frame | None,
+        via: str | None,
+        stack: tuple[Frame, ...],
+        nbytes: int,
+        dtype: str | None,
+        shape: Any,
+    ) -> None:
+        self.key = key
+        self.count = 1
+        self.bytes = nbytes
+        self.dtype = dtype
+        self.shape = None if shape is None else tuple(shape)
+        self.pid = os.getpid()
+        self.thread = threading.current_thread().name
+        self.rank = os.environ.get("RANK")
+        self.time = time.time()
+        self.site = site
+        self.via = via
+        self.note: str | None = None
+        self.stack = stack
+
+
+def format_row(key: Key, row: Row, count: int, total: int) -> Stray:
+    """Return the record of a row that counts `count` strays with `total` bytes."""
+    _, _, door, source, target, owner, action = key
+    return Stray(
+        door=door,
+        source=source,
+        target=target,
+        owner=owner,
+        action=action,
+        count=count,
+        bytes=total,
+        dtype=row.dtype,
+        shape=row.shape,
+        pid=row.pid,
+        thread=row.thread,
+        rank=row.rank,
+        time=row.time,
+        site=None if row.site is None else Site.of(row.site),
+        via=row.via,
+        note=row.note,
+        stack=tuple(map(Site.of, row.stack)),
+    )

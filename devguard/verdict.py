@@ -14,10 +14,10 @@ from typing import Any
 from devguard import callsite, owners, scope
 from devguard.callsite import INTERNAL, Origin
 from devguard.errors import ConfigError
-from devguard.journal import MAX_ROWS, Row, journal, refused
+from devguard.journal import MAX_ROWS, journal, refused
 from devguard.owners import Owner
 from devguard.scope import local, process
-from devguard.stray import LEFT, Action
+from devguard.stray import LEFT, Action, Row
 
 __all__ = ["allow", "allowed", "forget_allowed", "judge"]
 

@@ -21,6 +21,7 @@ begin work on the current device: ``caching_allocator_alloc``, ``current_blas_ha
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -99,29 +100,67 @@ def status() -> dict[str, Any]:
 
 
 def _watched(original: Callable[..., Any], name: str, position: int) -> Callable[..., Any]:
-    """Return `original` with an eye on the device that a call without a device means."""
-    local, process = scope.local, scope.process
-    torch: Any = sys.modules["torch"]
-    get_device, has_context = torch._C._cuda_getDevice, torch._C._cuda_hasPrimaryContext
+    """Return `original` with an eye on the device that a call without a device means.
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    Some of them last two microseconds, of which passing on ``*args, **kwargs`` would be a sixth; so those that take
+    nothing, or only a device, are called as what they are.
+    """
+    local, process, get_device = scope.local, scope.process, sys.modules["torch"]._C._cuda_getDevice
+
+    def of_the_current_device() -> Any:
         stack = local.stack
-        if stack and not stack.moved and stack[-1][2] >= 0:  # the owner's, or that of an explicit `with` inside
-            return original(*args, **kwargs)
-        if stack.changes:
-            scope.settle(stack)
-        owner = stack[-1][1] if stack else process.owner
-        if owner is None or owner.index == 0:
-            return original(*args, **kwargs)
-        try:
-            chosen = not _is_closed(name) if owner.index < 0 else get_device() != 0 or has_context(0)
-        except RuntimeError:  # a forked child, which cannot ask; the call itself says what is wrong
-            chosen = True
-        if chosen or not _unnamed(args, kwargs, position):
-            return original(*args, **kwargs)
-        return _elsewhere(original, name, owner, args, kwargs)
+        if stack:
+            if not stack.moved and stack[-1][2] >= 0:  # the owner's, or that of an explicit `with` inside
+                return original()
+        else:
+            owner = process.owner
+            if owner is None or (owner.index > 0 and get_device() and not stack.changes):
+                return original()
+        owner = _owner_instead(name)
+        return original() if owner is None else _elsewhere(original, name, owner, (), {})
 
-    return call
+    def of_a_device(device: Any = None) -> Any:
+        if device is None:
+            stack = local.stack
+            if stack:
+                if not stack.moved and stack[-1][2] >= 0:
+                    return original(get_device())  # what None means; torch takes longer to find it
+            else:
+                owner = process.owner
+                if owner is None:
+                    return original()
+                if owner.index > 0 and not stack.changes:
+                    current = get_device()
+                    if current:
+                        return original(current)
+        owner = _owner_instead(name) if _unnamed((device,), {}, 0) else None
+        return original(device) if owner is None else _elsewhere(original, name, owner, (device,), {})
+
+    def of_any(*args: Any, **kwargs: Any) -> Any:
+        stack = local.stack
+        if stack and not stack.moved and stack[-1][2] >= 0:
+            return original(*args, **kwargs)
+        owner = _owner_instead(name) if _unnamed(args, kwargs, position) else None
+        return original(*args, **kwargs) if owner is None else _elsewhere(original, name, owner, args, kwargs)
+
+    parameters = [(p.name, p.kind, p.default) for p in inspect.signature(original).parameters.values()]
+    if not parameters:
+        return of_the_current_device
+    return of_a_device if parameters == [("device", inspect.Parameter.POSITIONAL_OR_KEYWORD, None)] else of_any
+
+
+def _owner_instead(name: str) -> Owner | None:
+    """Return the owner that a call without a device is to act on; None if nobody owns, or somebody chose the device."""
+    owner = scope.owner_in_force()
+    if owner is None or owner.index == 0:
+        return None
+    try:
+        if owner.index < 0:
+            return owner if _is_closed(name) else None
+        torch: Any = sys.modules["torch"]
+        return None if torch._C._cuda_getDevice() or torch._C._cuda_hasPrimaryContext(0) else owner
+    except RuntimeError:  # a forked child, which cannot ask; the call itself says what is wrong
+        return None
 
 
 def _is_closed(name: str) -> bool:

@@ -150,10 +150,13 @@ def _patch_tensors(reductions: Any) -> None:
         )
     parameters = _Parameters(original, "tensor_size", "dtype", "storage_device", "storage_handle", "storage_size_bytes")
     at, count = parameters.at["storage_device"], parameters.count
-    owner_in_force = scope.owner_in_force
+    local, process = scope.local, scope.process
 
     def rebuild_cuda_tensor(*args: Any, **kwargs: Any) -> Any:
-        owner = owner_in_force()
+        stack = local.stack  # as scope.owner_in_force does it
+        if stack.changes:
+            scope.settle(stack)
+        owner = stack[-1][1] if stack else process.owner
         if len(args) != count:  # pickle passes all of them by position
             args = parameters.positional(args, kwargs)
         index = args[at]

@@ -111,7 +111,7 @@ def _watched(original: Callable[..., Any], get_device: Callable[[], int]) -> Cal
 
     def move(*args: Any, **kwargs: Any) -> Any:
         stack = local.stack
-        stack.moved = True
+        stack.moved = bool(stack)  # outside of scopes nobody has a device to give back
         owner = stack[-1][1] if stack else process.owner
         adoption = None if stack else process.adoption
         follows = adoption is not None and adoption.watches()

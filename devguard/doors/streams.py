@@ -58,11 +58,32 @@ def status() -> dict[str, Any]:
 
 
 def _watched_stream(original: Callable[..., Any]) -> Callable[..., Any]:
-    def __new__(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    def __new__(
+        cls: Any,
+        device: Any = None,
+        priority: Any = 0,
+        *,
+        stream_id: Any = None,
+        device_index: Any = None,
+        device_type: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        # torch.cuda.current_stream makes its answer here, and lasts four microseconds: names cost it less than one
+        # dictionary made into another
+        if not kwargs:
+            if stream_id is not None and device_index is not None and device_type is not None:
+                return original(
+                    cls, device, priority, stream_id=stream_id, device_index=device_index, device_type=device_type
+                )
+            if stream_id is None and device_index is None and device_type is None:
+                _check_stream(device)
+                return original(cls, device, priority)
+        given = {"stream_id": stream_id, "device_index": device_index, "device_type": device_type}
+        kwargs.update({name: value for name, value in given.items() if value is not None})
         # one with an identity exists already; one with a pointer is an external one, and has been looked at
         if "stream_id" not in kwargs and "stream_ptr" not in kwargs:
-            _check_stream(args[0] if args else kwargs.get("device"))
-        return original(cls, *args, **kwargs)
+            _check_stream(device)
+        return original(cls, device, priority, **kwargs)
 
     return __new__
 
