@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from devguard import callsite
 from devguard.callsite import Frame, Origin, Site
@@ -21,6 +21,18 @@ from devguard.stray import Action, Key, Row, Stray, format_row
 __all__ = ["Mark", "journal", "refused"]
 
 MAX_ROWS = 1024
+
+
+class Log(Protocol):
+    """Who is told of every row that is new or has grown, under the journal's lock; see logs.py."""
+
+    def note(self, key: Key, row: Row) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def restart(self) -> None: ...
+
+    def stop(self) -> None: ...
 
 
 class Mark(NamedTuple):

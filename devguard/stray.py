@@ -95,18 +95,6 @@ class Stray:
 Key = tuple[int, int, str, str, str, str, Action]
 
 
-class Log(Protocol):
-    """Who is told of every row that is new or has grown, under the journal's lock; see logs.py."""
-
-    def note(self, key: Key, row: Row) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def restart(self) -> None: ...
-
-    def stop(self) -> None: ...
-
-
 class Row:
     """The mutable twin of `Stray`, whose stack is not formatted."""
 
