@@ -15,7 +15,17 @@ from typing import Any
 
 from devguard.errors import DevGuardError, DeviceResolutionError
 
-__all__ = ["bind", "can_access_peer", "contexts", "device_count", "index_of", "initialized", "out_of_range", "uuid_of"]
+__all__ = [
+    "bind",
+    "bound_device",
+    "can_access_peer",
+    "contexts",
+    "device_count",
+    "index_of",
+    "initialized",
+    "out_of_range",
+    "uuid_of",
+]
 
 TORCH_MINIMUM = (2, 6)
 
@@ -152,6 +162,24 @@ def initialized() -> bool:
     count = ctypes.c_int()
     status: int = driver.cuDeviceGetCount(ctypes.byref(count))
     return status != _CUDA_ERROR_NOT_INITIALIZED
+
+
+def bound_device() -> int | None:
+    """Return the device whose context this thread has current; None if it has none, or if no driver can be asked.
+
+    A thread has none before it first works on a device. Asking (``cuCtxGetDevice``) opens nothing. ROCm's driver goes
+    by another name and is not asked.
+    """
+    if not _driver:
+        try:
+            _driver.append(ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW))
+        except OSError:
+            return None
+    device = ctypes.c_int()
+    return None if _driver[0].cuCtxGetDevice(ctypes.byref(device)) else device.value
+
+
+_driver: list[ctypes.CDLL] = []
 
 
 def _torch_initialized() -> bool:

@@ -123,9 +123,13 @@ class guard(Scope):
         options = self._options
         return None if options is None else options.doors.get(door, options.mode)
 
+    def names(self, door: str) -> bool:
+        """Tell whether this scope sets the mode of `door` by its name."""
+        return self._options is not None and door in self._options.doors
+
     def asks_for(self, door: str) -> bool:
         """Tell whether this scope asks a door to act that acts on request only: by naming it."""
-        return self._options is not None and door in self._options.doors
+        return self.names(door)
 
     def settled(self, parameter: wrapping.Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
         """Return this scope with its owner known, for one call of a decorated function."""

@@ -32,6 +32,7 @@ __all__ = [
     "forget",
     "local",
     "mode_of",
+    "named",
     "on_prepare",
     "owner_in_force",
     "prepare",
@@ -294,6 +295,19 @@ def mode_of(door: str, *, default: Mode = DEFAULT_MODE) -> DoorMode:
     if guarded:  # by an owner that is no guess
         return process.doors.get(door) or process.mode or default
     return process.mode_of(door, default)
+
+
+def named(door: str) -> bool:
+    """Tell whether the mode of `door` on this thread was set for this door by its name."""
+    guarded = False
+    for scope, owner, _ in reversed(local.stack):
+        if owner is not None:
+            guarded = True
+        elif guarded:
+            continue
+        if scope.mode_of(door) is not None:
+            return scope.names(door)
+    return door in process.doors
 
 
 def asked(door: str) -> bool:

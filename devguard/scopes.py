@@ -36,6 +36,10 @@ class Scope:
         """Tell whether this scope asks a door to act that acts on request only."""
         return False
 
+    def names(self, door: str) -> bool:
+        """Tell whether this scope sets the mode of `door` by its name."""
+        return False
+
     @property
     def parameter(self) -> str | None:
         """The name of the parameter of a decorated function that holds the device; None if none does."""
@@ -184,6 +188,8 @@ class Bound:
 class no_strays:
     """A block in which nothing may stray: raises `StrayDeviceError` at its end if anything did, repaired or not.
 
+    A thread that was placed on the owner's device (action ``"placed"``) has not strayed.
+
     Raises
     ------
     StrayDeviceError
@@ -210,7 +216,8 @@ class no_strays:
         if error is not None:
             return
         doors.inspect("at the end of no_strays()")
-        found, dropped = journal.since(mark), journal.dropped_since(mark)
+        found = [stray for stray in journal.since(mark) if stray.action != "placed"]
+        dropped = journal.dropped_since(mark)
         if found or dropped:
             more = f"\n  and {dropped} more at call sites beyond the journal's limit" if dropped else ""
             total = sum(stray.count for stray in found) + dropped

@@ -15,7 +15,7 @@ from devguard.callsite import Frame, Site
 
 __all__ = ["LEFT", "Action", "Key", "Row", "Stray", "format_row"]
 
-Action = Literal["observed", "warned", "repaired", "refused", "kept"]
+Action = Literal["observed", "warned", "repaired", "placed", "refused", "kept"]
 
 # what a stray is called that a door leaves where it is
 LEFT: dict[str, Action] = {"observe": "observed", "warn": "warned"}
@@ -32,12 +32,13 @@ class Stray:
     source : str
         The device that it named or was on, such as ``"cuda:0"``.
     target : str
-        The device on which it is now. Equal to `source` unless the action is ``"repaired"``.
+        The device on which it is now. Equal to `source` unless the action is ``"repaired"`` or ``"placed"``.
     owner : str
         Who owns this scope: ``"cuda:1"`` or ``"cpu"``.
     action : str
         ``"repaired"``, ``"observed"``, ``"warned"``, ``"refused"`` (an error was raised instead), or ``"kept"``
-        (left alone, because the program said so explicitly).
+        (left alone, because the program said so explicitly). ``"placed"`` is a thread, or a task of a pool, that was
+        started on the owner's device: whether it would have strayed, nobody can know.
     count : int
         How often it happened at this call site.
     bytes : int

@@ -1,8 +1,8 @@
 """What a thread, or a task of a pool, takes over from whoever started it; for the door ``threads``.
 
-It is planned on the thread that starts it, where a stray is judged, and entered on the thread that runs it. A thread's
-device is set at once; its scopes wait until something first asks for them (`inherit`), which in most threads nothing
-does.
+It is planned on the thread that starts it and entered on the thread that runs it. A thread's device is set at once; its
+scopes wait until something first asks for them (`inherit`), which in most threads nothing does. Where the mode leaves
+it as torch starts it, it is judged as it ends (`judge_end`), by the context that it has current then.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from devguard import callsite, scope
+from devguard import accelerator, callsite, owners, scope
 from devguard.errors import StrayDeviceError, StrayDeviceWarning
+from devguard.owners import Owner
 from devguard.scopes import Scope
-from devguard.verdict import judge
+from devguard.verdict import judge, judged_here
 
 __all__ = [
     "Inherited",
@@ -27,6 +28,7 @@ __all__ = [
     "enter",
     "failures",
     "inherit",
+    "judge_end",
     "leave",
     "plan",
     "plan_worker",
@@ -46,11 +48,12 @@ _ADVICE = (
 class Inherited(Scope):
     """A scope that was taken over: it says what the original says, and is not for this thread to leave."""
 
-    __slots__ = ("asks_for", "mode_of")
+    __slots__ = ("asks_for", "mode_of", "names")
 
     def __init__(self, original: Scope) -> None:
         self.mode_of = original.mode_of  # type: ignore[method-assign]
         self.asks_for = original.asks_for  # type: ignore[method-assign]
+        self.names = original.names  # type: ignore[method-assign]
 
 
 class Start(NamedTuple):
@@ -63,12 +66,16 @@ class Start(NamedTuple):
     device : int
         The device to set; -1 for none.
     origin : Origin or None
-        Where a task was submitted to workers whose device is not known until it runs: it is judged then.
+        Where it was started, if it is judged later: a task of workers whose device is not known until it runs, or what
+        is only observed.
+    observed : bool
+        Whether it is left as torch starts it, and judged by what it did.
     """
 
     entries: tuple[scope.Entry, ...]
     device: int
     origin: callsite.Origin | None = None
+    observed: bool = False
 
 
 # thread number -> what it was started with; None once that is on its stack, which most threads never need
@@ -115,23 +122,32 @@ def plan(work: Any, default: int | None) -> Start | None:
         None to leave it alone.
     """
     owner = scope.owner_in_force()
-    entries = tuple([(Inherited(within), its_owner, -1) for within, its_owner, _ in scope.local.stack])
+    known = judged_here()
+    entries = known.inherited
+    if entries is None:
+        entries = tuple([(Inherited(within), its_owner, -1) for within, its_owner, _ in scope.local.stack])
+        known.inherited = entries
     if owner is None:
         return Start(entries, -1) if entries else None
-    mode = scope.mode_of(NAME)
+    mode = known.mode_of(NAME)
     if mode == "off":
         return Start(entries, -1) if scope.mode_of("") == "off" else None
     index = owner.index
     if index < 0:
         return Start(entries, -1)
+    if mode not in ("repair", "error"):
+        if index == default or not _is_users(work):
+            return Start(entries, -1)
+        return Start(entries, -1, callsite.origin(sys._getframe(1)), True)
     if default is None:
-        origin = callsite.origin(sys._getframe(1))
-        return Start(entries, index, origin)
-    if index != default and _is_users(work):
-        moves = judge(NAME, f"cuda:{default}", owner, 0, _ADVICE, target=owner.tag)
-    else:
-        moves = mode in ("repair", "error")
+        return Start(entries, index, callsite.origin(sys._getframe(1)))
+    moves = index == default or not _is_users(work) or _places(owner, default)
     return Start(entries, index if moves else -1)
+
+
+def _places(owner: Owner, default: int, origin: callsite.Origin | None = None) -> bool:
+    """Record that what would start on the device `default` is placed on the owner's; tell whether it is to be."""
+    return judge(NAME, f"cuda:{default}", owner, 0, _ADVICE, owner.tag, sys._getframe(1), origin=origin, places=True)
 
 
 def plan_worker() -> Start | None:
@@ -154,14 +170,24 @@ def _is_users(work: Any) -> bool:
     return work is not None and (code is None or callsite.is_user(code))
 
 
-def enter(begin: Start) -> tuple[int, int]:
-    """Enter the scopes and set the device; return how deep the stack was, and the device to give back."""
+def enter(begin: Start) -> tuple[int, int, Start | None]:
+    """Enter the scopes of a task and set its device.
+
+    Returns
+    -------
+    tuple of int, int and Start or None
+        How deep the stack was, the device to give back, and what `judge_end` is to judge.
+    """
     stack = scope.local.stack
     depth = len(stack)
     stack.extend(begin.entries)
     try:
-        moves = begin.origin is None or _may_move(begin.origin)
-        return depth, stack.take(begin.device if moves else -1)
+        if begin.origin is None:
+            return depth, stack.take(begin.device), None
+        if begin.observed and _strayed_to() is None:
+            return depth, -1, begin
+        # the worker has chosen a device by itself, or a task before has: what this one does cannot be told from that
+        return depth, stack.take(begin.device if _may_move(begin.origin) else -1), None
     except Exception:
         del stack[depth:]  # the scopes without their device would promise what is not so
         raise
@@ -173,16 +199,30 @@ def _may_move(origin: callsite.Origin) -> bool:
     if owner is None:
         return False
     current = sys.modules["torch"]._C._cuda_getDevice()
-    if current == owner.index:
-        return True
-    return judge(NAME, f"cuda:{current}", owner, 0, _ADVICE, target=owner.tag, origin=origin)
+    return current == owner.index or _places(owner, current, origin)
 
 
-def leave(left: tuple[int, int] | None) -> None:
+def _strayed_to() -> int | None:
+    """Return the device whose context this thread has current, if nobody in this process has owned it."""
+    device = accelerator.bound_device()
+    return None if device is None or f"cuda:{device}" in owners.owned() else device
+
+
+def judge_end(begin: Start) -> None:
+    """Judge what was left as torch starts it: a stray, if it has worked on a device that nobody owns, and is there."""
+    owner, device = scope.current_owner(), _strayed_to()
+    if owner is not None and owner.index >= 0 and device is not None:
+        with contextlib.suppress(StrayDeviceError, StrayDeviceWarning):  # nobody is there to be told of it
+            judge(NAME, f"cuda:{device}", owner, 0, _ADVICE, origin=begin.origin, places=True)
+
+
+def leave(left: tuple[int, int, Start | None] | None) -> None:
     """Leave the scopes of a task, with what it forgot to leave itself, and give its worker's device back."""
     settle()
     if left is not None:
-        depth, previous = left
+        depth, previous, begin = left
+        if begin is not None:
+            judge_end(begin)
         del scope.local.stack[depth:]
         if previous >= 0:
             scope.give_back(previous)

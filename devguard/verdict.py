@@ -17,9 +17,10 @@ from devguard.errors import ConfigError
 from devguard.journal import MAX_ROWS, journal, refused
 from devguard.owners import Owner
 from devguard.scope import local, process
+from devguard.settings import DoorMode
 from devguard.stray import LEFT, Action, Row
 
-__all__ = ["allow", "allowed", "forget_allowed", "judge"]
+__all__ = ["Judged", "allow", "allowed", "forget_allowed", "judge", "judged_here"]
 
 # device tag -> module patterns whose code may use it; None: any code
 _allowed: dict[str, set[str] | None] = {}
@@ -78,14 +79,36 @@ class Judged:
     of the key.
     """
 
-    __slots__ = ("era", "life", "rows", "top")
+    __slots__ = ("era", "inherited", "life", "modes", "rows", "top")
 
     def __init__(self, top: scope.Entry | None, era: object, life: object) -> None:
         self.top = top
         self.era = era
         self.life = life
+        self.modes: dict[str, DoorMode] = {}
+        self.inherited: tuple[scope.Entry, ...] | None = None  # what a thread takes over that is started here
         # door, source, owner, target, code object and instruction of the call site -> row, and whether to repair it
         self.rows: dict[tuple[str, str, str, str | None, int, int], tuple[Row, bool]] = {}
+
+    def mode_of(self, door: str) -> DoorMode:
+        """Return what `scope.mode_of` does."""
+        mode = self.modes.get(door)
+        if mode is None:
+            mode = self.modes[door] = scope.mode_of(door)
+        return mode
+
+
+def judged_here() -> Judged:
+    """Return what this thread has judged under its innermost scope."""
+    stack = local.stack
+    top = stack[-1] if stack else None
+    if process.adoption is not None and top is None:
+        process.adoption.handle()
+    era, life = process.era, journal.life
+    judged: Judged | None = stack.judged
+    if judged is None or judged.top is not top or judged.era is not era or judged.life is not life:
+        judged = stack.judged = Judged(top, era, life)
+    return judged
 
 
 def judge(
@@ -100,6 +123,7 @@ def judge(
     shape: Any = None,
     note: str | None = None,
     origin: Origin | None = None,
+    places: bool = False,
 ) -> bool:
     """Decide about one stray, and record it.
 
@@ -119,6 +143,9 @@ def judge(
         Where a repair would put it; None if it cannot be repaired.
     start, dtype, shape, note, origin : optional
         As for `Journal.enter`, where the door knows them; `start` is the caller by default.
+    places : bool
+        Whether nobody can know that it would stray, and a repair copies nothing. Such a repair is recorded as
+        ``"placed"``, and the mode ``error`` refuses it only where it is set for this door by name.
 
     Returns
     -------
@@ -132,14 +159,7 @@ def judge(
     """
     if start is None:
         start = sys._getframe(1)
-    stack = local.stack
-    top = stack[-1] if stack else None
-    if process.adoption is not None and top is None:
-        process.adoption.handle()
-    era, life = process.era, journal.life
-    judged: Judged | None = stack.judged
-    if judged is None or judged.top is not top or judged.era is not era or judged.life is not life:
-        judged = stack.judged = Judged(top, era, life)
+    judged = judged_here()
     frame: FrameType | None = start
     while frame is not None and id(frame.f_code) in INTERNAL:
         frame = frame.f_back
@@ -151,15 +171,19 @@ def judge(
         journal.grow(known[0], nbytes)
         return known[1]
 
-    mode = scope.mode_of(door)
+    mode = judged.mode_of(door)
     if mode == "off" or (_allowed and all(map(allowed, source.split(",")))):
         return False
+    if mode == "error" and places and not scope.named(door):
+        mode = "repair"
     if mode == "error":
         raise refused(
             door, source, owner.tag, nbytes, advice, start=start, dtype=dtype, shape=shape, note=note, origin=origin
         )
     repairs = mode in ("repair", "copy") and target is not None
-    action: Action = "repaired" if repairs else LEFT.get(mode, "observed")
+    action: Action = LEFT.get(mode, "observed")
+    if repairs:
+        action = "placed" if places else "repaired"
     lands = target if repairs and target is not None else source
     _, row = journal.enter(door, source, lands, owner.tag, action, nbytes, dtype, shape, start, note, origin)
     # not where modules may be allowed: one code object may run in several

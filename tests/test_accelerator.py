@@ -25,6 +25,7 @@ def test_nothing_is_initialised_and_no_context_is_held_on_a_cpu_build() -> None:
     assert not accelerator.initialized()
     assert accelerator.contexts() == ()
     assert devguard.contexts() == ()
+    assert accelerator.bound_device() is None
     assert not torch.cuda.is_initialized()
 
 

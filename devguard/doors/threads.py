@@ -7,10 +7,18 @@ pool (``ThreadPoolExecutor``, and with it ``asyncio.to_thread`` and ``run_in_exe
 scope runs on what its worker chose, as an ``initializer`` does, else on the device of the process's owner
 (``devguard.install``).
 
-A stray is a thread, or a task, of the user's that would have run on another device than the owner's; whether it would
-have used it, nobody knows beforehand. Threads of the standard library and of torch, and functions that devguard has
-decorated, are placed without a record. In the modes that leave strays alone the scopes are inherited all the same and
-the device is not set; ``off`` for this door alone leaves threads as torch starts them.
+Whether a thread will use a GPU nobody knows when it starts. So a thread, or a task, of the user's that would have run
+on another device than the owner's is not called a stray: it is *placed*, which copies nothing, and recorded as that.
+The mode ``error`` places too; it refuses at the start only where it is set for this door by name, as in
+``doors={"threads": "error"}``. Threads of the standard library and of torch, and functions that devguard has decorated,
+are placed without a record.
+
+In the modes ``observe`` and ``warn`` the scopes are inherited and the device is not set. There a thread is a stray if,
+as it ends, the context of a device that nobody in this process has owned is current on it: it has worked there. A
+device that it left before is not seen; and where device 0 held a context already, a thread that worked elsewhere by
+name has come back to it, and is recorded too. So it is with the tasks of pools, unless such a context is current as the
+task begins, because an ``initializer`` or a task before chose it: that task would run there, and is recorded at once.
+``off`` for this door alone leaves threads as torch starts them.
 
 Not seen here: threads that ran before the door opened (a pool's tasks are), ``_thread.start_new_thread``, and threads
 of C++ code. Pools of other makes start threads as anybody does: a worker keeps the scopes of the task that started it.
@@ -38,7 +46,8 @@ _patches = Patches()
 _before: list[str] = []
 _OUT_OF_REACH = "threads that ran before the door opened, _thread.start_new_thread, threads of C++ code"
 _POOL_METHODS = ("apply_async", "_map_async", "imap", "imap_unordered")
-_KEPT = "_devguard_start"  # the attribute of a thread, or a pool's task, that holds its Start until it runs
+# the attribute of a thread, or a pool's task, that holds its Start until it runs; of an observed thread, until it ends
+_KEPT = "_devguard_start"
 
 
 def install() -> None:
@@ -67,20 +76,27 @@ def install() -> None:
         begin = self.__dict__.pop(_KEPT, None)
         if begin is not None:
             takeover.begun[get_ident()] = begin
-            if begin.device >= 0:
+            if begin.observed:
+                self.__dict__[_KEPT] = begin
+            elif begin.device >= 0:
                 takeover.safely(set_device, begin.device)
         elif takeover.begun:
             takeover.begun.pop(get_ident(), None)  # numbers come again, after a fork too
         bootstrap(self)
 
     def settle_and_delete(self: Any) -> None:
-        if takeover.begun and takeover.begun.pop(get_ident(), self) is None:
-            takeover.settle()
+        if takeover.begun:
+            if _KEPT in self.__dict__:
+                takeover.safely(takeover.judge_end, self.__dict__.pop(_KEPT))
+            if takeover.begun.pop(get_ident(), self) is None:
+                takeover.settle()
         delete(self)
 
     def submit_in_scope(self: Any, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
         if scope.local.stack:
             begin = takeover.safely(_plan_task, fn, self)  # before the pool takes its locks
+            if begin is not None and begin.observed:
+                fn, begin = _Task(fn, begin), None  # judged before its result is known
             outer, _submitted.start = _submitted.start, begin
             try:
                 return submit(self, fn, *args, **kwargs)
@@ -183,7 +199,7 @@ def _in_scope(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Task:
-    """A task of a ``multiprocessing.pool.ThreadPool``, within the scopes of who submitted it."""
+    """A task within the scopes of who submitted it."""
 
     __slots__ = ("begin", "function")
 

@@ -52,11 +52,11 @@ def marked(case: str) -> tuple[str, int]:
 
 
 def judge(case: str, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Say what was shown of one class."""
+    """Say what was shown of one class. A thread that was placed is repaired, and has not strayed."""
     place = marked(case)
     observed = [row for row in reports["observe"]["strays"] if (row["file"], row["line"]) == place]
-    repaired = [row for row in reports["repair"]["strays"] if row["action"] == "repaired"]
-    after = reports["repair"]
+    repaired = [row for row in reports["repair"]["strays"] if row["action"] in ("repaired", "placed")]
+    behaved, after = reports["behaves"]["strays"], reports["repair"]
     foreign = set(after["contexts"]) - {OWNER, *after["opens"]}
     clean = not foreign and not any(held for index, held in after["bytes"].items() if index != OWNER)
     return {
@@ -67,7 +67,7 @@ def judge(case: str, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "repair": {key: reports["repair"][key] for key in ("contexts", "bytes")},
         "repaired": bool(repaired) and clean and after["result"] is not False and not after["error"],
         "refused": (reports["error"]["error"] or "").startswith("StrayDeviceError"),
-        "false_stray": bool(reports["behaves"]["strays"] or reports["behaves"]["error"]),
+        "false_stray": bool(reports["behaves"]["error"]) or any(row["action"] != "placed" for row in behaved),
     }
 
 

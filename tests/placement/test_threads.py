@@ -9,7 +9,7 @@ import pickle
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from multiprocessing.pool import Pool, ThreadPool
 from typing import Any
@@ -24,11 +24,22 @@ from devguard.patching import DoorError
 from tests.placement.test_load import child
 
 current = torch.cuda.current_device
+works: list[Callable[[], Any]] = []  # what `seen` does besides
 
 
 def seen() -> tuple[int, str]:
     """Where the code that asks runs, and who owns it."""
+    for work in works:
+        work()
     return current(), str(devguard.owner())
+
+
+@pytest.fixture
+def on_device_0() -> Iterator[None]:
+    """Whatever asks where it runs works there as well."""
+    works.append(lambda: torch.ones(1, device="cuda"))
+    yield
+    works.clear()
 
 
 class Overriding(threading.Thread):
@@ -123,7 +134,7 @@ class TestEveryWay:
             assert way() == (1, "cuda:1")
             assert current() == 1
         strays = devguard.strays()
-        assert {(s.door, s.source, s.target, s.action) for s in strays} == {("threads", "cuda:0", "cuda:1", "repaired")}
+        assert {(s.door, s.source, s.target, s.action) for s in strays} == {("threads", "cuda:0", "cuda:1", "placed")}
         assert {s.site.file for s in strays} == {__file__}
 
     def test_on_the_owner_anyway_it_is_no_stray(self, way):
@@ -138,17 +149,30 @@ class TestEveryWay:
             assert way() == (0, "None")
         assert devguard.strays() == ()
 
-    def test_observe_records_and_leaves_it(self, way):
+    def test_observe_leaves_it_and_records_what_worked_elsewhere(self, way, on_device_0):
         with guard(1, mode="observe"):
             assert way() == (0, "cuda:1")
-        assert {s.action for s in devguard.strays()} == {"observed"}
+        strays = devguard.strays()
+        assert {(s.door, s.source, s.action) for s in strays} == {("threads", "cuda:0", "observed")}
+        assert {s.site.file for s in strays} == {__file__}
 
-    def test_warn_warns_and_leaves_it(self, way):
+    def test_warn_warns_and_leaves_it(self, way, on_device_0):
         with guard(1, doors={"threads": "warn"}), pytest.warns(devguard.StrayDeviceWarning, match="cuda:0"):
             assert way() == (0, "cuda:1")
 
-    def test_error_refuses_where_it_is_started(self, way):
-        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match="owns cuda:1"):
+    @pytest.mark.parametrize("mode", ["observe", "warn"])
+    def test_what_touches_no_gpu_is_no_stray(self, way, mode):
+        with guard(1, mode=mode), devguard.no_strays():
+            assert way() == (0, "cuda:1")
+        assert devguard.strays() == ()
+
+    def test_error_places_it_and_no_strays_is_content(self, way):
+        with guard(1, mode="error"), devguard.no_strays():
+            assert way() == (1, "cuda:1")
+        assert {s.action for s in devguard.strays()} == {"placed"}
+
+    def test_error_for_this_door_by_name_refuses_where_it_is_started(self, way):
+        with guard(1, doors={"threads": "error"}), pytest.raises(devguard.StrayDeviceError, match="owns cuda:1"):
             way()
         assert {s.action for s in devguard.strays()} == {"refused"}
 
@@ -182,9 +206,9 @@ def test_the_call_site_is_the_line_that_starts_it():
 
 
 class TestThreads:
-    def test_error_mode_leaves_the_thread_unstarted(self):
+    def test_a_refused_thread_is_not_started(self):
         thread = Overriding()
-        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError):
+        with guard(1, doors={"threads": "error"}), pytest.raises(devguard.StrayDeviceError):
             thread.start()
         assert thread.ident is None
         thread.start()
@@ -351,6 +375,71 @@ def clobber() -> None:
     library["take"](2)
 
 
+class TestEvidence:
+    """In the modes that leave threads alone: what a thread or a task did, by the context it has current at its end."""
+
+    def test_the_call_site_is_the_line_that_starts_it(self, on_device_0):
+        with guard(1, mode="observe"), futures.ThreadPoolExecutor(1) as executor, ThreadPool(1) as pool:
+            thread = threading.Thread(target=seen)
+            thread.start(), executor.submit(seen).result(), pool.apply(seen), asyncio.run(asyncio.to_thread(seen))
+            line = sys._getframe().f_lineno - 1
+            thread.join()
+            (stray,) = devguard.strays()
+        assert (stray.site.line, stray.count) == (line, 4)
+
+    def test_a_thread_that_chooses_the_owner_is_no_stray(self):
+        def work() -> Any:
+            torch.cuda.set_device(1)
+            return torch.ones(1, device="cuda").device.index
+
+        with guard(1, mode="observe"), devguard.no_strays():
+            assert in_thread(work) == 1
+
+    def test_a_thread_that_names_the_owner_is_no_stray(self):
+        code = (
+            "with devguard.guard(1, mode='observe'):\n"
+            "    t = threading.Thread(target=lambda: torch.ones(2, device='cuda:1')); t.start(); t.join()\n"
+            "print(ctx(), devguard.strays())"
+        )
+        assert child("import threading\n" + code) == "[1] ()"
+
+    def test_a_device_that_this_process_has_owned_is_none(self):
+        code = (
+            "import threading\n"
+            "@devguard.guard(3)\n"
+            "def inner(): torch.ones(2, device='cuda')\n"
+            "with devguard.guard(1, mode='observe'):\n"
+            "    t = threading.Thread(target=lambda: inner()); t.start(); t.join()\n"
+            "print(ctx(), devguard.strays())"
+        )
+        assert child(code) == "[1, 3] ()"
+
+    def test_a_task_that_only_waits_is_no_stray_although_the_one_before_was(self, on_device_0):
+        with guard(1, mode="observe"), futures.ThreadPoolExecutor(1) as executor:
+            executor.submit(pow, 2, 3).result()
+            assert devguard.strays() == ()
+            executor.submit(seen).result()
+            assert [stray.count for stray in devguard.strays()] == [1]
+            works.clear()
+            executor.submit(seen).result()  # its worker is on device 0 now: it would run there
+            assert sum(stray.count for stray in devguard.strays()) == 2
+
+    def test_the_end_of_a_thread_is_judged_once_and_leaves_nothing(self, on_device_0):
+        with guard(1, mode="observe"):
+            thread = threading.Thread(target=seen)
+            thread.start()
+            thread.join()
+        assert [stray.count for stray in devguard.strays()] == [1]
+        assert not any(name.startswith("_devguard") for name in vars(thread))
+        assert takeover.begun == {}
+
+    @pytest.mark.filterwarnings("error")
+    def test_a_warning_at_the_end_costs_no_thread_its_life(self, on_device_0):
+        with guard(1, mode="warn"):
+            assert in_thread() == (0, "cuda:1")
+        assert [stray.action for stray in devguard.strays()] == ["warned"]
+
+
 class TestPools:
     def test_each_task_runs_under_its_submitters_scope(self):
         with futures.ThreadPoolExecutor(1) as executor, ThreadPool(1) as pool:
@@ -385,10 +474,10 @@ class TestPools:
             assert executor.submit(seen).result() == pool.apply(seen) == (1, "cuda:1")
         assert devguard.strays() == ()
 
-    def test_error_mode_fails_the_task_whose_worker_chose_otherwise(self):
+    def test_a_task_whose_worker_chose_otherwise_fails_where_that_is_refused(self):
         chosen = {"initializer": torch.cuda.set_device, "initargs": (3,)}
         with (
-            guard(1, mode="error"),
+            guard(1, doors={"threads": "error"}),
             futures.ThreadPoolExecutor(1, **chosen) as executor,
             ThreadPool(1, **chosen) as pool,
         ):
@@ -410,9 +499,9 @@ class TestPools:
                 else:
                     assert isinstance(task.exception(), devguard.StrayDeviceWarning)
 
-    def test_error_mode_leaves_the_pool_usable(self):
+    def test_a_task_that_was_refused_leaves_the_pool_usable(self):
         with futures.ThreadPoolExecutor(1) as executor:
-            with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError):
+            with guard(1, doors={"threads": "error"}), pytest.raises(devguard.StrayDeviceError):
                 executor.submit(seen)
             assert executor.submit(seen).result() == (0, "None")
 

@@ -253,6 +253,29 @@ def test_a_fork_after_initialising_gets_errors_and_a_fork_before_does_not(run_si
     )
 
 
+def test_each_thread_has_the_context_it_worked_in_current(run_simulated: Run) -> None:
+    """By which devguard tells, as a thread ends, where it worked (``accelerator.bound_device``)."""
+    run_simulated(
+        python("""
+        from devguard import accelerator
+        def on_thread(work):
+            seen = []
+            t = threading.Thread(target=lambda: (work(), seen.append(accelerator.bound_device())))
+            t.start(); t.join()
+            return seen[0]
+        assert accelerator.bound_device() is None and not torch.cuda.is_initialized()
+        torch.cuda.set_device(1)
+        assert accelerator.bound_device() == 1
+        assert on_thread(lambda: torch.cuda.current_device()) is None  # a question opens nothing
+        assert on_thread(lambda: torch.ones(2, device="cuda:1")) == 1  # device 0, which it comes from, holds no context
+        assert contexts() == [1]
+        assert on_thread(lambda: torch.ones(2, device="cuda")) == 0
+        assert on_thread(lambda: torch.cuda.set_device(1)) == 1
+        assert accelerator.bound_device() == 1
+        """)
+    )
+
+
 def test_the_driver_answers_not_initialised_until_someone_initialises_it(run_simulated: Run) -> None:
     done = run_simulated(
         python("""
