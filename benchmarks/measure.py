@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 ROUNDS = 25
 FEWER_ROUNDS = 9  # where one repetition takes longer than a whole sample
-SAMPLE_NS = 10_000_000  # how long one sample takes, about
+SAMPLE_NS = 20_000_000  # how long one sample takes, about
 
 Run = Callable[[int], None]  # does the thing that many times
 
@@ -98,7 +98,7 @@ def compare(
 ) -> Row:
     """Time `ours` against `base`; `before_base` and `before_ours` run untimed before each of their samples.
 
-    So does a tenth of a sample: opening and closing doors makes Python forget what it had specialised.
+    So does a quarter of a sample: opening and closing doors makes Python forget what it had specialised.
     """
     before_ours()
     ours(1)
@@ -111,7 +111,7 @@ def compare(
 
     def figure(before: Callable[[], None], run: Run) -> float:
         before()
-        run(times // 10 + 1)
+        run(times // 4 + 1)
         return sample(run, times, clock)
 
     gc.collect()

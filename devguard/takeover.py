@@ -123,26 +123,27 @@ def plan(work: Any, default: int | None) -> Start | None:
     """
     owner = scope.owner_in_force()
     known = judged_here()
-    entries = known.inherited
-    if entries is None:
+    start: Start | None = known.start
+    if start is None:
         entries = tuple([(Inherited(within), its_owner, -1) for within, its_owner, _ in scope.local.stack])
-        known.inherited = entries
+        start = known.start = Start(entries, -1 if owner is None else owner.index)
     if owner is None:
-        return Start(entries, -1) if entries else None
+        return start if start.entries else None
     mode = known.mode_of(NAME)
     if mode == "off":
-        return Start(entries, -1) if scope.mode_of("") == "off" else None
+        return Start(start.entries, -1) if scope.mode_of("") == "off" else None
     index = owner.index
     if index < 0:
-        return Start(entries, -1)
+        return start
     if mode not in ("repair", "error"):
         if index == default or not _is_users(work):
-            return Start(entries, -1)
-        return Start(entries, -1, callsite.origin(sys._getframe(1)), True)
+            return Start(start.entries, -1)
+        return Start(start.entries, -1, callsite.origin(sys._getframe(1)), True)
     if default is None:
-        return Start(entries, index, callsite.origin(sys._getframe(1)))
-    moves = index == default or not _is_users(work) or _places(owner, default)
-    return Start(entries, index if moves else -1)
+        return Start(start.entries, index, callsite.origin(sys._getframe(1)))
+    if index == default or not _is_users(work) or _places(owner, default):
+        return start
+    return Start(start.entries, -1)
 
 
 def _places(owner: Owner, default: int, origin: callsite.Origin | None = None) -> bool:
@@ -161,6 +162,9 @@ def plan_worker() -> Start | None:
 
 def _is_users(work: Any) -> bool:
     """Tell whether a callable is the user's own: not of torch, of the standard library, or decorated by devguard."""
+    code = getattr(work, "__code__", None)
+    if code is not None:  # a function, or a method
+        return callsite.is_user(code)
     while isinstance(work, functools.partial):
         in_context = isinstance(getattr(work.func, "__self__", None), contextvars.Context)  # asyncio.to_thread
         work = work.args[0] if in_context and work.args else work.func

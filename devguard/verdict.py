@@ -79,14 +79,14 @@ class Judged:
     of the key.
     """
 
-    __slots__ = ("era", "inherited", "life", "modes", "rows", "top")
+    __slots__ = ("era", "life", "modes", "rows", "start", "top")
 
     def __init__(self, top: scope.Entry | None, era: object, life: object) -> None:
         self.top = top
         self.era = era
         self.life = life
         self.modes: dict[str, DoorMode] = {}
-        self.inherited: tuple[scope.Entry, ...] | None = None  # what a thread takes over that is started here
+        self.start: Any = None  # what a thread takes over that is started here; takeover.py keeps it
         # door, source, owner, target, code object and instruction of the call site -> row, and whether to repair it
         self.rows: dict[tuple[str, str, str, str | None, int, int], tuple[Row, bool]] = {}
 
@@ -159,7 +159,16 @@ def judge(
     """
     if start is None:
         start = sys._getframe(1)
-    judged = judged_here()
+    stack = local.stack
+    judged: Judged | None = stack.judged
+    if (
+        judged is None
+        or judged.top is not (stack[-1] if stack else None)
+        or judged.era is not process.era
+        or judged.life is not journal.life
+        or process.adoption is not None
+    ):
+        judged = judged_here()
     frame: FrameType | None = start
     while frame is not None and id(frame.f_code) in INTERNAL:
         frame = frame.f_back

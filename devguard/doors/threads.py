@@ -61,7 +61,7 @@ def install() -> None:
     start, bootstrap, delete = (_find(threading.Thread, name) for name in names)
     submit = _find(futures.ThreadPoolExecutor, "submit")
     init, run = (_find(futures._WorkItem, name) for name in ("__init__", "run"))
-    local, process, get_ident = scope.local, scope.process, threading.get_ident
+    local, process, get_ident, begun = scope.local, scope.process, threading.get_ident, takeover.begun
     set_device: Any = getattr(torch._C, "_cuda_setDevice", None)
     set_device = getattr(set_device, "__wrapped__", set_device)  # devguard's own change is nobody's to judge
 
@@ -75,20 +75,20 @@ def install() -> None:
     def bootstrap_within(self: Any) -> None:
         begin = self.__dict__.pop(_KEPT, None)
         if begin is not None:
-            takeover.begun[get_ident()] = begin
+            begun[get_ident()] = begin
             if begin.observed:
                 self.__dict__[_KEPT] = begin
             elif begin.device >= 0:
                 takeover.safely(set_device, begin.device)
-        elif takeover.begun:
-            takeover.begun.pop(get_ident(), None)  # numbers come again, after a fork too
+        elif begun:
+            begun.pop(get_ident(), None)  # numbers come again, after a fork too
         bootstrap(self)
 
     def settle_and_delete(self: Any) -> None:
-        if takeover.begun:
+        if begun:
             if _KEPT in self.__dict__:
                 takeover.safely(takeover.judge_end, self.__dict__.pop(_KEPT))
-            if takeover.begun.pop(get_ident(), self) is None:
+            if begun.pop(get_ident(), self) is None:
                 takeover.settle()
         delete(self)
 
