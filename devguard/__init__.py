@@ -9,6 +9,8 @@ and patches nothing.
 
 >>> with devguard.guard("cuda:1"):
 ...     state = torch.load("checkpoint.pt")
+
+PYTEST_DONT_REWRITE: who imports devguard before pytest starts need not be warned that it came too early for that.
 """
 
 from __future__ import annotations

@@ -6,13 +6,16 @@ A patch keeps what it found, is removed only if it is still ours, and tells when
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from devguard.errors import DevGuardError
 
-__all__ = ["DoorError", "Patches"]
+__all__ = ["DoorError", "Patches", "overwritten"]
+
+_all: weakref.WeakSet[Patches] = weakref.WeakSet()
 
 
 class DoorError(DevGuardError):
@@ -30,6 +33,7 @@ class Patches:
 
     def __init__(self) -> None:
         self.replaced: list[tuple[Any, str, Any, Any]] = []
+        _all.add(self)
 
     def find(self, owner: Any, name: str) -> Callable[..., Any]:
         """Return the callable to be replaced; raise `DoorError` if there is none."""
@@ -75,3 +79,13 @@ class Patches:
                 continue
             held += [f"{module_name}.{name}" for name, value in list(vars(module).items()) if id(value) in originals]
         return sorted(held)
+
+
+def overwritten() -> set[str]:
+    """Return the names of all patched attributes over which somebody else has patched since, in any door."""
+    return {
+        f"{getattr(owner, '__name__', owner)}.{name}"
+        for patches in list(_all)
+        for owner, name, _, ours in patches.replaced
+        if vars(owner).get(name) is not ours
+    }

@@ -30,6 +30,7 @@ __all__ = [
     "disown",
     "end_task",
     "forget",
+    "forget_past_owners",
     "local",
     "mode_of",
     "named",
@@ -226,6 +227,16 @@ def forget() -> None:
         stack.take = _take_first
         stack.moved = True
         stack.changes.clear()
+
+
+def forget_past_owners() -> None:
+    """Forget the owners that are in force nowhere any more: what they owned is not owned from here on."""
+    with _stacks_lock:
+        stacks = list(_stacks)
+    in_force = {owner for stack in stacks for _, owner, _ in tuple(stack)} | {process.owner}
+    for owner in list(owners.INTERNED.values()):
+        if owner not in in_force:
+            owner.device = None
 
 
 def disown() -> None:

@@ -6,8 +6,10 @@ force, and the stray is recorded. What is allowed (`allow`) is no stray.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -20,7 +22,7 @@ from devguard.scope import local, process
 from devguard.settings import DoorMode
 from devguard.stray import LEFT, Action, Row
 
-__all__ = ["Judged", "allow", "allowed", "forget_allowed", "judge", "judged_here"]
+__all__ = ["Judged", "allow", "allowed", "forget_allowed", "judge", "judged_here", "scoped"]
 
 # device tag -> module patterns whose code may use it; None: any code
 _allowed: dict[str, set[str] | None] = {}
@@ -52,6 +54,18 @@ def allow(*devices: Any, modules: str | list[str] | None = None) -> None:
         known = _allowed.get(tag, set())
         _allowed[tag] = None if patterns is None or known is None else known | patterns
     process.renew()
+
+
+@contextlib.contextmanager
+def scoped() -> Iterator[None]:
+    """Return a block at whose end what was allowed in it is allowed no more."""
+    before = _allowed.copy()
+    try:
+        yield
+    finally:
+        _allowed.clear()
+        _allowed.update(before)
+        process.renew()
 
 
 def forget_allowed() -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from tests import simulated
 
+pytest_plugins = ["pytester"]
+
 
 @pytest.fixture(scope="session")
 def sim_environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:

@@ -21,10 +21,11 @@ from types import ModuleType
 from typing import Any
 
 from devguard import accelerator, settings
+from devguard.callsite import Origin
 from devguard.journal import journal
 from devguard.patching import DoorError
 
-__all__ = ["EXTRA_MODES", "NAMES", "ON_REQUEST", "close_all", "inspect", "open_all", "status"]
+__all__ = ["EXTRA_MODES", "NAMES", "ON_REQUEST", "accept_contexts", "close_all", "inspect", "open_all", "status"]
 
 # name of the door = name of its module
 NAMES = (
@@ -98,11 +99,26 @@ def close_all() -> list[str]:
     return left_over
 
 
-def inspect(where: str) -> None:
-    """Look for contexts that no door explains; `where` says what has just happened. Nothing if the doors are closed."""
+def accept_contexts() -> None:
+    """Hold nobody responsible for the contexts that there are now."""
     native = _open.get("native")
     if native is not None:
-        native.inspect(where)
+        native.accept()
+
+
+def inspect(where: str, asked_by: Origin | None = None) -> None:
+    """Look for contexts that no door explains; nothing if the doors are closed.
+
+    Parameters
+    ----------
+    where : str
+        What has just happened.
+    asked_by : Origin, optional
+        The call site of a context whose line is not known; the line that asks, by default.
+    """
+    native = _open.get("native")
+    if native is not None:
+        native.inspect(where, asked_by)
 
 
 def status() -> dict[str, dict[str, Any]]:

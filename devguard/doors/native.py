@@ -3,8 +3,9 @@
 Threads of C++ libraries, operators that pick a device by themselves, and Python code that names another device all open
 contexts without passing a door. Afterwards the context is there: it is found by comparing the contexts of the process
 with its owners, when the outermost call of a decorated function returns, at the end of ``no_strays()``, and whenever
-``strays()`` or ``status()`` are asked. It cannot be given back, and the line that opened it is not known; the record
-says after what it was found and what is known of it. ``devguard run --trace-contexts`` answers exactly.
+``strays()`` or ``status()`` are asked. It cannot be given back. The line that opened it is known where torch keeps a
+history of its allocations (allocations.py), as under the pytest plugin; elsewhere the record says after what it was
+found and what is known of it. ``devguard run --trace-contexts`` answers exactly.
 
 Contexts that existed before the doors opened belong to the door ``first_touch``.
 """
@@ -16,11 +17,12 @@ import sys
 import threading
 from typing import Any
 
-from devguard import accelerator, owners, scope, verdict
+from devguard import accelerator, allocations, owners, scope, verdict
+from devguard.callsite import Origin
 from devguard.journal import journal
 from devguard.stray import LEFT
 
-__all__ = ["inspect", "install", "status", "uninstall"]
+__all__ = ["accept", "inspect", "install", "status", "uninstall"]
 
 NAME = "native"
 
@@ -45,21 +47,29 @@ def uninstall() -> list[str]:
     return []
 
 
+def accept() -> None:
+    """Hold nobody responsible for the contexts that there are now."""
+    global _before
+    _before = frozenset(accelerator.contexts())
+
+
 def status() -> dict[str, Any]:
-    """Return the contexts that were there before the doors opened, and the foreign ones found since."""
+    """Return the contexts that nobody is held responsible for, and the foreign ones found."""
     return {
         "before": [f"cuda:{index}" for index in sorted(_before)],
         "foreign": [f"cuda:{index}" for index in sorted(_seen)],
     }
 
 
-def inspect(where: str) -> None:
+def inspect(where: str, asked_by: Origin | None = None) -> None:
     """Compare the contexts of this process with its owners, and record each new foreign one once.
 
     Parameters
     ----------
     where : str
         What has just happened, for the record: the scope that ended, or the question that was asked.
+    asked_by : Origin, optional
+        The call site of a context whose line is not known; the line that asks, by default.
     """
     owned = owners.owned()
     if not _open or not owned:
@@ -80,7 +90,9 @@ def inspect(where: str) -> None:
             continue
         action = LEFT.get(mode, "observed")
         note = f"found {where}; {_evidence(index)}"
-        journal.record(NAME, tag, tag, ", ".join(owned), action, 0, note=note, start=sys._getframe(1))
+        opened_by, nbytes = allocations.newest(index, allocations.count(index))
+        origin, start = opened_by or asked_by, sys._getframe(1)
+        journal.record(NAME, tag, tag, ", ".join(owned), action, nbytes, note=note, start=start, origin=origin)
 
 
 def _evidence(index: int) -> str:

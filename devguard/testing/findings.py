@@ -1,0 +1,113 @@
+"""What is told about one test: a stray, or something that it left behind, as plain data that travels between processes.
+
+It says what happened, where, and what to do; which findings fail a test is decided in guarding.py.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from devguard.callsite import Site
+from devguard.journal import Stray
+
+__all__ = ["Finding", "describe", "headline", "left_behind", "of_stray"]
+
+LEFT_BEHIND = "left behind"  # what stands in the place of a stray's action
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that a test did, at one call site.
+
+    Attributes
+    ----------
+    kind : str
+        The door that a stray came through; else what was left behind: ``"current device"``, ``"scope"``, ``"patch"``
+        or ``"install"``.
+    text : str
+        What happened, without the place.
+    action : str
+        That of the stray, or ``"left behind"``.
+    count, bytes : int
+        How often, and the bytes of tensor data in all of them.
+    where : str
+        ``file:line in function``; empty if no line of user code is known.
+    source : str
+        The line itself, as far as it is at hand.
+    advice : str
+        What to do.
+    """
+
+    kind: str
+    text: str
+    action: str
+    count: int
+    bytes: int
+    where: str
+    source: str
+    advice: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return asdict(self)
+
+
+_ADVICE = "Put the work on the owner's device; if it is meant, say so: @pytest.mark.devguard(device=..., allow=[...])."
+_ADVICES = {
+    "load": "Pass map_location, or send CPU tensors: the bytes carry the device of who wrote them.",
+    "set_device": "Use `with torch.cuda.device(...)` there, or set the device back.",
+    "threads": "Decorate the thread's function with devguard.guard(...).",
+    "bare_cuda": "Name the device with its index: there, 'cuda' is GPU 0.",
+    "native": (
+        "Put the work on the owner's device, or allow the other: @pytest.mark.devguard(allow=[...]). What opens a "
+        "context without a line here is shown by `devguard run --trace-contexts -- python -m pytest ...`."
+    ),
+}
+
+
+def of_stray(stray: Stray, root: Path) -> Finding:
+    """Return the finding that a stray is; paths below `root` are told relative to it."""
+    moved = f"{stray.source} -> {stray.target}" if stray.source != stray.target else stray.source
+    note = f" ({stray.note})" if stray.note else ""
+    via = f", via {stray.via}" if stray.via else ""
+    text = f"{moved}, where {stray.owner} is owned: {stray.action}{via}{note}"
+    where, source = _place(stray.site, root)
+    advice = _ADVICES.get(stray.door, _ADVICE)
+    return Finding(stray.door, text, stray.action, stray.count, stray.bytes, where, source, advice)
+
+
+def left_behind(kind: str, text: str, advice: str, site: Site | None, root: Path) -> Finding:
+    """Return the finding for something that a test left behind."""
+    where, source = _place(site, root)
+    return Finding(kind, text, LEFT_BEHIND, 1, 0, where, source, advice)
+
+
+def _place(site: Site | None, root: Path) -> tuple[str, str]:
+    if site is None:
+        return "", ""
+    inside = site.file.startswith(f"{root}{os.sep}")
+    file = os.path.relpath(site.file, root) if inside else site.file
+    return f"{file}:{site.line} in {site.function}", site.source
+
+
+def headline(findings: list[Finding]) -> str:
+    """Return the first line of a failure: the place and the gravest finding."""
+    first = findings[0]
+    more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+    return f"{first.where or 'no line of user code'}: {first.kind}: {first.text}{more}"
+
+
+def describe(findings: list[Finding]) -> str:
+    """Return some lines for each finding, most bytes first, and what to do."""
+    lines: list[str] = []
+    for finding in findings:
+        size = f", {finding.bytes} bytes" if finding.bytes else ""
+        lines.append(f"{finding.kind}: {finding.text} [{finding.count} x{size}]")
+        lines.append(f"    at {finding.where or 'no line of user code'}")
+        if finding.source:
+            lines.append(f"        {finding.source}")
+    lines += [f"To do: {advice}" for advice in dict.fromkeys(finding.advice for finding in findings)]
+    return "\n".join(lines)

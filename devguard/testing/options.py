@@ -1,0 +1,109 @@
+"""What the options of the pytest plugin ask for, checked.
+
+The command line goes before ``DEVGUARD`` in the environment, and that before the ini file: where DEVGUARD is set and no
+``--devguard`` is given, the plugin stays out of the way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import pytest
+
+from devguard import doors, settings, simgpu
+from devguard.errors import ConfigError
+from devguard.settings import DoorMode, Mode
+
+__all__ = ["CHECKS", "Options", "configure", "gpus", "read"]
+
+PYTEST_MINIMUM = 8
+MAX_GPUS = 16
+
+
+class Options(NamedTuple):
+    """How tests are guarded.
+
+    Attributes
+    ----------
+    mode : str
+        What the doors do with a stray.
+    doors : dict of str to str
+        The mode of single doors.
+    """
+
+    mode: Mode
+    doors: dict[str, DoorMode]
+
+
+def _doors(text: str) -> dict[str, DoorMode]:
+    """Return what ``threads=error,ipc=warn`` says."""
+    pairs = [part.partition("=") for part in text.replace(" ", "").split(",") if part]
+    wrong = [name for name, equals, mode in pairs if not equals or not mode]
+    if wrong:
+        raise ConfigError(f"{wrong[0]!r} says no mode. Write DOOR=MODE,..., such as threads=error,ipc=warn.")
+    return settings.check_doors({name: mode for name, _, mode in pairs}, doors.NAMES, doors.EXTRA_MODES)
+
+
+def _gpus(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) > MAX_GPUS:
+        raise ConfigError(f"{text!r} simulated GPUs cannot be made: give a number from 1 to {MAX_GPUS}, or 0 for none.")
+    return int(text)
+
+
+CHECKS: dict[str, Callable[[str], Any]] = {
+    "devguard_mode": settings.check_mode,
+    "devguard_doors": _doors,
+    "devguard_gpus": _gpus,
+}
+
+
+def _value(config: pytest.Config, name: str) -> Any:
+    """Return the option's value, that of its twin in the ini file, or None."""
+    given = getattr(getattr(config, "known_args_namespace", config.option), name, None)
+    if given is not None:
+        return given
+    text = str(config.getini(name) or "").strip()
+    if not text:
+        return None
+    try:
+        return CHECKS[name](text)
+    except ConfigError as error:
+        raise pytest.UsageError(f"{name} in {config.inipath}: {error}") from None
+
+
+def gpus(config: pytest.Config) -> int:
+    """Return on how many simulated GPUs the run shall be; 0 for none."""
+    return int(_value(config, "devguard_gpus") or 0)
+
+
+def read(config: pytest.Config) -> Options | None:
+    """Return how tests are to be guarded; None if they are not."""
+    if config.option.devguard_mode is None and os.environ.get("DEVGUARD", "").strip():
+        return None
+    mode = _value(config, "devguard_mode")
+    single = _value(config, "devguard_doors") or {}
+    if mode is None and single:
+        raise pytest.UsageError("--devguard-doors needs --devguard=MODE, the mode of all other doors.")
+    return None if mode in (None, "off") else Options(cast(Mode, mode), single)
+
+
+def configure(config: pytest.Config) -> None:
+    """Guard the tests of this run, if the options say so."""
+    if int(pytest.__version__.partition(".")[0]) < PYTEST_MINIMUM:
+        raise pytest.UsageError(
+            f"devguard's options need pytest {PYTEST_MINIMUM} or newer; this is {pytest.__version__}"
+        )
+    number = gpus(config)
+    shown = config.option.help or config.option.version
+    if number and not shown and not simgpu.active():
+        raise pytest.UsageError(
+            "--devguard-gpus came too late: a conftest has loaded the plugin. Load it with -p devguard.pytest_plugin."
+        )
+    options = read(config)
+    from devguard.testing import guarding, report
+
+    config.pluginmanager.register(report.Report(config, options), "devguard-report")
+    if options is not None and not config.option.collectonly:
+        config.pluginmanager.register(guarding.Guarding(config, options), "devguard-guarding")

@@ -1,0 +1,107 @@
+"""The header line and the summary, in the process that talks to the user: under xdist, the controller.
+
+The summary comes only if something happened: one paragraph a call site, most bytes first, with the tests.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from devguard import simgpu
+from devguard.testing.findings import Finding
+from devguard.testing.guarding import ATTRIBUTE, OUTSIDE, Guarding
+from devguard.testing.options import Options
+
+__all__ = ["Report"]
+
+_TESTS_SHOWN = 3
+_OUTSIDE_NAME = "outside every test"
+
+
+class Report:
+    """What the user is told about the session as a whole."""
+
+    def __init__(self, config: pytest.Config, options: Options | None) -> None:
+        self._config = config
+        self._options = options
+        self._rows: dict[tuple[str, str, str], tuple[Finding, list[str]]] = {}
+
+    def pytest_report_header(self) -> str | None:
+        """Say who owns what here, or why nothing is guarded."""
+        simulated = _simulated()
+        if self._options is None:
+            return f"devguard: tests are not guarded; {simulated}" if simulated else None
+        mode = ", ".join([self._options.mode, *(f"{door}={its}" for door, its in self._options.doors.items())])
+        guarding = self._config.pluginmanager.get_plugin("devguard-guarding")
+        if not isinstance(guarding, Guarding):
+            return f"devguard: mode {mode}; nothing runs"
+        if guarding.problem:
+            return f"devguard: nothing is guarded in mode {mode}: {guarding.problem}"
+        if guarding.owner is None:
+            return f"devguard: mode {mode}, each xdist worker owns one GPU{simulated and f'; {simulated}'}"
+        return f"devguard: mode {mode}, owner {guarding.owner.tag}; {simulated or _devices()}"
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Gather what a test did."""
+        self._gather(getattr(report, ATTRIBUTE, ()), report.nodeid)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Gather what strayed in a worker of xdist outside its tests."""
+        self._gather(getattr(node, "workeroutput", {}).get(ATTRIBUTE, ()), _OUTSIDE_NAME)
+
+    def _gather(self, findings: Any, name: str) -> None:
+        for plain in findings:
+            finding = Finding(**plain)
+            key = (finding.kind, finding.where, finding.text)
+            known, names = self._rows.get(key, (None, []))
+            if known is not None:
+                plain = {**plain, "count": known.count + finding.count, "bytes": known.bytes + finding.bytes}
+            self._rows[key] = (Finding(**plain), names if name in names else [*names, name])
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Tell what happened, if anything did."""
+        self._gather(self._config.stash.get(OUTSIDE, ()), _OUTSIDE_NAME)
+        if not self._rows:
+            return
+        rows = sorted(self._rows.values(), key=lambda row: -row[0].bytes)
+        total = sum(finding.count for finding, _ in rows)
+        tests = {name for _, names in rows for name in names}
+        line = terminalreporter.write_line
+        terminalreporter.section(f"devguard: {_plural(total, 'finding')} in {_plural(len(tests), 'test')}")
+        for finding, names in rows:
+            size = f", {finding.bytes} bytes" if finding.bytes else ""
+            line(f"{finding.where or 'no line of user code'}: {finding.count} x{size}")
+            if finding.source:
+                line(f"    {finding.source}")
+            line(f"  {finding.kind}: {finding.text}")
+            more = f" and {len(names) - _TESTS_SHOWN} more" if len(names) > _TESTS_SHOWN else ""
+            line(f"  in {', '.join(names[:_TESTS_SHOWN])}{more}")
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _simulated() -> str:
+    """Say how many GPUs are simulated; empty where none are."""
+    if not simgpu.active():
+        return ""
+    number = int(os.environ["DEVGUARD_SIM_GPUS"])
+    real = " (this machine's own are not used)" if os.path.exists("/dev/nvidiactl") else ""
+    return f"{_plural(number, 'simulated GPU')}{real}"
+
+
+def _devices() -> str:
+    """Say what there is on this machine, after torch was imported."""
+    from devguard import accelerator
+
+    torch = accelerator.torch_module()
+    count = accelerator.device_count()
+    if count:
+        return _plural(count, "GPU")
+    why = "no GPU is visible" if torch.version.cuda or torch.version.hip else "this torch is built without CUDA"
+    return f"{why}, so only work that names a GPU can be found (simulated ones: --devguard-gpus 4)"
