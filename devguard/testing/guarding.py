@@ -110,17 +110,19 @@ class Guarding:
         self._tell_outside()
         if scope.process.owner is not self._owner or scope.process.mode != self._options.mode:
             self._install()  # an earlier test has installed or uninstalled something itself
+        problem = ""
+        if _TEST in item.stash:  # it runs once more: plugins repeat what has failed
+            del item.stash[_TEST]
         try:
-            test = self._begin(item, self._owner)
+            self._begin(item, self._owner)
         except DevGuardError as error:
-            pytest.fail(str(error), pytrace=False)
-        try:
-            return (yield)
-        except BaseException as error:
-            self._end_phase(test, error)
-            raise
+            problem = str(error)
+        result = yield from self._phase(item)
+        if problem:  # not before: pytest's own plugins count on every setup
+            pytest.fail(problem, pytrace=False)
+        return result
 
-    def _begin(self, item: pytest.Item, owner: Owner) -> _Test:
+    def _begin(self, item: pytest.Item, owner: Owner) -> None:
         """Do what the markers of a test ask for, and begin to watch it."""
         said = marked.of(item)
         test = item.stash[_TEST] = _Test(self._options if said.mode is None else Options(said.mode, {}))
@@ -136,7 +138,6 @@ class Guarding:
             test.undo.callback(_leave, own)
         if test.options.mode != "off":
             test.watch = watch
-        return test
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> _Phase:
@@ -144,40 +145,39 @@ class Guarding:
         test = item.stash.get(_TEST, None)
         if test is not None and test.watch is not None:
             test.watch.begin_call()
-        return (yield from self._phase(test))
+        return (yield from self._phase(item))
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> _Phase:
         """Watch the end of the fixtures, and leave the test's own guard."""
-        test = item.stash.get(_TEST, None)
         try:
-            return (yield from self._phase(test))
+            return (yield from self._phase(item))
         finally:
+            test = item.stash.get(_TEST, None)
             if test is not None:
                 test.undo.close()
                 journal.clear()
 
-    def _phase(self, test: _Test | None) -> _Phase:
-        if test is None:
-            return (yield)
+    def _phase(self, item: pytest.Item) -> _Phase:
+        """Run one phase; look at what was found, and raise if the test is to fail for it."""
+        test = item.stash.get(_TEST, None)
         try:
             result = yield
         except BaseException as error:
-            self._end_phase(test, error)
+            self._shorten(error)
+            if test is not None and test.watch is not None:
+                test.findings += test.watch.look()
             raise
-        self._end_phase(test, None)
+        if test is not None and test.watch is not None:
+            test.findings += test.watch.look()
+            self._fail(test)
         return result
 
-    def _end_phase(self, test: _Test, error: BaseException | None) -> None:
-        """Gather what was found, and raise if the test is to fail for it."""
-        if error is not None:
-            self._shorten(error)
-        if test.watch is None:
-            return
-        found = test.watch.look()
-        test.findings += found
-        fatal = [finding for finding in found if test.fails_for(finding)]
-        if fatal and error is None:
+    @staticmethod
+    def _fail(test: _Test) -> None:
+        """Fail a test for its findings, if there is one that it fails for."""
+        fatal = [finding for finding in test.findings if test.fails_for(finding)]
+        if fatal:
             try:
                 pytest.fail(f"devguard: {headline(fatal)}\n{describe(fatal)}", pytrace=False)
             except BaseException as failure:

@@ -16,10 +16,11 @@ from devguard import doors, settings, simgpu
 from devguard.errors import ConfigError
 from devguard.settings import DoorMode, Mode
 
-__all__ = ["CHECKS", "Options", "configure", "gpus", "read"]
+__all__ = ["CHECKS", "Options", "configure", "gpus", "only_asks", "read"]
 
 PYTEST_MINIMUM = 8
 MAX_GPUS = 16
+_ASKING = ("help", "version", "markers", "cacheshow")
 
 
 class Options(NamedTuple):
@@ -78,6 +79,12 @@ def gpus(config: pytest.Config) -> int:
     return int(_value(config, "devguard_gpus") or 0)
 
 
+def only_asks(config: pytest.Config) -> bool:
+    """Tell whether this run shows something about pytest and collects nothing."""
+    asked = getattr(config, "known_args_namespace", config.option)
+    return any(getattr(asked, name, False) for name in _ASKING)
+
+
 def read(config: pytest.Config) -> Options | None:
     """Return how tests are to be guarded; None if they are not."""
     if config.option.devguard_mode is None and os.environ.get("DEVGUARD", "").strip():
@@ -95,9 +102,7 @@ def configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"devguard's options need pytest {PYTEST_MINIMUM} or newer; this is {pytest.__version__}"
         )
-    number = gpus(config)
-    shown = config.option.help or config.option.version
-    if number and not shown and not simgpu.active():
+    if gpus(config) and not only_asks(config) and not simgpu.active():
         raise pytest.UsageError(
             "--devguard-gpus came too late: a conftest has loaded the plugin. Load it with -p devguard.pytest_plugin."
         )

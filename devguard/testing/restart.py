@@ -17,14 +17,11 @@ from devguard.testing import options
 
 __all__ = ["on_simulated_gpus"]
 
-_ASK_ONLY = ("help", "version", "markers", "show_fixtures", "show_fixtures_per_test")
-
 
 def on_simulated_gpus(config: pytest.Config) -> None:
     """Become the same program on simulated GPUs, unless this is it already or nothing is going to run."""
     number = options.gpus(config)
-    asked = config.known_args_namespace
-    if not number or _current() == number or any(getattr(asked, name, False) for name in _ASK_ONLY):
+    if not number or _current() == number or options.only_asks(config):
         return
     _check_can_restart(config, number)
     try:

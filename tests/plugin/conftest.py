@@ -29,8 +29,9 @@ def cache_folder() -> str:
 def _surroundings(cache_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nothing of this run's own plugin and launcher reach the runs inside."""
     for name in list(os.environ):
-        if name.startswith(("DEVGUARD_SIM", "PYTEST_XDIST", "PYTEST_ADDOPTS")) or name in ("DEVGUARD", "LOCAL_RANK"):
+        if name.startswith(("DEVGUARD_SIM", "PYTEST_XDIST")) or name in ("DEVGUARD", "LOCAL_RANK"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest")  # its import takes as long as torch's
     monkeypatch.setenv("DEVGUARD_CACHE_DIR", cache_folder)
     monkeypatch.setenv("PYTHONPATH", str(simulated.ROOT))
 
@@ -48,7 +49,7 @@ class Run:
 
 @pytest.fixture(scope="session")
 def planted(cache_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """``planted(*arguments)``: a run of the planted suite on four simulated GPUs; the same one for the same arguments."""
+    """``planted(*arguments)``: the one run of the planted suite with these arguments, on four simulated GPUs."""
     if not simulated.POSSIBLE:
         pytest.skip("simulated GPUs exist for Linux on x86-64 only")
     runs: dict[tuple[str, ...], Run] = {}
@@ -62,7 +63,19 @@ def planted(cache_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 
 def _run(arguments: tuple[str, ...], junit: Path) -> Run:
-    options = ["-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", ".", f"--junitxml={junit}", "--devguard-gpus=4"]
+    options = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-c", os.devnull, "--rootdir", "."]
+    options += [f"--junitxml={junit}", "--devguard-gpus=4"]
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:hypothesispytest",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        ".",
+        f"--junitxml={junit}",
+        "--devguard-gpus=4",
+    ]
     command = [sys.executable, "-m", "pytest", *options, *arguments]
     done = subprocess.run(command, cwd=PLANTED, capture_output=True, text=True, check=False)
     assert done.stderr == ""

@@ -83,8 +83,8 @@ def test_strays_of_every_worker_reach_the_summary(planted: Callable[..., Run]) -
 
 def test_in_mode_repair_nothing_fails_and_all_is_told(planted: Callable[..., Run]) -> None:
     run = planted("--devguard=repair", "test_strays.py")
-    # one fails by itself, one asks for errors itself
-    assert set(run.failures) == {FAILS_BY_ITSELF, "test_a_thread_on_device_0"}
+    # one asks for errors itself, and torch refuses to export what is not on the current device
+    assert set(run.failures) == {FAILS_BY_ITSELF, "test_a_thread_on_device_0", "test_memory_of_another_framework"}
     for name in LINES:
         assert f"{LINES[name]} in " in run.stdout.partition("= devguard: ")[2]
     assert "load: cuda:3 -> cuda:0, where cuda:0 is owned: repaired" in run.stdout
