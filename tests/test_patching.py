@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from devguard.patching import DoorError, Patches
+from devguard.patching import DoorError, Patches, overwritten
 
 
 def original() -> str:
@@ -98,3 +98,13 @@ def test_copies_taken_before_are_reported(module: types.ModuleType, user_module:
     patches.replace(module, "work", replacement)
     assert "user_of_made.copied" in patches.early_copies()
     patches.restore()
+
+
+def test_what_somebody_else_patched_over_a_patch_is_named(module: types.ModuleType) -> None:
+    patches, before = Patches(), overwritten()
+    patches.replace(module, "work", replacement)
+    assert overwritten() == before
+    module.work = original
+    assert overwritten() - before == {"made.work"}
+    patches.restore()
+    assert overwritten() == before

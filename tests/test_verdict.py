@@ -87,6 +87,15 @@ def test_bad_arguments() -> None:
         devguard.allow("gpu")
 
 
+def test_what_is_allowed_in_a_scope_is_allowed_only_there() -> None:
+    devguard.allow("cuda:2")
+    with verdict.scoped():
+        devguard.allow("cuda:3")
+        assert not refused()
+    assert refused()
+    assert verdict.allowed("cuda:2")
+
+
 # --- the next stray of a call site is judged from memory, and must be judged the same ---
 
 

@@ -78,7 +78,8 @@ def inspect(where: str, asked_by: Origin | None = None) -> None:
     new = [index for index in foreign if index not in _before and index not in _seen]
     if not new:
         return
-    explained = {tag for stray in journal.strays() if stray.action != "repaired" for tag in stray.source.split(",")}
+    left = [stray for stray in journal.strays() if stray.action not in ("repaired", "placed")]
+    explained = {tag for stray in left for tag in stray.source.split(",")}
     mode = scope.mode_of(NAME)
     for index in new:
         tag = f"cuda:{index}"

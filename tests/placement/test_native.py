@@ -95,3 +95,43 @@ def test_torchs_own_check_of_contexts_follows_the_process_mode_where_torch_has_o
         f"os.environ[name] = 'off'; devguard.install(mode={mode!r}, device=1); print(os.environ[name])\n"
     )
     assert child(code) == "True\nFalse\noff"
+
+
+def test_contexts_that_are_accepted_are_nobodys_stray():
+    code = SHOW + (
+        "from devguard import doors\n"
+        "with devguard.guard(1):\n"
+        "    torch.empty(4, device='cuda:0')\n"
+        "    doors.accept_contexts()\n"
+        "    torch.empty(4, device='cuda:2')\n"
+        "show()\n"
+    )
+    assert child(code) == "[('native', 'cuda:2', 'observed')]"
+
+
+def test_where_torch_keeps_a_history_the_line_is_known_and_the_bytes():
+    code = (
+        "from devguard import allocations\n"
+        "with devguard.guard(1):\n"
+        "    allocations.record()\n"
+        "    def first(): return torch.empty(4, device='cuda:0')\n"
+        "    def second(): return torch.empty(4, device='cuda:0')\n"
+        "    x, y = first(), second()\n"
+        "print([(s.site.function, s.bytes) for s in devguard.strays()])\n"
+    )
+    assert child(code) == "[('first', 32)]"
+
+
+def test_an_owner_that_is_in_force_nowhere_can_be_forgotten():
+    code = SHOW + (
+        "from devguard import scope\n"
+        "with devguard.guard(0): pass\n"
+        "with devguard.guard(1):\n"
+        "    print(devguard.status()['owned'])\n"
+        "    scope.forget_past_owners()\n"
+        "    print(devguard.status()['owned'])\n"
+        "show()\n"
+        "with devguard.guard(0) as device: print(device)\n"
+    )
+    lines = child(code).splitlines()
+    assert lines == ["['cuda:0', 'cuda:1']", "['cuda:1']", "[('native', 'cuda:0', 'observed')]", "cuda:0"]

@@ -65,17 +65,6 @@ def planted(cache_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Call
 def _run(arguments: tuple[str, ...], junit: Path) -> Run:
     options = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-c", os.devnull, "--rootdir", "."]
     options += [f"--junitxml={junit}", "--devguard-gpus=4"]
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:hypothesispytest",
-        "-c",
-        os.devnull,
-        "--rootdir",
-        ".",
-        f"--junitxml={junit}",
-        "--devguard-gpus=4",
-    ]
     command = [sys.executable, "-m", "pytest", *options, *arguments]
     done = subprocess.run(command, cwd=PLANTED, capture_output=True, text=True, check=False)
     assert done.stderr == ""
