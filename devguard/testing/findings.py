@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from devguard.callsite import Site
-from devguard.journal import Stray
+from devguard.stray import Stray
 
 __all__ = ["Finding", "describe", "headline", "left_behind", "of_stray"]
 

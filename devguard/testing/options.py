@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
-from devguard import doors, settings, simgpu
+from devguard import environment, settings, simgpu
 from devguard.errors import ConfigError
 from devguard.settings import DoorMode, Mode
 
@@ -38,15 +38,6 @@ class Options(NamedTuple):
     doors: dict[str, DoorMode]
 
 
-def _doors(text: str) -> dict[str, DoorMode]:
-    """Return what ``threads=error,ipc=warn`` says."""
-    pairs = [part.partition("=") for part in text.replace(" ", "").split(",") if part]
-    wrong = [name for name, equals, mode in pairs if not equals or not mode]
-    if wrong:
-        raise ConfigError(f"{wrong[0]!r} says no mode. Write DOOR=MODE,..., such as threads=error,ipc=warn.")
-    return settings.check_doors({name: mode for name, _, mode in pairs}, doors.NAMES, doors.EXTRA_MODES)
-
-
 def _gpus(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or int(text) > MAX_GPUS:
         raise ConfigError(f"{text!r} simulated GPUs cannot be made: give a number from 1 to {MAX_GPUS}, or 0 for none.")
@@ -55,7 +46,7 @@ def _gpus(text: str) -> int:
 
 CHECKS: dict[str, Callable[[str], Any]] = {
     "devguard_mode": settings.check_mode,
-    "devguard_doors": _doors,
+    "devguard_doors": lambda text: environment.parse_doors(text, "--devguard-doors"),
     "devguard_gpus": _gpus,
 }
 

@@ -17,7 +17,8 @@ from devguard import accelerator, allocations, owners, patching, scope, verdict
 from devguard import doors as door_table
 from devguard.callsite import Frame, Origin, Site
 from devguard.errors import StrayDeviceError
-from devguard.journal import Stray, journal
+from devguard.journal import journal
+from devguard.stray import Stray
 from devguard.testing.findings import Finding, left_behind, of_stray
 
 __all__ = ["Watch"]

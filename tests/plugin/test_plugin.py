@@ -71,8 +71,11 @@ def test_the_marker_is_documented_from_its_signature(run) -> None:
     [
         (["--devguard=eror"], "'eror' is not a mode. Valid modes: off, observe, warn, repair, error."),
         (["-o", "devguard_mode=eror"], "devguard_mode in *: 'eror' is not a mode. Valid modes: off, observe,*"),
-        (["--devguard=warn", "--devguard-doors=lod=warn"], "there is no door 'lod'. Doors: artefacts, bare_cuda,*"),
-        (["--devguard=warn", "--devguard-doors=load"], "'load' says no mode. Write DOOR=MODE,*"),
+        (
+            ["--devguard=warn", "--devguard-doors=lod=warn"],
+            "--devguard-doors: there is no door 'lod'. Doors: artefacts,*",
+        ),
+        (["--devguard=warn", "--devguard-doors=load"], "--devguard-doors='load' cannot be read. Valid: door=mode,*"),
         (["--devguard-doors=load=warn"], "--devguard-doors needs --devguard=MODE*"),
         (["--devguard-gpus=four"], "'four' simulated GPUs cannot be made: give a number from 1 to 16*"),
         (["--devguard-gpus=17"], "'17' simulated GPUs cannot be made: give a number from 1 to 16*"),
