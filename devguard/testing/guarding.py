@@ -211,7 +211,7 @@ class Guarding:
         findings, test.findings = test.findings, []
         setattr(report, ATTRIBUTE, [finding.as_dict() for finding in findings])
         told = str(error) if isinstance(error, StrayDeviceError) else ""
-        more = [finding for finding in findings if not (finding.action == "refused" and finding.kind in told)]
+        more = [finding for finding in findings if not finding.where or finding.where not in told]
         if report.failed and error is not test.failure and more:
             report.sections.append(("devguard", describe(more)))
         return report

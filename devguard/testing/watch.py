@@ -146,7 +146,7 @@ class Watch:
             if grown < 1 or tag in owned or tag in told or index in scope.unguarded_contexts or verdict.allowed(tag):
                 continue
             origin, nbytes = allocations.newest(index, grown)
-            note = f"{grown} allocations of torch's; no door saw them"
+            note = f"torch allocated {grown} x there, and no door saw it"
             where = origin or self._origin
             journal.record("native", tag, tag, ", ".join(owned), "observed", nbytes, note=note, origin=where)
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests import simulated
 from tests.simulated import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -31,3 +32,21 @@ def test_an_example_without_gpus_says_how_to_run_it():
     )
     assert done.returncode == 1
     assert done.stderr == "Two GPUs are needed. Without: devguard sim --gpus 2 -- python examples/find_the_line.py\n"
+
+
+@pytest.mark.skipif(not simulated.POSSIBLE, reason="simulated GPUs exist for Linux on x86-64 only")
+def test_the_example_of_a_test_suite_reports_what_it_promises():
+    suite = ROOT / "examples" / "pytest" / "test_placement.py"
+    command = next(line for line in suite.read_text().splitlines() if line.startswith("    pytest ")).split()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    output, _, time = done.stdout.rstrip().rpartition(" in ")
+    assert f"{output}\n" == suite.with_suffix(".out").read_text(), time
