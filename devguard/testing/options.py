@@ -15,11 +15,11 @@ import pytest
 from devguard import environment, settings, simgpu
 from devguard.errors import ConfigError
 from devguard.settings import DoorMode, Mode
+from devguard.simgpu.launch import MAX_GPUS
 
 __all__ = ["CHECKS", "Options", "configure", "gpus", "only_asks", "read"]
 
 PYTEST_MINIMUM = 8
-MAX_GPUS = 16
 _ASKING = ("help", "version", "markers", "cacheshow")
 
 

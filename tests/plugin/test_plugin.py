@@ -62,8 +62,10 @@ def test_pytest_does_not_complain_that_devguard_was_there_first(pytester: pytest
     assert pytester.run(sys.executable, "-c", program).ret == 0
 
 
-def test_the_marker_is_documented_from_its_signature(run) -> None:
-    run("--markers").stdout.fnmatch_lines(["@pytest.mark.devguard(device=None, mode=None, allow=()): Guard this test*"])
+def test_the_marker_is_documented_from_its_signature(pytester: pytest.Pytester) -> None:
+    pytester.runpytest_inprocess("--markers").stdout.fnmatch_lines(
+        ["@pytest.mark.devguard(device=None, mode=None, allow=()): Guard this test*"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,11 +84,11 @@ def test_the_marker_is_documented_from_its_signature(run) -> None:
     ],
 )
 def test_a_bad_value_is_a_usage_error_that_lists_the_valid_ones(
-    pytester: pytest.Pytester, run, arguments: list[str], said: str
+    pytester: pytest.Pytester, arguments: list[str], said: str
 ) -> None:
     pytester.makeini("[pytest]")
     pytester.makepyfile("def test_nothing(): pass")
-    done = run(*arguments)
+    done = pytester.runpytest_inprocess(*ARGUMENTS, *arguments)
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     done.stderr.fnmatch_lines([f"*{said}"])
 
@@ -228,6 +230,13 @@ def test_a_bad_owner_in_the_environment_is_a_usage_error(
     pytester: pytest.Pytester, run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEVGUARD_DEVICE", "cuda:7")
+    pytester.makeconftest(  # a torch that sees no GPU is all it takes
+        """
+        import sys, types
+        cuda = types.SimpleNamespace(device_count=lambda: 0)
+        sys.modules["torch"] = types.SimpleNamespace(__version__="2.13.0", _C=None, cuda=cuda)
+        """
+    )
     pytester.makepyfile("def test_nothing(): pass")
     done = run("--devguard=error")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
