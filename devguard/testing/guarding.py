@@ -129,7 +129,7 @@ class Guarding:
         test.undo.enter_context(verdict.scoped())
         if said.allow:
             verdict.allow(*said.allow)
-        watch = Watch(item, self._config.rootpath)
+        watch = Watch(item, self._config.rootpath, repairs=test.options.mode in ("repair", "error"))
         item.stash[live.MARK] = journal.mark()
         test.undo.callback(watch.end)
         if said.device is not None or said.mode is not None:

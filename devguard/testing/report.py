@@ -69,9 +69,10 @@ class Report:
             return
         rows = sorted(self._rows.values(), key=lambda row: -row[0].bytes)
         total = sum(finding.count for finding, _ in rows)
-        tests = {name for _, names in rows for name in names}
+        tests = {name for _, names in rows for name in names if name != _OUTSIDE_NAME}
+        where = f"in {_plural(len(tests), 'test')}" if tests else _OUTSIDE_NAME
         line = terminalreporter.write_line
-        terminalreporter.section(f"devguard: {_plural(total, 'finding')} in {_plural(len(tests), 'test')}")
+        terminalreporter.section(f"devguard: {_plural(total, 'finding')} {where}")
         for finding, names in rows:
             size = f", {finding.bytes} bytes" if finding.bytes else ""
             line(f"{finding.where or 'no line of user code'}: {finding.count} x{size}")
@@ -79,7 +80,7 @@ class Report:
                 line(f"    {finding.source}")
             line(f"  {finding.kind}: {finding.text}")
             more = f" and {len(names) - _TESTS_SHOWN} more" if len(names) > _TESTS_SHOWN else ""
-            line(f"  in {', '.join(names[:_TESTS_SHOWN])}{more}")
+            line(f"  in {', '.join(names[:_TESTS_SHOWN])}{more}" if names != [_OUTSIDE_NAME] else f"  {_OUTSIDE_NAME}")
 
 
 def _plural(number: int, noun: str) -> str:

@@ -2,7 +2,8 @@
 
 Known are the strays that the doors record, the current device, scopes of devguard that were entered and not left,
 attributes of torch that devguard watches and that somebody else has patched since, and memory or contexts on devices
-that nobody here owns. What is found is put right where that is possible, so that the next test begins as this one did.
+that nobody here owns. Where the mode repairs, what is found is put right if that is possible, so that the next test
+begins as this one did.
 """
 
 from __future__ import annotations
@@ -41,10 +42,13 @@ class Watch:
         The test.
     root : Path
         Paths below it are told relative to it.
+    repairs : bool
+        Whether what the test leaves behind is put right, or only told.
     """
 
-    def __init__(self, item: pytest.Item, root: Path) -> None:
+    def __init__(self, item: pytest.Item, root: Path, *, repairs: bool) -> None:
         self._root = root
+        self._repairs = repairs
         self._site, self._origin = _of_test(item)
         self._process = scope.process.owner, scope.process.mode
         scope.forget_past_owners()
@@ -95,14 +99,11 @@ class Watch:
 
     def _scopes(self) -> list[Finding]:
         """Leave the scopes that the test has entered and not left."""
-        found = []
-        stack = scope.local.stack
-        while len(stack) > self._depth:
-            entered = stack[-1][0]
-            found.append(self._left("scope", f"{entered!r} was entered and not left", _ADVICE_SCOPE))
+        entered = [entry[0] for entry in scope.local.stack[self._depth :]]
+        for within in reversed(entered) if self._repairs else ():
             with contextlib.suppress(StrayDeviceError):
-                entered.__exit__(None, None, None)
-        return found
+                within.__exit__(None, None, None)
+        return [self._left("scope", f"{within!r} was entered and not left", _ADVICE_SCOPE) for within in entered]
 
     def _device_left(self) -> list[Finding]:
         """Put the current device back, if nothing that the doors watch has explained and repaired it."""
@@ -112,7 +113,8 @@ class Watch:
         owner = scope.current_owner()
         if owner is not None and now == owner.index:
             return []
-        accelerator.bind().back(before)
+        if self._repairs:
+            accelerator.bind().back(before)
         explained = [stray for stray in journal.since(self._mark) if stray.door == "set_device"]
         if any(stray.source == f"cuda:{now}" for stray in explained):
             return []

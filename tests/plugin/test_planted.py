@@ -88,3 +88,13 @@ def test_in_mode_repair_nothing_fails_and_all_is_told(planted: Callable[..., Run
     for name in LINES:
         assert f"{LINES[name]} in " in run.stdout.partition("= devguard: ")[2]
     assert "load: cuda:3 -> cuda:0, where cuda:0 is owned: repaired" in run.stdout
+
+
+def test_in_mode_observe_nothing_fails_or_is_put_right_and_all_is_told(planted: Callable[..., Run]) -> None:
+    run = planted("--devguard=observe", "test_strays.py", "-k", "leaves")
+    assert not run.failures
+    assert len(run.passed) == 4
+    for name in run.passed:
+        assert f"{LINES[name]} in " in run.stdout.partition("= devguard: ")[2]
+    assert "set_device: cuda:3, where cuda:0 is owned: observed" in run.stdout
+    assert "cuda:2 was left as the current device; the test began on cuda:3" in run.stdout

@@ -135,8 +135,11 @@ def test_devguard_in_the_environment_goes_before_the_ini_file(
     assert [line for line in done.outlines if line.startswith("devguard")] == said
 
 
-def test_where_there_is_no_gpu_tags_are_found_and_the_modes_do_what_they_say(pytester: pytest.Pytester, run) -> None:
-    pytester.makeini("[pytest]\ndevguard_mode = error\ndevguard_doors = threads=off")
+def test_where_there_is_no_gpu_tags_are_found_and_the_modes_do_what_they_say(
+    pytester: pytest.Pytester, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEVGUARD", "repair")  # the command line goes before it
+    pytester.makeini("[pytest]\ndevguard_doors = threads=off")
     pytester.makepyfile(
         TAGGED
         + """
@@ -173,7 +176,7 @@ def test_marked_with_a_device_that_is_not_there(): pass
 def test_marked_with_something_that_is_no_device(): pass
 """
     )
-    done = run("-v", "--tb=short")
+    done = run("-v", "--tb=short", "--devguard=error")
     done.stdout.fnmatch_lines(
         ["devguard: mode error, threads=off, owner cpu; *only work that names a GPU can be found (simulated ones: *"]
     )
@@ -216,14 +219,24 @@ def test_a_stray_as_a_module_is_imported_is_told_and_torch_is_left_as_it_was_fou
         """
     )
     pytester.makepyfile(TAGGED + "TENSOR = pickle.loads(BYTES)\ndef test_nothing(): pass")
-    done = run("--devguard=repair")
+    pytester.makeini("[pytest]\ndevguard_mode = repair")
+    done = run()
     done.assert_outcomes(passed=1)
     done.stdout.fnmatch_lines(
-        ["*= devguard: 1 finding in 1 test =*", "*:6 in <module>: 1 x, 16 bytes", "*in outside every test"]
+        ["*= devguard: 1 finding outside every test =*", "*:6 in <module>: 1 x, 16 bytes", "  outside every test"]
     )
     before, during, after = json.loads(found.read_text())
     assert before == after
     assert before != during
+
+
+def test_what_strays_outside_the_tests_of_an_xdist_worker_reaches_the_summary(pytester: pytest.Pytester, run) -> None:
+    pytester.makepyfile(TAGGED + "TENSOR = pickle.loads(BYTES)\ndef test_nothing(): pass")
+    done = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-n", "1", "--devguard=repair")
+    done.assert_outcomes(passed=1)
+    done.stdout.fnmatch_lines(
+        ["*= devguard: 1 finding outside every test =*", "*:6 in <module>: 1 x, *", "  outside every test"]
+    )
 
 
 def test_a_bad_owner_in_the_environment_is_a_usage_error(
