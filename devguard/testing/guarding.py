@@ -50,10 +50,8 @@ class _Test:
         """Tell whether the test fails for this, in its mode."""
         if finding.action == LEFT_BEHIND:
             return self.options.mode == "error"
-        if finding.action == "refused":
-            return True
         mode = self.options.doors.get(finding.kind, self.options.mode)
-        return finding.kind in _AFTERWARDS and mode == "error"
+        return mode == "error" and (finding.action == "refused" or finding.kind in _AFTERWARDS)
 
 
 _TEST = pytest.StashKey[_Test]()

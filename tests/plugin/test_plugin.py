@@ -159,6 +159,11 @@ def test_repaired(devguard_strays):
     assert [(stray.door, stray.source, stray.action) for stray in devguard_strays] == [("load", "cuda:3", "repaired")]
     assert devguard_strays == devguard.strays()
 
+@pytest.mark.devguard(mode="observe")
+def test_an_error_that_it_asks_for_itself():
+    with devguard.guard("cpu", mode="error"), pytest.raises(devguard.StrayDeviceError):
+        load()
+
 def test_its_strays_are_its_own(devguard_strays): assert not devguard_strays
 
 def test_who_owns_what(gpu_owner): assert gpu_owner == devguard.owner() == torch.device("cpu")
@@ -180,7 +185,7 @@ def test_marked_with_something_that_is_no_device(): pass
     done.stdout.fnmatch_lines(
         ["devguard: mode error, threads=off, owner cpu; *only work that names a GPU can be found (simulated ones: *"]
     )
-    done.assert_outcomes(passed=4, failed=1, errors=4)
+    done.assert_outcomes(passed=5, failed=1, errors=4)
     done.stdout.fnmatch_lines(
         [
             "*_ ERROR at setup of test_marked_badly _*",
@@ -194,8 +199,8 @@ def test_marked_with_something_that_is_no_device(): pass
             "*_ test_refused _*",
             "*test_where*.py:8: in load",
             "E   devguard.errors.StrayDeviceError: load: 16 bytes were about to go to cuda:3, but this scope owns cpu*",
-            "*= devguard: 3 findings in 3 tests =*",
-            "*test_where*.py:8 in load: 1 x, 16 bytes",
+            "*= devguard: 4 findings in 4 tests =*",
+            "*test_where*.py:8 in load: 2 x, 32 bytes",
         ]
     )
 
