@@ -155,7 +155,7 @@ class Watch:
 
 def _explained(stray: Stray) -> list[str]:
     """Return the devices on which this stray may have put something."""
-    if stray.action == "repaired" or (stray.action == "refused" and stray.door != "set_device"):
+    if stray.action in ("repaired", PLACED) or (stray.action == "refused" and stray.door != "set_device"):
         return []
     return stray.source.split(",")
 

@@ -74,6 +74,10 @@ def test_the_header_says_who_owns_what(planted: Callable[..., Run]) -> None:
     assert "\ndevguard: mode error, each xdist worker owns one GPU; 4 simulated GPUs" in several
 
 
+def test_a_placed_thread_is_nothing_to_tell(planted: Callable[..., Run]) -> None:
+    assert "test_a_thread_that_devguard_places" not in planted(ERROR).stdout
+
+
 def test_strays_of_every_worker_reach_the_summary(planted: Callable[..., Run]) -> None:
     alone, several = (planted(ERROR, *processes).stdout for processes in [(), ("-n", "2")])
     for name in set(LINES) - {"test_a_bare_cuda"}:

@@ -152,13 +152,11 @@ async def test_a_coroutine(gpu_owner):
     assert torch.zeros(8, device="cuda").device == gpu_owner
 
 
-def test_a_thread(gpu_owner):
+@pytest.mark.devguard(device="cuda:2")
+def test_a_thread_that_devguard_places(gpu_owner, devguard_strays):
     devices = []
     thread = threading.Thread(target=lambda: devices.append(torch.cuda.current_device()))
-    if gpu_owner.index:
-        with devguard.guard(doors={"threads": "repair"}, resolve=lambda: gpu_owner):
-            thread.start()
-    else:
-        thread.start()
+    thread.start()
     thread.join()
     assert devices == [gpu_owner.index]
+    assert [stray.action for stray in devguard_strays] == ["placed"]
