@@ -116,8 +116,6 @@ def judged_here() -> Judged:
     """Return what this thread has judged under its innermost scope."""
     stack = local.stack
     top = stack[-1] if stack else None
-    if process.adoption is not None and top is None:
-        process.adoption.handle()
     era, life = process.era, journal.life
     judged: Judged | None = stack.judged
     if judged is None or judged.top is not top or judged.era is not era or judged.life is not life:
@@ -174,13 +172,14 @@ def judge(
     if start is None:
         start = sys._getframe(1)
     stack = local.stack
+    if process.adoption is not None and not stack:
+        process.adoption.handle()
     judged: Judged | None = stack.judged
-    if (
+    if (  # as judged_here does it: this is the hot path of a repair
         judged is None
         or judged.top is not (stack[-1] if stack else None)
         or judged.era is not process.era
         or judged.life is not journal.life
-        or process.adoption is not None
     ):
         judged = judged_here()
     frame: FrameType | None = start
