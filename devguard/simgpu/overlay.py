@@ -1,14 +1,11 @@
-"""Makes, checks and finds the overlay: a folder with the CUDA build of torch and the simulated libraries beside it.
+"""Makes and finds the overlay: a folder with the CUDA build of torch and the simulated libraries beside it.
 
-An overlay is built in a temporary sibling folder and renamed when it is whole, with a manifest of all its files that
-is compared with the disk on every use; so a half-made or damaged one is never used. One process builds at a time,
-others wait for its result. Nothing outside the cache folder is written.
+It is whole or not there at all (cached.py). Nothing outside the cache folder is written.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -16,13 +13,10 @@ import platform
 import re
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from devguard.errors import SimulationError
-from devguard.simgpu import native, wheels
+from devguard.simgpu import cached, native, wheels
 from devguard.simgpu.progress import Reporter
 
 __all__ = ["DEFAULT_TORCH", "Overlay", "cache_folder", "prepare"]
@@ -30,8 +24,6 @@ __all__ = ["DEFAULT_TORCH", "Overlay", "cache_folder", "prepare"]
 DEFAULT_TORCH = "2.13.0"
 OLDEST_TORCH = (2, 6)
 NEEDED_BYTES = 2_500_000_000  # a wheel of 0.5 to 0.9 GB and what is in it, at the same time
-MANIFEST = "manifest.json"
-FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +60,7 @@ def cache_folder() -> Path:
     named = os.environ.get("DEVGUARD_CACHE_DIR")
     if named:
         return Path(os.path.abspath(named)) / "simgpu"
-    return Path(_extra("platformdirs").user_cache_dir("devguard")) / "simgpu"
+    return Path(cached.extra("platformdirs").user_cache_dir("devguard")) / "simgpu"
 
 
 def prepare(torch: str | None = None, *, progress: bool = True) -> Overlay:
@@ -91,12 +83,13 @@ def prepare(torch: str | None = None, *, progress: bool = True) -> Overlay:
     report = Reporter(progress)
     tag = f"{sys.implementation.cache_tag}{sys.abiflags}"
     name = f"torch-{version}-{tag}-{_source_hash()}"
-    folder = _get(name, lambda stage: _fill_torch(stage, version, tag, report), report)
+    root = cache_folder()
+    folder = cached.get(root, name, lambda stage: _fill_torch(stage, version, tag, report), report)
     missing = wheels.missing_requirements(folder / "site")
     if not missing:
         return Overlay(folder, version)
     digest = hashlib.sha256("\n".join(missing).encode()).hexdigest()[:12]
-    needs = _get(f"needs-{tag}-{digest}", lambda stage: _fill_needs(stage, missing, report), report)
+    needs = cached.get(root, f"needs-{tag}-{digest}", lambda stage: _fill_needs(stage, missing, report), report)
     return Overlay(folder, version, needs)
 
 
@@ -123,82 +116,11 @@ def _version(torch: str | None) -> str:
 
 
 def _source_hash() -> str:
-    digest = hashlib.sha256(f"format {FORMAT}".encode())
+    digest = hashlib.sha256(f"format {cached.FORMAT}".encode())
     here = Path(__file__).parent
     for source in [*sorted(native.SOURCES.glob("*.[ch]")), here / "native.py", here / "stubs.py", here / "symbols.py"]:
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:12]
-
-
-# ---- one folder of the cache, whole or not at all
-
-
-def _get(name: str, fill: Callable[[Path], None], report: Reporter) -> Path:
-    root = cache_folder()
-    folder = root / name
-    if _whole(folder):
-        return folder
-    filelock = _extra("filelock")
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(root / f"{name}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            report.say(f"another process is making {folder}; waiting for it")
-            lock.acquire()
-        try:
-            if not _whole(folder):
-                _make(folder, fill)
-        finally:
-            lock.release()
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise SimulationError(
-                f"the disk is full while making {folder}; free about 2 GB, or name another disk in DEVGUARD_CACHE_DIR"
-            ) from error
-        raise SimulationError(
-            f"{folder} cannot be made: {error}; name a folder that can be written in DEVGUARD_CACHE_DIR"
-        ) from error
-    return folder
-
-
-def _make(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Build in a sibling folder, then rename. The caller holds the lock: siblings that are there belong to the dead."""
-    prefix = f"{folder.name}.building-"
-    for stale in folder.parent.glob(f"{prefix}*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    stage = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-    try:
-        fill(stage)
-        manifest = {"format": FORMAT, "files": dict(sorted(_files(stage)))}
-        (stage / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-        os.chmod(stage, 0o755)
-        if folder.exists():  # damaged, or it would have been used
-            os.rename(folder, Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent)) / "damaged")
-        os.rename(stage, folder)
-    finally:
-        for left in folder.parent.glob(f"{prefix}*"):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _files(folder: Path) -> Iterator[tuple[str, int]]:
-    """Every file and its size; what Python compiles later does not count."""
-    for base, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name != "__pycache__"]
-        for name in names:
-            path = os.path.join(base, name)
-            yield os.path.relpath(path, folder), os.lstat(path).st_size
-
-
-def _whole(folder: Path) -> bool:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        return manifest["format"] == FORMAT and all(
-            os.lstat(folder / name).st_size == size for name, size in manifest["files"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
 
 
 # ---- what goes into the folders
@@ -233,13 +155,13 @@ def _fill_torch(stage: Path, version: str, tag: str, report: Reporter) -> None:
                 expected=1_900_000_000,
                 report=report,
             )
-        before = {name for name, _ in _files(stage)}
+        before = {name for name, _ in cached.files(stage)}
         cuda = native.cuda_version(site)
         headers = _headers(scratch, cuda, report)
         report.say(f"compiling the simulated CUDA {cuda} libraries")
         native.build(site, headers, stage / "driver", scratch)
     shutil.rmtree(scratch)
-    made = sorted({name for name, _ in _files(stage)} - before)
+    made = sorted({name for name, _ in cached.files(stage)} - before)
     (stage / "simulation.json").write_text(json.dumps(made), encoding="utf-8")
 
 
@@ -263,7 +185,7 @@ def _fill_needs(stage: Path, missing: list[str], report: Reporter) -> None:
 def _same_torch(root: Path, version: str, tag: str) -> Path | None:
     """A whole overlay with the same torch, whose simulation is another: its files are shared, not downloaded again."""
     for folder in sorted(root.glob(f"torch-{version}-{tag}-*")):
-        if ".building-" not in folder.name and not folder.name.endswith(".lock") and _whole(folder):
+        if ".building-" not in folder.name and not folder.name.endswith(".lock") and cached.whole(folder):
             return folder
     return None
 
@@ -303,14 +225,3 @@ def _check_space(folder: Path) -> None:
             f"{NEEDED_BYTES / 1e9:.1f} GB: free "
             "some, or name another disk in DEVGUARD_CACHE_DIR"
         )
-
-
-def _extra(name: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise SimulationError(
-            f"simulated GPUs need {name}: install the extra with `pip install 'torch-devguard[sim]'`"
-        ) from error

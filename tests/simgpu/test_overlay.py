@@ -18,7 +18,7 @@ import filelock
 import pytest
 
 from devguard import simgpu
-from devguard.simgpu import native, overlay
+from devguard.simgpu import cached, native, overlay
 from tests.simgpu.conftest import ROOT, TORCH, Index
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="simulated GPUs exist for Linux only")
@@ -124,8 +124,8 @@ def test_a_new_simulation_shares_the_torch_that_is_there(env: dict[str, str], mo
     assert os.path.samefile(first / library, second / library)
     runtime = "site/nvidia/cu13/lib/libcudart.so.13"
     assert not os.path.samefile(first / runtime, second / runtime)
-    assert overlay._whole(first)
-    assert overlay._whole(second)
+    assert cached.whole(first)
+    assert cached.whole(second)
 
 
 @pytest.mark.parametrize(("system", "machine"), [("darwin", "arm64"), ("win32", "AMD64"), ("linux", "aarch64")])
