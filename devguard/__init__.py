@@ -81,10 +81,12 @@ _HOMES = {
 
 def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
-    if home is None:
+    if home is None and name != "integrations":
         raise AttributeError(f"module 'devguard' has no attribute {name!r}")
     import importlib
 
+    if home is None:
+        return importlib.import_module("devguard.integrations")
     module = importlib.import_module(f"devguard.{home}")
     value: object = getattr(module, name)
     globals()[name] = value

@@ -203,7 +203,7 @@ def uninstall() -> list[str]:
         The names that somebody else patched over devguard, which stay as they are; normally empty.
     """
     with _lock:
-        left = door_table.close_all()
+        left = integrations.disarm() + door_table.close_all()
         scope.forget()
         scope.process.reset()
         verdict.forget_allowed()

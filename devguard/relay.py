@@ -19,7 +19,7 @@ from typing import Any
 
 from devguard.patching import Patches
 
-__all__ = ["install", "keep", "status", "uninstall"]
+__all__ = ["count", "install", "keep", "status", "tag_of", "uninstall"]
 
 # Before torch's own taggers (10 and up). Not a whole number: two equal priorities make torch compare
 # functions and raise.
@@ -58,6 +58,18 @@ def keep(storage: Any, tag: str) -> Any:
         while _to_watch:
             _watch(_to_watch.pop())
     return storage
+
+
+def tag_of(storage: Any) -> str | None:
+    """Return the tag that a storage came with, None if it was not kept."""
+    tag: str | None = getattr(storage, _ATTRIBUTE, None)
+    return tag
+
+
+def count() -> None:
+    """Count a tag that was carried on by other means than a pickle."""
+    with _counts.lock:
+        _counts.relayed += 1
 
 
 def status() -> dict[str, int]:
@@ -119,8 +131,7 @@ def _patch_reduce(patches: Patches, kind: Any) -> None:
             reduced = original(self)
         finally:
             _writing.storage = None
-        with _counts.lock:
-            _counts.relayed += 1
+        count()
         return reduced
 
     patches.replace(kind, "__reduce__", __reduce__)

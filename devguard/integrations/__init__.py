@@ -1,12 +1,43 @@
 """Frameworks whose processes have roles: which GPU each of them owns is known without a line of the user's code.
 
-One module for each framework. `arm` makes them wait for the framework's import; it imports none.
+One module or package for each framework. `arm` makes them wait for the framework's import; it imports none, nor torch.
 """
 
 from __future__ import annotations
 
-__all__ = ["arm"]
+import importlib
+import warnings
+
+__all__ = ["arm", "disarm"]
+
+NAMES = ("sglang",)
 
 
 def arm() -> None:
-    """Let every integration wait for its framework; called when devguard is activated by environment."""
+    """Let every integration wait for its framework; called when devguard is activated by environment.
+
+    Calling it again changes nothing. It never raises: an integration that cannot be armed is left out, with a warning.
+    """
+    for name in NAMES:
+        try:
+            importlib.import_module(f"{__name__}.{name}").arm()
+        except Exception as error:  # noqa: BLE001 - whatever it is, somebody's import of torch must go on
+            warnings.warn(
+                f"devguard does not know the processes of {name}: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def disarm() -> list[str]:
+    """Leave the frameworks as they were found; return the names that somebody else patched over devguard."""
+    left: list[str] = []
+    for name in NAMES:
+        left += importlib.import_module(f"{__name__}.{name}").disarm()
+    return left
+
+
+def __getattr__(name: str) -> object:
+    if name in NAMES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

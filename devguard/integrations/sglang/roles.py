@@ -1,0 +1,231 @@
+"""Which process of SGLang this is, and which device it owns.
+
+SGLang's own functions say so: `ROLES` lists those that each process calls before it touches a GPU or receives a
+message. None of them is ever pickled. The entry points themselves are, by name, as targets of spawned processes; so they
+stay as they are. Arguments are found by name, since their order changes between releases.
+
+A guard must not keep a server from starting: whatever fails here becomes one line in the server's log.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from devguard import settings
+from devguard.integrations.sglang import messages, versions
+from devguard.late import when_imported
+from devguard.patching import Patches
+
+__all__ = ["announce", "arm", "DEVICE_ARGUMENTS", "device_argument", "disarm", "Role", "ROLES", "take"]
+
+# what the parameter with the device is called, the first that there is
+DEVICE_ARGUMENTS = ("gpu_id", "local_rank", "device_id", "device_index", "device")
+RANKS = {"dp_rank": "DP", "pp_rank": "PP", "tp_rank": "TP"}
+
+logger = logging.getLogger("devguard.sglang")
+
+
+@dataclass(frozen=True)
+class Role:
+    """One kind of process, and the function by which it is known.
+
+    Attributes
+    ----------
+    module, path : str
+        Where the function is.
+    name : str
+        What the process is called in messages.
+    owns_gpu : bool
+        Whether it owns the GPU that an argument names; if not, it owns ``cpu``.
+    """
+
+    module: str
+    path: str
+    name: str
+    owns_gpu: bool
+
+    @property
+    def target(self) -> str:
+        """The function's full name."""
+        return f"{self.module}.{self.path}"
+
+
+CONFIGURE = Role("sglang.srt.managers.scheduler", "configure_scheduler_process", "scheduler", True)
+ROLES = (
+    CONFIGURE,
+    # releases without that function, and Ray's actors of some with it, name the GPU here
+    Role("sglang.srt.managers.scheduler", "Scheduler.__init__", "scheduler", True),
+    Role(
+        "sglang.srt.managers.data_parallel_controller",
+        "DataParallelController.__init__",
+        "data-parallel controller",
+        False,
+    ),
+    Role("sglang.srt.managers.detokenizer_manager", "DetokenizerManager.__init__", "detokenizer", False),
+)
+
+
+class _State:
+    """What was done in this process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.patches = Patches()
+        self.armed = False
+        self.warned = False
+        self.taken: tuple[int, str] | None = None  # pid and device: a fork brings its parent's along
+        self.to_say: str | None = None
+
+
+_state = _State()
+
+
+def arm() -> None:
+    """Make every process of SGLang own its device as soon as its role is known; calling it again does nothing more."""
+    with _state.lock:
+        _state.armed = True
+    for name in {role.module for role in ROLES}:
+        when_imported(name, _patch)
+    when_imported(messages.MODULE, _patch)
+
+
+def disarm() -> list[str]:
+    """Put SGLang's own functions back; return the names that somebody else patched meanwhile."""
+    with _state.lock:
+        _state.armed = False
+        _state.taken = _state.to_say = None
+        return _state.patches.restore()
+
+
+def take(role: Role, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Make the device of `role` the owner of this process, before `function` is called with these arguments.
+
+    It does so once in a process, and never raises.
+    """
+    if settings.killed():
+        return
+    try:
+        _take(role, function, args, kwargs)
+    except Exception as error:  # noqa: BLE001 - a guard must not keep a server from starting
+        _state.to_say = None
+        logger.warning("devguard: this %s is NOT guarded: %s: %s", role.name, type(error).__name__, error)
+
+
+def _take(role: Role, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    values = bound(function, args, kwargs)
+    if role.owns_gpu:
+        device = device_argument(values)
+        if device is None:
+            return  # this release names it elsewhere
+    elif multiprocessing.parent_process() is None:
+        return  # made by hand in somebody's own process, whose owner is not ours to choose
+    else:
+        device = "cpu"
+    with _state.lock:
+        if _state.taken is not None and _state.taken[0] == os.getpid():
+            return
+        from devguard import activation
+
+        label = " ".join(filter(None, (role.name, _ranks(values, function))))
+        if activation.assign(device, role=f"SGLang {label}"):
+            _state.to_say = label
+        else:
+            logger.info("devguard: this %s keeps the owner that the program has installed", label)
+        _state.taken = os.getpid(), str(device)
+
+
+def announce() -> None:
+    """Say in the server's log what was put in force, and check that it is; once, as soon as logging is configured."""
+    with _state.lock:
+        label, _state.to_say = _state.to_say, None
+    if label is None:
+        return
+    try:
+        from devguard import activation
+
+        found = activation.status()
+        doors = [name for name, row in found["doors"].items() if row["open"]]
+        closed = [f"{name} ({row['problem']})" for name, row in found["doors"].items() if "problem" in row]
+        owner, mode = found["process_owner"], found["mode"]
+        if owner is None or not doors:
+            logger.warning("devguard: %s is NOT guarded: no door is open", label)
+            return
+        logger.info("devguard: %s owns %s, mode %s, doors %s", label, owner, mode, ", ".join(doors))
+        if closed:
+            logger.warning("devguard: %s: doors that could not be opened: %s", label, "; ".join(closed))
+    except Exception as error:  # noqa: BLE001 - as above
+        logger.warning("devguard: %s: %s: %s", label, type(error).__name__, error)
+
+
+def device_argument(values: Mapping[str, Any], names: Iterable[str] = DEVICE_ARGUMENTS) -> Any:
+    """Return the value of the first of these arguments that has one, None if none has."""
+    return next((values[name] for name in names if values.get(name) is not None), None)
+
+
+def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name; defaults are left out."""
+    found = dict(inspect.signature(function).bind_partial(*args, **kwargs).arguments)
+    found.update(found.pop("kwargs", {}))
+    return found
+
+
+def _ranks(values: Mapping[str, Any], function: Callable[..., Any]) -> str:
+    """Return such as ``DP0 TP1``: from the arguments, in newer releases from SGLang's context."""
+    known = {name: values.get(name) for name in RANKS}
+    context = getattr(inspect.unwrap(function), "__globals__", {}).get("get_parallel")
+    if known["tp_rank"] is None and context is not None:
+        try:
+            known = {name: getattr(context(), name, None) for name in RANKS}
+        except Exception:  # noqa: BLE001 - before SGLang has published it; the name of the process matters little
+            known = {}
+    if getattr(values.get("server_args"), "pp_size", 1) == 1:
+        known.pop("pp_rank", None)
+    return " ".join(f"{short}{known[name]}" for name, short in RANKS.items() if known.get(name) is not None)
+
+
+def _patch(module: ModuleType) -> None:
+    """Patch what a module of SGLang has of `ROLES`, as soon as it is imported."""
+    with _state.lock:
+        if not _state.armed:
+            return
+        try:
+            versions.check()
+        except versions.UnsupportedVersionError as error:
+            if not _state.warned:
+                _state.warned = True
+                logger.warning("devguard: %s", error)
+            return
+        if module.__name__ == messages.MODULE:
+            messages.patch(_state.patches, module)
+        for role in ROLES:
+            if role.module == module.__name__:
+                _replace(module, role)
+
+
+def _replace(module: ModuleType, role: Role) -> None:
+    *within, name = role.path.split(".")
+    holder: Any = getattr(module, within[0], None) if within else module
+    original = vars(holder).get(name) if holder is not None else None
+    if original is None or any(row[0] is holder and row[1] == name for row in _state.patches.replaced):
+        return  # not in this release, or done
+
+    @functools.wraps(original)
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        take(role, original, args, kwargs)
+        if within:
+            announce()
+            return original(*args, **kwargs)
+        result = original(*args, **kwargs)
+        announce()  # that function has configured logging
+        return result
+
+    _state.patches.replace(holder, name, hooked)

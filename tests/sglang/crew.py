@@ -1,0 +1,226 @@
+"""A crew of SGLang's processes on simulated GPUs: ``python -m tests.sglang.crew ROAD RANKS FOLDER``.
+
+A tokenizer makes tensors on cuda:0 and sends them, in every way that SGLang 0.5.23 has, to schedulers (rank r owns
+cuda:r+1), to a data-parallel controller, which sends them on, and to a detokenizer. The code is SGLang's own: its
+broadcast, its sockets, its serializers, its managers' constructors and the first steps of its entry points.
+
+SGLang takes half a minute to import, so that the processes are forked from one that has; CUDA must not be initialised
+there, for which the environment needs ``PYTORCH_NVML_BASED_CUDA_CHECK=1``.
+It prints one JSON object: for each process where its tensors lie, its contexts, and its bytes on each GPU.
+
+ROAD says what guards them, several separated by commas: ``none``, ``decorator``, ``plugin`` (SGLang's own loader), or
+``environment`` (whatever ``DEVGUARD`` did when torch was imported).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import sglang.srt.managers.data_parallel_controller as controllers
+import sglang.srt.managers.detokenizer_manager as detokenizers
+import sglang.srt.managers.scheduler as schedulers
+import torch
+import torch.distributed as dist
+import zmq
+from sglang.srt.managers import io_struct
+from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import PortArgs, ServerArgs
+from sglang.srt.utils import common, msgpack_utils, network, patch_torch
+
+import devguard
+from devguard import simgpu
+from devguard.integrations.sglang import worker
+
+CONTEXT = multiprocessing.get_context("fork")
+VALUES = [1.0, 2.0, 3.0, 4.0]
+
+
+def made() -> torch.Tensor:
+    """What an image processor on GPU 0 leaves there: 4 KiB."""
+    return torch.tensor(VALUES).repeat(256).to("cuda:0")
+
+
+def arguments() -> ServerArgs:
+    return ServerArgs(model_path="dummy", device="cpu", tp_size=2, load_balance_method="round_robin", skip_tokenizer_init=True)
+
+
+def ports(folder: Path) -> PortArgs:
+    names = {name: f"ipc://{folder}/{name}" for name in PortArgs.__annotations__ if name.endswith("ipc_name")}
+    return PortArgs(**names, nccl_port=0, decoupled_spec_ipc_config=None, instance_id=folder.name)
+
+
+# ---- the sender
+
+
+def tokenizer(folder: Path, ranks: int, finished: Any) -> None:
+    patch_torch.monkey_patch_torch_reductions()
+    context = zmq.Context()
+    tensor = made()
+    names = [*(f"rank{rank}" for rank in range(ranks)), "scheduler_input_ipc_name", "detokenizer_ipc_name"]
+    for name in names:
+        bind = name == "scheduler_input_ipc_name"  # there the tokenizer is the one that waits
+        socket = network.get_zmq_socket(context, zmq.PUSH, f"ipc://{folder}/{name}", bind)
+        io_struct.sock_send(socket, {"pixel_values": tensor})
+        io_struct.sock_send(
+            socket,
+            {
+                "unpickler": pickle.dumps(tensor),
+                "msgpack": io_struct._msgpack_encoder.encode(tensor),
+            },
+        )
+        if name.startswith("rank"):
+            socket.send(common.MultiprocessingSerializer.serialize(tensor))
+    finished.wait()
+
+
+# ---- the receivers
+
+
+def receive(socket: Any) -> dict[str, torch.Tensor]:
+    """Take both messages of the tokenizer."""
+    got = {"zmq": io_struct.sock_recv(socket)["pixel_values"]}
+    sealed = io_struct.sock_recv(socket)
+    got["unpickler"] = common.SafeUnpickler(io.BytesIO(sealed["unpickler"])).load()
+    decoder = msgspec.msgpack.Decoder(dec_hook=msgpack_utils.dec_hook, ext_hook=msgpack_utils.ext_hook)
+    got["msgpack"] = decoder.decode(sealed["msgpack"])
+    return got
+
+
+def serve(rank: int, ranks: int, folder: Path, say: Any) -> None:
+    """What a scheduler does with messages."""
+    context = zmq.Context()
+    socket = network.get_zmq_socket(context, zmq.PULL, f"ipc://{folder}/rank{rank}", True)
+    relayed = network.get_zmq_socket(context, zmq.PULL, f"ipc://{folder}/relayed{rank}", True)
+    got = receive(socket)
+    got["serializer"] = common.MultiprocessingSerializer.deserialize(socket.recv())  # weights, for schedulers only
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks)
+    sent = [got["zmq"]] if rank == 0 else []
+    got["broadcast"] = common.broadcast_pyobj(sent, rank, dist.group.WORLD)[0]
+    if rank < 2:
+        passed = common.point_to_point_pyobj([got["zmq"]], rank, dist.group.WORLD, 0, 1)
+        got["point to point"] = passed[0] if rank == 1 else got["zmq"]
+    if rank == 0:
+        got["relayed by zmq"] = io_struct.sock_recv(relayed)
+        decoder = msgspec.msgpack.Decoder(dec_hook=msgpack_utils.dec_hook, ext_hook=msgpack_utils.ext_hook)
+        got["relayed by msgpack"] = decoder.decode(relayed.recv())
+    report(say, f"scheduler {rank}", got)
+    dist.destroy_process_group()
+
+
+def relay(socket: Any, folder: Path, say: Any) -> None:
+    """What a data-parallel controller does with messages: it sends them on."""
+    got = receive(socket)
+    onward = network.get_zmq_socket(zmq.Context(), zmq.PUSH, f"ipc://{folder}/relayed0", False)
+    io_struct.sock_send(onward, got["zmq"])
+    onward.send(io_struct._msgpack_encoder.encode(got["msgpack"]))
+    report(say, "controller", got)
+
+
+def report(say: Any, name: str, got: dict[str, torch.Tensor]) -> None:
+    for what, tensor in got.items():
+        assert tensor.cpu()[:4].tolist() == VALUES, (name, what, tensor)
+    mine = next(state for state in simgpu.state(os.environ["DEVGUARD_SIM_STATE"]) if state.pid == os.getpid())
+    say.put(
+        {
+            "name": name,
+            "devices": {what: str(tensor.device) for what, tensor in got.items()},
+            "contexts": [str(device) for device in devguard.contexts()],
+            "bytes": {f"cuda:{index}": device.bytes for index, device in enumerate(mine.devices) if device.bytes},
+            "owner": str(devguard.owner()),
+        }
+    )
+
+
+# ---- the processes, as SGLang makes them: without a guard, and with the plugin or the environment
+
+
+def scheduler(road: str, rank: int, ranks: int, folder: Path, say: Any) -> None:
+    gpu_id = rank + 1
+    if rank % 2:  # both orders of SGLang's own patch and ours
+        patch_torch.monkey_patch_torch_reductions()
+    if road == "decorator":
+        decorated(folder=folder, say=say, gpu_id=gpu_id, rank=rank, ranks=ranks)
+        return
+    if road == "plugin":
+        load_plugins()
+    placement = schedulers.SpawnRanks(world_rank=rank % 2, dp_rank=None, gpu_id=gpu_id)
+    schedulers.publish(arguments(), role="scheduler", ranks=placement)
+    schedulers.configure_scheduler_process(arguments(), gpu_id)
+    torch.cuda.set_device(gpu_id)  # as the scheduler of a GPU server does next
+    patch_torch.monkey_patch_torch_reductions()
+    serve(rank, ranks, folder, say)
+
+
+@worker
+def decorated(ranks: int, rank: int, gpu_id: int, folder: Path, say: Any) -> None:
+    patch_torch.monkey_patch_torch_reductions()
+    serve(rank, ranks, folder, say)
+
+
+class Controller(controllers.DataParallelController):
+    """Without schedulers of its own: they are here already."""
+
+    def launch_dp_schedulers(self, server_args: ServerArgs, port_args: PortArgs) -> None:
+        """Launch none."""
+
+
+def run_data_parallel_controller(road: str, folder: Path, say: Any) -> None:
+    patch_torch.monkey_patch_torch_reductions()
+    if road == "plugin":
+        load_plugins()
+    controllers.publish(arguments(), role="dp_controller")
+    controllers.configure_logger(arguments())
+    made_by_sglang = Controller(arguments(), ports(folder), schedulers.run_scheduler_process)
+    relay(made_by_sglang.recv_from_tokenizer, folder, say)
+
+
+def run_detokenizer(road: str, folder: Path, say: Any) -> None:
+    patch_torch.monkey_patch_torch_reductions()
+    if road == "plugin":
+        load_plugins()
+    detokenizers.configure_logger(arguments())
+    detokenizers.publish(arguments(), role="detokenizer")
+    manager = detokenizers.DetokenizerManager(arguments(), ports(folder))
+    report(say, "detokenizer", receive(manager.recv_from_scheduler))
+
+
+def crew(road: str, ranks: int, folder: Path) -> dict[str, Any]:
+    folder.mkdir()
+    say, finished = CONTEXT.Queue(), CONTEXT.Event()
+    helpers = [run_data_parallel_controller, run_detokenizer]
+    if road == "decorator":
+        helpers = [worker(function) for function in helpers]
+    processes = [CONTEXT.Process(target=tokenizer, args=(folder, ranks, finished))]
+    processes += [CONTEXT.Process(target=scheduler, args=(road, rank, ranks, folder, say)) for rank in range(ranks)]
+    processes += [CONTEXT.Process(target=function, args=(road, folder, say)) for function in helpers]
+    for process in processes:
+        process.start()
+    reports = []
+    try:
+        while len(reports) < ranks + 2:
+            reports.append(say.get(timeout=30))
+    finally:
+        finished.set()
+        for process in processes:
+            process.join(20)
+            process.kill()
+    return {row.pop("name"): row for row in reports}
+
+
+def main() -> None:
+    roads, ranks, folder = sys.argv[1].split(","), int(sys.argv[2]), Path(sys.argv[3])
+    logging.captureWarnings(True)
+    print(json.dumps({road: crew(road, ranks, folder / road) for road in roads}))
+
+
+if __name__ == "__main__":
+    main()
