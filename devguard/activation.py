@@ -151,17 +151,18 @@ def activate(environ: Mapping[str, str] | None = None) -> None:
                 process.adoption = _adopt(said, environ)
                 process.restart = lambda: _adopt_again(said, environ)
             accelerator.set_torchs_own_check(said.mode)
+            integrations.arm()
         except Exception:
             uninstall()
             raise
-    integrations.arm()
     ending.at_end(_at_end)
 
 
-def _adopt(said: Said, environ: Mapping[str, str]) -> adoption.Adoption:
+def _adopt(said: Said, environ: Mapping[str, str], child: bool | None = None) -> adoption.Adoption:
     """Find the owner of this process, or the first candidate for it, in the environment."""
     several = owners.local_size(environ) is not None
-    child = adoption.is_child()  # what a launcher says is said to its parent, and an owner is not inherited
+    if child is None:
+        child = adoption.is_child()  # what a launcher says is said to its parent, and an owner is not inherited
     if said.owner is not None:
         owner, _ = owners.from_environment(environ)  # which checks that it is one device for one process
         _check_visible(owner)
@@ -178,7 +179,8 @@ def _adopt(said: Said, environ: Mapping[str, str]) -> adoption.Adoption:
 
 
 def _adopt_again(said: Said, environ: Mapping[str, str]) -> None:
-    scope.process.adoption = _adopt(said, environ)
+    scope.process.adoption = _adopt(said, environ, child=True)  # multiprocessing does not say so yet
+    ending.at_end(_at_end)
 
 
 def _check_visible(owner: owners.Owner | None) -> None:
@@ -263,9 +265,9 @@ def status() -> dict[str, Any]:
     dict
         ``version``, ``torch`` (None if not imported), ``killed`` (``DEVGUARD=off``), ``mode`` and ``owner``
         in force on this thread, ``process_owner``, ``problem`` (why ``DEVGUARD`` is not in
-        force), ``said_by`` (who gave the process its settings), ``adoption`` (how
-        the environment found its owner), ``owned`` and ``contexts`` (device names), ``doors``
-        (per door: ``open``, ``mode``, problems, copies taken before it opened), ``strays`` (total),
+        force), ``log`` (the file of ``DEVGUARD_LOG``, or why it cannot be written), ``said_by`` (who gave the
+        process its settings), ``adoption`` (how the environment found its owner), ``owned`` and ``contexts`` (device
+        names), ``doors`` (per door: ``open``, ``mode``, problems, copies taken before it opened), ``strays`` (total),
         ``strays_not_kept``.
     """
     torch = sys.modules.get("torch")
@@ -284,6 +286,7 @@ def status() -> dict[str, Any]:
         "owner": in_force and in_force.tag,
         "process_owner": scope.process.owner and scope.process.owner.tag,
         "problem": autoload.problem,
+        "log": journal.log and journal.log.where,
         "said_by": scope.process.said_by or None,
         "adoption": scope.process.adoption and scope.process.adoption.as_dict(),
         "owned": owners.owned(),

@@ -19,7 +19,7 @@ _callbacks: dict[Callable[[], None], int] = {}  # and the process that each is f
 
 
 def at_end(callback: Callable[[], None]) -> None:
-    """Call `callback` once when this process ends, the latest one first; a forked child asks anew."""
+    """Call `callback` once when this process ends, the latest one first; a forked child has to ask anew."""
     forget(callback)
     _callbacks[callback] = os.getpid()
     atexit.unregister(run)

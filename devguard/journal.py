@@ -34,6 +34,9 @@ class Log(Protocol):
 
     def stop(self) -> None: ...
 
+    @property
+    def where(self) -> str | None: ...
+
 
 class Mark(NamedTuple):
     """A point in the life of the journal; `life` is the one journal it belongs to, before a fork or a clearing."""
@@ -72,8 +75,10 @@ class Journal:
         if self.log is not None:
             self.log.restart()
 
-    def _watch_forks(self) -> None:
+    def watch_forks(self) -> None:
         """Start anew in every forked child: asking for the process's number at each stray would be a system call."""
+        if self._watches_forks:
+            return
         self._watches_forks = True
         self._same_process()  # forked before its first stray
         os.register_at_fork(after_in_child=self._start)
@@ -142,7 +147,7 @@ class Journal:
             What `grow` takes for the next stray like this one; None if there is no room for it.
         """
         if not self._watches_forks:
-            self._watch_forks()
+            self.watch_forks()
         code, line, via = callsite.find(start) if origin is None else origin[:3]
         # by identity: a code object's own hash goes through all of its bytecode, and the row keeps the object alive
         key = (id(code), line, door, source, target, owner, action)

@@ -30,7 +30,7 @@ EVERY_S = 1.0
 
 
 class _Log:
-    """The file of this process."""
+    """The file of this process; `where` it is, or why it is not, once that was tried."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -44,11 +44,15 @@ class _Log:
         self._grown: dict[Row, Key] = {}
         self._flushed = 0.0
         self._broken = False
+        self.where: str | None = None
 
     def restart(self) -> None:
         """Forget the rows: the journal was cleared. In a forked child, begin a file of its own."""
         if self._pid != os.getpid():
+            if self._descriptor >= 0:
+                os.close(self._descriptor)  # the parent's
             self._begin()
+            ending.at_end(self.stop)
         self._numbers.clear()
         self._grown.clear()
 
@@ -88,12 +92,14 @@ class _Log:
                 name = f"{socket.gethostname()}-{self._pid}-{time.time_ns()}{SUFFIX}"
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
                 self._descriptor = os.open(self.folder / name, flags, 0o644)
+                self.where = str(self.folder / name)
                 if "process" not in line:
                     self.open()
             os.write(self._descriptor, (json.dumps(line) + "\n").encode())
         except OSError as error:
             self._broken = True
-            text = f"devguard cannot write its log to {self.folder}: {error.strerror}. Strays are kept in memory only."
+            self.where = f"devguard cannot write its log to {self.folder}: {error.strerror}."
+            text = f"{self.where} Strays are kept in memory only."
             try:
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
             except RuntimeWarning:  # the program's filters turn it into an error
@@ -125,4 +131,5 @@ def start(folder: Path) -> None:
     log = _Log(folder)
     log.open()
     journal.log = log
+    journal.watch_forks()
     ending.at_end(log.stop)

@@ -109,7 +109,7 @@ def read(folder: Path) -> tuple[list[Process], list[Merged], list[str]]:
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder. Name the one that DEVGUARD_LOG, or devguard run --log, named.")
-    files = sorted(folder.glob(f"*{SUFFIX}"))
+    files = sorted(file for file in folder.glob(f"*{SUFFIX}") if file.is_file())
     if not files:
         raise ConfigError(
             f"{folder} holds no journal (*{SUFFIX}). A process writes one there as soon as it is guarded: run the "
@@ -120,45 +120,62 @@ def read(folder: Path) -> tuple[list[Process], list[Merged], list[str]]:
     damaged: list[str] = []
     for file in files:
         process = Process(file.name, 0)
-        newest: dict[int, dict[str, Any]] = {}  # a row is written again whenever it has grown
-        for number, line in _lines(file):
-            if line is None:
+        newest: dict[int, Merged] = {}  # a row is written again whenever it has grown
+        for number, text in _lines(file):
+            try:
+                _take(dict(json.loads(text)), process, newest)
+            except (KeyError, TypeError, ValueError):  # not JSON, or not as logs.py writes it
                 damaged.append(f"{file.name}:{number}")
-            elif "process" in line:
-                about = line["process"]
-                process.pid, process.host, process.command = about["pid"], about["host"], about["command"]
-                process.rank = about.get("RANK")
-            elif "end" in line:
-                process.ended = True
-                process.owner = line["end"]["process_owner"] or next(iter(line["end"]["owned"]), None)
-                process.contexts = line["end"]["contexts"]
-            elif "stray" in line:
-                newest[line["stray"]] = line
-        processes.append(process)
+        if process.pid or newest:
+            processes.append(process)
         for row in newest.values():
             _add(sites, row)
     return processes, sorted(sites.values(), key=lambda site: (-site.bytes, -site.count)), damaged
 
 
-def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    for number, text in enumerate(file.read_text(errors="replace").splitlines(), 1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        yield number, line if isinstance(line, dict) else None
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    with file.open(errors="replace") as opened:
+        for number, text in enumerate(opened, 1):
+            if text.strip():
+                yield number, text
 
 
-def _add(sites: dict[tuple[Any, ...], Merged], row: dict[str, Any]) -> None:
+def _take(line: dict[str, Any], process: Process, newest: dict[int, Merged]) -> None:
+    if "process" in line:
+        about = line["process"]
+        process.pid, process.host, process.command = about["pid"], about["host"], about["command"]
+        process.rank = about.get("RANK")
+    elif "end" in line:
+        end = line["end"]
+        process.owner = end["process_owner"] or next(iter(end["owned"]), None)
+        process.contexts = end["contexts"]
+        process.ended = True
+    elif "stray" in line:
+        newest[line["stray"]] = _merged(line)
+
+
+def _merged(row: dict[str, Any]) -> Merged:
     site = row["site"] or {"file": "", "line": 0, "function": ""}
-    key = (row["door"], row["action"], site["file"], site["line"], site["function"])
-    merged = sites.get(key)
-    if merged is None:
-        merged = sites[key] = Merged(*key, via=row["via"], note=row["note"])
-    merged.count += row["count"]
-    merged.bytes += row["bytes"]
-    way = row["source"] if row["source"] == row["target"] else f"{row['source']} -> {row['target']}"
-    if way not in merged.devices:
-        merged.devices.append(way)
-    if row["pid"] not in merged.processes:
-        merged.processes.append(row["pid"])
+    return Merged(
+        door=row["door"],
+        action=row["action"],
+        file=site["file"],
+        line=site["line"],
+        function=site["function"],
+        count=int(row["count"]),
+        bytes=int(row["bytes"]),
+        devices=[row["source"] if row["source"] == row["target"] else f"{row['source']} -> {row['target']}"],
+        processes=[row["pid"]],
+        via=row["via"],
+        note=row["note"],
+    )
+
+
+def _add(sites: dict[tuple[Any, ...], Merged], row: Merged) -> None:
+    merged = sites.setdefault((row.door, row.action, row.file, row.line, row.function), row)
+    if merged is row:
+        return
+    merged.count += row.count
+    merged.bytes += row.bytes
+    merged.devices += [way for way in row.devices if way not in merged.devices]
+    merged.processes += [pid for pid in row.processes if pid not in merged.processes]

@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "guarded. With simulated GPUs: devguard sim --gpus 2 -- devguard run -- COMMAND"
     )
     guarding = parser.add_argument_group("guarding")
-    guarding.add_argument("--mode", help="off, observe, warn, repair or error (default repair)")
+    guarding.add_argument("--mode", help="off, observe, warn, repair or error (default: DEVGUARD, or repair)")
     guarding.add_argument(
         "--device",
         help="the GPU that the program owns, such as cuda:1, or cpu; by default the launcher's local rank, or what the "
@@ -69,7 +69,7 @@ def _guard(arguments: argparse.Namespace, environment: dict[str, str]) -> None:
     from devguard.environment import read
 
     said = {
-        "DEVGUARD": arguments.mode or "repair",
+        "DEVGUARD": arguments.mode or environment.get("DEVGUARD", "").strip() or "repair",
         "DEVGUARD_DEVICE": arguments.device,
         "DEVGUARD_DOORS": arguments.doors,
         "DEVGUARD_LOG": arguments.log and os.path.abspath(arguments.log),

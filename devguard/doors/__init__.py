@@ -69,8 +69,10 @@ def open_all() -> None:
             module = importlib.import_module(f"{__name__}.{name}")
             try:
                 module.install()
-            except DoorError as error:
+            except Exception as error:
                 module.uninstall()  # what it had patched before it met what is missing
+                if not isinstance(error, DoorError):
+                    raise
                 _failed[name] = str(error)
             else:
                 _open[name] = module

@@ -1,0 +1,148 @@
+"""``DEVGUARD_LOG`` among processes that are killed, that fork, and that write at the same time; and how it is read.
+
+The writers record strays by hand and import no torch, so that many of them can run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devguard import cli, reading
+from tests.simulated import ROOT
+
+BEFORE = """
+import os, signal, sys
+from pathlib import Path
+from devguard import activation, logs
+from devguard.journal import journal
+
+def stray(nbytes=8):
+    journal.record("load", "cuda:0", "cuda:1", "cuda:1", "repaired", nbytes, start=sys._getframe(1))
+
+logs.start(Path(sys.argv[1]))
+"""
+
+
+def start(code: str, folder: Path, *options: str) -> subprocess.Popen[str]:
+    """Start a process that logs to `folder`, and runs `code`, in which ``stray(nbytes)`` records one."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("DEVGUARD")}
+    command = [sys.executable, *options, "-c", BEFORE + code, str(folder)]
+    return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(code: str, folder: Path, *options: str, status: int = 0) -> tuple[str, str]:
+    process = start(code, folder, *options)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == status, err
+    return out, err
+
+
+def log(capsys: pytest.CaptureFixture[str], folder: Path, status: int = 0) -> dict[str, Any]:
+    assert cli.main(["log", str(folder), "--json"]) == status
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_a_killed_process_leaves_every_call_site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = """
+for _ in range(3):
+    stray(1000)
+stray(8)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    run(code, tmp_path, status=-9)
+    found = log(capsys, tmp_path)
+    assert [(site["bytes"] >= 1000, site["devices"]) for site in found["strays"]] == [
+        (True, ["cuda:0 -> cuda:1"]),
+        (False, ["cuda:0 -> cuda:1"]),
+    ]
+    assert [process["ended"] for process in found["processes"]] == [False]
+    assert cli.main(["log", str(tmp_path), "--processes"]) == 0
+    assert "still running, or killed" in capsys.readouterr().out
+
+
+def test_eight_processes_write_at_once_while_another_reads(tmp_path: Path) -> None:
+    tmp_path.joinpath("first.jsonl").write_text('{"process": {"pid": 1, "host": "here", "command": "first"}}\n')
+    code = "for number in range(500): stray(number % 7)\nfor number in range(500): stray(9); journal.log.flush()"
+    writers = [start(code, tmp_path) for _ in range(8)]
+    while any(writer.poll() is None for writer in writers):
+        assert reading.read(tmp_path)[2] == []
+    assert [writer.communicate()[1] for writer in writers] == [""] * 8
+    processes, merged, damaged = reading.read(tmp_path)
+    assert damaged == []
+    assert [process.ended for process in processes if process.pid != 1] == [True] * 8
+    assert [site.count for site in merged] == [4000, 4000]
+    assert [site.bytes for site in merged] == [4000 * 9, 8 * sum(number % 7 for number in range(500))]
+    assert sorted(merged[0].processes) == sorted(writer.pid for writer in writers)
+
+
+def test_a_fork_begins_a_file_of_its_own_and_ends_it(tmp_path: Path) -> None:
+    code = """
+for _ in range(2): stray()
+child = os.fork()
+for _ in range(5 if child == 0 else 1): stray()
+if child == 0: sys.exit()
+os.waitpid(child, 0)
+silent = os.fork()
+if silent == 0: sys.exit()
+os.waitpid(silent, 0)
+"""
+    run(code, tmp_path)
+    processes, merged, damaged = reading.read(tmp_path)
+    assert damaged == []
+    assert [process.ended for process in processes] == [True] * len(processes)
+    counts = sorted((site.count, len(site.processes)) for site in merged)
+    assert counts == [(2, 1), (6, 2)]
+
+
+def test_what_cannot_be_read_is_named_and_costs_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("stray(64)", tmp_path)
+    (whole,) = tmp_path.glob("*.jsonl")
+    lines = whole.read_text().splitlines()
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text("\n".join([lines[0], lines[1], lines[1][:40]]))
+    others = tmp_path / "others.jsonl"
+    others.write_text('{"process": "nginx"}\n{"end": null}\n[1]\n{"stray": {}}\n{"event": 1}\n\n')
+    tmp_path.joinpath("folder.jsonl").mkdir()
+    found = log(capsys, tmp_path, status=1)
+    assert found["damaged"] == [*(f"others.jsonl:{number}" for number in (1, 2, 3, 4)), "torn.jsonl:3"]
+    assert [(site["bytes"], site["count"]) for site in found["strays"]] == [(128, 2)]
+    assert cli.main(["log", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "cannot be read: torn.jsonl:3" in out
+    assert "128 B  2 x  load: cuda:0 -> cuda:1 [repaired]" in out
+
+
+def test_a_folder_that_is_none_or_holds_nothing_is_an_error_that_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, said in ((tmp_path / "none", "is not a folder"), (tmp_path, "holds no journal")):
+        assert cli.main(["log", str(folder)]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert said in err
+        assert "devguard run --log" in err
+
+
+@pytest.mark.parametrize("options", [(), ("-W", "error")])
+def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path, options: tuple[str, ...]) -> None:
+    (tmp_path / "file").write_text("")
+    code = "stray(); stray(); print(journal.total, activation.status()['log'])"
+    out, err = run(code, tmp_path / "file" / "logs", *options)
+    assert out == f"2 devguard cannot write its log to {tmp_path}/file/logs: Not a directory.\n"
+    assert err.count("devguard cannot write its log") == 1
+
+
+def test_status_says_where_the_journal_is_written(tmp_path: Path) -> None:
+    out, _ = run("print(activation.status()['log']); journal.log.stop(); print(activation.status()['log'])", tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert out == f"{file}\nNone\n"
