@@ -6,6 +6,7 @@ One module or package for each framework. `arm` makes them wait for the framewor
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 
 __all__ = ["arm", "disarm"]
@@ -33,7 +34,9 @@ def disarm() -> list[str]:
     """Leave the frameworks as they were found; return the names that somebody else patched over devguard."""
     left: list[str] = []
     for name in NAMES:
-        left += importlib.import_module(f"{__name__}.{name}").disarm()
+        module = sys.modules.get(f"{__name__}.{name}")
+        if module is not None:  # else it was never armed
+            left += module.disarm()
     return left
 
 
