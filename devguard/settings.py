@@ -17,10 +17,11 @@ __all__ = ["MODES", "DoorMode", "Mode", "check_doors", "check_mode", "killed"]
 Mode = Literal["off", "observe", "warn", "repair", "error"]
 
 # what one door may be told; which doors know more than the modes says the table of doors
-DoorMode = Literal["off", "observe", "warn", "repair", "error", "copy"]
+DoorMode = Literal["off", "observe", "warn", "repair", "error", "copy", "uuid"]
 
 MODES: tuple[Mode, ...] = ("off", "observe", "warn", "repair", "error")
 DEFAULT_MODE: Mode = "repair"
+REPAIRING: frozenset[DoorMode] = frozenset({"repair", "copy", "uuid"})  # modes that put right what strays
 
 _KILL_VALUES = frozenset({"off", "0"})
 

@@ -19,7 +19,7 @@ from devguard.errors import ConfigError
 from devguard.journal import MAX_ROWS, journal, refused
 from devguard.owners import Owner
 from devguard.scope import local, process
-from devguard.settings import DoorMode
+from devguard.settings import REPAIRING, DoorMode
 from devguard.stray import LEFT, Action, Row
 
 __all__ = ["Judged", "allow", "allowed", "forget_allowed", "judge", "judged_here", "scoped"]
@@ -202,7 +202,7 @@ def judge(
         raise refused(
             door, source, owner.tag, nbytes, advice, start=start, dtype=dtype, shape=shape, note=note, origin=origin
         )
-    repairs = mode in ("repair", "copy") and target is not None
+    repairs = mode in REPAIRING and target is not None
     action: Action = LEFT.get(mode, "observed")
     if repairs:
         action = "placed" if places else "repaired"

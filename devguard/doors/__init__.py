@@ -50,7 +50,7 @@ NAMES = (
 # doors that act only inside remap() or where doors= names them
 ON_REQUEST = frozenset({"buffers"})
 # modes that single doors know beyond those of all
-EXTRA_MODES: dict[str, tuple[settings.DoorMode, ...]] = {"ipc": ("copy",)}
+EXTRA_MODES: dict[str, tuple[settings.DoorMode, ...]] = {"ipc": ("copy", "uuid")}
 
 _lock = threading.RLock()
 _open: dict[str, ModuleType] = {}

@@ -11,13 +11,19 @@ Memory on the owner: nothing changes. Memory elsewhere:
 - ``copy`` (a mode of this door only), and ``repair`` inside ``remap()``, copy the tensor to the owner and let go of
   the producer's memory at once. Two tensors of one storage become two copies. Without peer access the copy needs a
   context on the producer's GPU.
+- Where another owner in this process (a thread with a guard of its own), or unguarded code, has opened the allocation
+  that the memory is part of: torch opens one only once in a process, on one device. The owner gets a copy of the
+  storage, and ``note`` says that it is one and why.
 - What cannot be repaired is recorded, with the reason in ``note``, and left to torch. Mode ``error`` raises before
   anything is opened; the producer then keeps the memory, as for any message that nobody reads.
 - The owner ``cpu`` gets no silent copy to the host: what arrives is recorded and left to torch.
 
-An index is taken as torch takes it: of this process's own list. Between processes with different lists,
-``send_uuids()`` in the sender writes the GPU's UUID instead, in the spelling of SGLang's
-``monkey_patch_torch_reductions``; the receiver needs this door, or SGLang's patch. Otherwise the bytes stay torch's.
+An index is taken as torch takes it: of this process's own list. Between processes with different lists the sender says
+``doors={"ipc": "uuid"}`` (a mode of this door only: ``repair``, and what is sent carries the GPU's UUID in place of its
+index). The spelling is that of SGLang's ``monkey_patch_torch_reductions``; the receiver needs devguard's doors open, in
+any mode, or SGLang's patch, because torch alone raises a ``TypeError`` for a UUID. Without that mode the bytes stay
+torch's. A queue of ``torch.multiprocessing`` pickles on a thread of its own, which has the scopes that the first
+``put()`` was made in: say it of the process (``devguard.install``) or around all of the sender's work.
 
 Not seen here: code that calls ``UntypedStorage._new_shared_cuda`` itself, and CUDA storages, which torch does not
 send. An event is always identified by its index.
@@ -27,32 +33,36 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
-from devguard import accelerator, scope
+from devguard import accelerator, opened, scope
 from devguard.errors import DeviceResolutionError
 from devguard.owners import Owner
 from devguard.patching import DoorError, Patches
+from devguard.settings import REPAIRING
 from devguard.verdict import judge
 
-__all__ = ["install", "send_uuids", "status", "uninstall"]
+__all__ = ["install", "status", "uninstall"]
 
 NAME = "ipc"
 
 _patches = Patches()
-_sending_uuids = False
-_renamed = False  # whether any memory is, or was, open under another device than its own
+_known_owners: set[int] = set()
+_several = False  # whether this process ever had two owners with a GPU, one of which may open what the other receives
+_opening = threading.RLock()  # from the look at what is open to the opening; only where there are several owners
 _indices: dict[str, int] = {}  # UUID -> index here; the list of a process does not change
 
 # Where SGLang's monkey_patch_torch_reductions (and its copies elsewhere) keep torch's functions.
 _KEPT = "_rebuild_cuda_tensor_original"
 _KEPT_REDUCE = "_reduce_tensor_original"
 
+_STORAGE = ("storage_device", "storage_handle", "storage_size_bytes", "storage_offset_bytes")
 _EVENTS = ("rebuild_event", "_rebuild_event")  # torch 2.15 sends the second
 
 _ADVICE = "Share memory of this process's own GPU, send CPU tensors, or let devguard open it there (mode='repair')."
-_UUIDS = "If sender and receiver see different lists of devices, call devguard.doors.ipc.send_uuids() in the sender."
+_UUIDS = "If sender and receiver see different lists of devices, guard the sender with doors={'ipc': 'uuid'}."
 
 
 class _Parameters:
@@ -104,6 +114,7 @@ def install() -> None:
     for name in present:
         _patch_event(reductions, name)
     _patch_sending(torch.storage.TypedStorage, reductions)
+    scope.on_prepare.append(_owner_known)
 
 
 def uninstall() -> list[str]:
@@ -114,28 +125,22 @@ def uninstall() -> list[str]:
         if name != _KEPT and reductions is not None and vars(reductions).get(_KEPT) is ours:
             setattr(reductions, _KEPT, original)
             _patches.replaced.remove(row)
-    send_uuids(False)
+    if _owner_known in scope.on_prepare:
+        scope.on_prepare.remove(_owner_known)
     return _patches.restore()
 
 
 def status() -> dict[str, Any]:
-    """Return who holds copies of torch's functions from before, and whether UUIDs are sent."""
-    return {"early_copies": _patches.early_copies(), "sends_uuids": _sending_uuids}
+    """Return who holds copies of torch's functions from before, and whether this thread sends UUIDs."""
+    return {"early_copies": _patches.early_copies(), "sends_uuids": scope.mode_of(NAME) == "uuid"}
 
 
-def send_uuids(on: bool = True) -> None:
-    """Send the UUID of a tensor's GPU in place of its index, from now on and from this whole process.
-
-    For senders and receivers that see different lists of devices (``CUDA_VISIBLE_DEVICES``). Every receiver needs
-    devguard's doors open, or SGLang's patch: torch alone raises a ``TypeError`` for a UUID.
-
-    Parameters
-    ----------
-    on : bool
-        False for torch's own format, which is the default.
-    """
-    global _sending_uuids
-    _sending_uuids = on
+def _owner_known(owner: Owner, says: Callable[[str], Any]) -> None:
+    """Note that this process has several owners, before the second one is entered; memory may stay open for good."""
+    global _several
+    if owner.index >= 0:
+        _known_owners.add(owner.index)
+        _several = len(_known_owners) > 1
 
 
 def _patch_tensors(reductions: Any) -> None:
@@ -148,7 +153,7 @@ def _patch_tensors(reductions: Any) -> None:
             f"torch.multiprocessing.reductions.{name} was replaced by {original.__module__}.{original.__qualname__}, "
             "which devguard does not know. Enter the first guard, or call devguard.install(), before that."
         )
-    parameters = _Parameters(original, "tensor_size", "dtype", "storage_device", "storage_handle", "storage_size_bytes")
+    parameters = _Parameters(original, "tensor_size", "dtype", *_STORAGE)
     at, count = parameters.at["storage_device"], parameters.count
     local, process = scope.local, scope.process
 
@@ -163,99 +168,78 @@ def _patch_tensors(reductions: Any) -> None:
         if index.__class__ is int:
             if owner is None:
                 return original(*args)
-            if index == owner.index:
-                tensor = original(*args)
-                return _cached(tensor, owner) if _renamed and tensor.get_device() != index else tensor
+            if index == owner.index and not _several:
+                return original(*args)
         elif not isinstance(index, str):
             return original(*args)  # nothing that this version of devguard knows
-        if owner is None or (owner.index >= 0 and _index(index) == owner.index):
+        if owner is None or (owner.index >= 0 and _index(index) == owner.index and not _several):
             return original(*parameters.changed(args, "storage_device", _visible(index)))
+        if _several and owner.index >= 0:
+            with _opening:
+                return _receive(reductions, original, parameters, args, owner)
         return _receive(reductions, original, parameters, args, owner)
 
     _patches.replace(reductions, name, rebuild_cuda_tensor)
 
 
 def _receive(reductions: Any, original: Any, parameters: _Parameters, args: tuple[Any, ...], owner: Owner) -> Any:
-    """Receive a tensor that is not on the owner."""
-    global _renamed
+    """Receive a tensor that is not on the owner, or may be open under another owner's device."""
     sent, handle = parameters.value(args, "storage_device"), parameters.value(args, "storage_handle")
     nbytes = parameters.value(args, "storage_size_bytes")
     index = _index(sent) if owner.index >= 0 else sent  # finding a UUID initialises CUDA: not for who owns the host
     empty = handle is None or nbytes == 0
-    copies = _copies()
-    reason = _hindrance(owner, index, None if empty else _opened_on(reductions, handle), empty)
-    visible = owner.index >= 0 and index is not None and index < accelerator.device_count()
-    repairable = reason is None or (copies and visible)
-    source = f"cuda:{index}" if isinstance(index, int) else f"GPU {sent}"
+    under = None if empty or owner.index < 0 else opened.opened_on(reductions.shared_cache, handle)
+    elsewhere = under is not None and under != owner.index
+    if index == owner.index and not elsewhere:
+        return original(*parameters.changed(args, "storage_device", index))
     known = {"dtype": str(parameters.value(args, "dtype")), "shape": parameters.value(args, "tensor_size")}
+    source = f"cuda:{under if elsewhere else index}" if isinstance(index, int) else f"GPU {sent}"
+    reason = note = _hindrance(owner, index, empty)
+    target = owner.tag if elsewhere or reason is None or (_copies() and _sees(owner, index)) else None
+    if elsewhere:
+        reason = note = f"This process has opened that memory under {source} already."
+        if scope.mode_of(NAME) in REPAIRING:
+            note = f"{reason} The owner gets a copy of it, not an alias."
     advice = _ADVICE if reason is None else f"{reason} {_ADVICE}"
-    target = owner.tag if repairable else None
-    if not judge(NAME, source, owner, nbytes or 0, advice, target=target, note=reason, **known):
+    if not judge(NAME, source, owner, nbytes or 0, advice, target=target, note=note, **known):
         try:
             return original(*parameters.changed(args, "storage_device", _visible(sent)))
         except RuntimeError as error:
-            if visible or owner.index < 0 or scope.mode_of(NAME) == "off":
+            if _sees(owner, index) or owner.index < 0 or scope.mode_of(NAME) == "off":
                 raise
             raise DeviceResolutionError(f"ipc: {reason}") from error
-    _renamed = True
+    if elsewhere:
+        key = handle, parameters.value(args, "storage_offset_bytes")
+        args = parameters.changed(args, "storage_device", owner.index)
+        return opened.copy_anew(reductions.shared_cache, key, original, args)
     tensor = original(*parameters.changed(args, "storage_device", index if reason else owner.index))
-    return _copy(tensor, owner) if copies and not empty else tensor
+    return opened.copy(tensor, owner) if _copies() and not empty else tensor
 
 
-def _cached(tensor: Any, owner: Owner) -> Any:
-    """Answer for memory of the owner that this process has open already, under another device's name."""
-    reason = f"This process has opened that memory under {tensor.device} and still uses it."
-    known = {"dtype": str(tensor.dtype), "shape": tensor.shape, "note": reason}
-    target = owner.tag if _copies() else None
-    if judge(NAME, str(tensor.device), owner, tensor.nbytes, f"{reason} {_ADVICE}", target=target, **known):
-        return _copy(tensor, owner)
-    return tensor
+def _sees(owner: Owner, index: Any) -> bool:
+    """Tell whether this process sees the device `index`; it is not asked for who owns the host."""
+    return owner.index >= 0 and index is not None and index < accelerator.device_count()
 
 
-def _hindrance(owner: Owner, index: Any, opened_on: int | None, empty: bool) -> str | None:
+def _hindrance(owner: Owner, index: Any, empty: bool) -> str | None:
     """Return why memory on the device `index` cannot be opened with the owner current; None if it can."""
     if owner.index < 0:
         return "It is not copied to the host silently: copy it in the sender, or in the receiver with .cpu()."
-    if index is None or index >= accelerator.device_count():
+    if not _sees(owner, index):
         which = "the sender's GPU" if index is None else f"the sender's cuda:{index}"
         seen = ", ".join(f"cuda:{i}" for i in range(accelerator.device_count()))
         return f"This process does not see {which} (it sees {seen}; see CUDA_VISIBLE_DEVICES). {_UUIDS}"
     if empty:
         return None
-    if opened_on is not None and opened_on != owner.index:
-        return f"This process has opened that memory under cuda:{opened_on} and still uses it."
     if not accelerator.can_access_peer(owner.index, index):
         return f"{owner.tag} has no peer access to cuda:{index}, so opening it takes a context there."
-    return None
-
-
-def _opened_on(reductions: Any, handle: Any) -> int | None:
-    """Return the device under which this process has the allocation of `handle` open; None if it has not.
-
-    torch opens an allocation once, for all of its storages, and remembers it by the handle alone.
-    """
-    for key in list(reductions.shared_cache):
-        if isinstance(key, tuple) and key[0] == handle:
-            storage = reductions.storage_from_cache(None, key)
-            if storage is not None:
-                index: int = storage.device.index
-                return index
     return None
 
 
 def _copies() -> bool:
     """Tell whether memory on another GPU is to be copied; ``remap()`` asks for that."""
     mode = scope.mode_of(NAME)
-    return mode == "copy" or (mode == "repair" and scope.asked(""))
-
-
-def _copy(tensor: Any, owner: Owner) -> Any:
-    """Return a copy of `tensor` on the owner, of the same kind."""
-    torch = sys.modules["torch"]
-    copy = tensor.detach().to(owner.device, copy=True)
-    if isinstance(tensor, torch.nn.Parameter):
-        return torch.nn.Parameter(copy, requires_grad=tensor.requires_grad)
-    return copy.requires_grad_(tensor.requires_grad)
+    return mode == "copy" or (mode in ("repair", "uuid") and scope.asked(""))
 
 
 def _index(sent: int | str) -> int | None:
@@ -293,7 +277,7 @@ def _patch_event(reductions: Any, name: str) -> None:
         device = parameters.value(args, "device")
         if getattr(device, "type", None) != "cuda" or device.index in (None, owner.index):
             return original(*args)
-        reason = _hindrance(owner, device.index, None, False)
+        reason = _hindrance(owner, device.index, False)
         advice = _ADVICE if reason is None else f"{reason} {_ADVICE}"
         target = owner.tag if reason is None else None
         if judge(NAME, str(device), owner, 0, advice, target=target, note=reason):
@@ -311,7 +295,8 @@ def _patch_sending(typed_storage: Any, reductions: Any) -> None:
     def _share_cuda_(self: Any, *args: Any, **kwargs: Any) -> Any:
         shared = original(self, *args, **kwargs)
         # for messages only, and not beneath SGLang's patch, which puts the UUID in itself
-        if _sending_uuids and sys._getframe(1).f_code is reducing and _KEPT_REDUCE not in vars(reductions):
+        message = sys._getframe(1).f_code is reducing and _KEPT_REDUCE not in vars(reductions)
+        if message and scope.mode_of(NAME) == "uuid":
             return (accelerator.uuid_of(shared[0]), *shared[1:])
         return shared
 

@@ -9,6 +9,7 @@ import pickle
 import pickletools
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -21,7 +22,6 @@ from torch.multiprocessing import reductions
 
 import devguard
 from devguard import guard, simgpu
-from devguard.doors import ipc
 from tests import sglang_reductions
 from tests.producer import Producer
 
@@ -225,7 +225,7 @@ class TestModes:
             guard(1, doors={"load": "copy"})
         with pytest.raises(devguard.ConfigError, match=r"'copy' is not a mode"):
             guard(1, mode="copy")
-        with pytest.raises(devguard.ConfigError, match=r"door 'ipc': 'move'.* error, copy\."):
+        with pytest.raises(devguard.ConfigError, match=r"door 'ipc': 'move'.* error, copy, uuid\."):
             guard(1, doors={"ipc": "move"})
 
 
@@ -296,26 +296,113 @@ class TestAliases:
         assert type(parameter) is torch.nn.Parameter
         assert (parameter.requires_grad, leaf.requires_grad, leaf.is_leaf) == (True, True, True)
 
-    def test_of_memory_that_is_open_elsewhere_cannot_be_opened_anew(self, producer):
+
+class TestMemoryThatIsOpenUnderAnotherDevice:
+    """torch opens an allocation once in a process: a second owner gets a copy, and the record says so."""
+
+    def test_unguarded_code_has_opened_it(self, producer):
         alias = pickle.loads(producer.share("cuda:0"))
         with guard(1):
-            again = pickle.loads(producer.again())
-        assert again.data_ptr() == alias.data_ptr()
-        assert again.device == alias.device
-        assert actions() == [("cuda:0", "cuda:0", "observed")]
-        assert "opened that memory under cuda:0" in devguard.strays()[0].note
-        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match="under cuda:0"):
-            pickle.loads(producer.again())
+            copy = pickle.loads(producer.again())
+        assert (alias.device.index, copy.device.index, copy.tolist()) == (0, 1, [0.0, 1.0, 2.0, 3.0])
+        assert actions() == [("cuda:0", "cuda:1", "repaired")]
+        assert "under cuda:0 already. The owner gets a copy of it, not an alias" in devguard.strays()[0].note
+        producer.fill(9)
+        assert (alias.tolist(), copy.tolist()) == ([9.0] * 4, [0.0, 1.0, 2.0, 3.0])
 
-    def test_of_the_owners_memory_that_another_owner_has_opened(self, producer):
+    def test_another_owner_has_opened_it(self, producer):
         with guard(2):
             alias = pickle.loads(producer.share("cuda:0"))
+        for owner in (0, 1):  # the first of them is even the memory's own
+            with guard(owner):
+                copy = pickle.loads(producer.again())
+            assert (copy.device.index, copy.tolist()) == (owner, [0.0, 1.0, 2.0, 3.0])
         assert alias.device.index == 2
+        assert actions()[1:] == [("cuda:2", "cuda:0", "repaired"), ("cuda:2", "cuda:1", "repaired")]
+
+    def test_other_parts_of_one_allocation_come_to_two_owners(self, producer):
+        """Small tensors lie in one allocation of 2 MiB, of which each is a storage of its own."""
+        producer.do("import torch, builtins; builtins.kept = torch.arange(512.0).to('cuda:0')")
+        first = producer.share("cuda:0")
+        second = producer.share("cuda:0", shape=(6,))
+        with guard(1):
+            one = pickle.loads(first)
+        with guard(2):
+            two = pickle.loads(second)
         with guard(0):
-            assert pickle.loads(producer.again()).device.index == 2
-        with guard(0, doors={"ipc": "copy"}):
-            assert pickle.loads(producer.again()).device.index == 0
-        assert actions()[1:] == [("cuda:2", "cuda:2", "observed"), ("cuda:2", "cuda:0", "repaired")]
+            home = pickle.loads(producer.again())
+        assert [(t.device.index, len(t)) for t in (one, two, home)] == [(1, 4), (2, 6), (0, 6)]
+        assert two.tolist() == home.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+        del one, two, home
+        assert producer.drop() == 2048
+        producer.do("import builtins; del builtins.kept")
+
+    @pytest.mark.parametrize("how", ["parameter", "grad", "views", "integers"])
+    def test_the_copy_is_the_same_otherwise(self, producer, how):
+        alias = pickle.loads(producer.share("cuda:0", how=how))
+        with guard(1):
+            copy = pickle.loads(producer.again())
+        many = how == "views"
+        for ours, theirs in zip(copy if many else [copy], alias if many else [alias], strict=True):
+            assert (ours.device.index, theirs.device.index) == (1, 0)
+            assert type(ours) is type(theirs)
+            assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
+            assert (ours.storage_offset(), ours.is_leaf) == (theirs.storage_offset(), True)
+            assert ours.requires_grad == theirs.requires_grad
+            if ours.is_contiguous():
+                assert ours.tolist() == theirs.tolist()
+        del copy, alias, ours, theirs
+        assert producer.drop() == 0
+
+    def test_once_it_is_closed_the_next_owner_gets_an_alias_again(self, producer):
+        with guard(2):
+            alias = pickle.loads(producer.share("cuda:0"))
+        del alias
+        with guard(1):
+            alias = pickle.loads(producer.again())
+        producer.fill(9)
+        assert (alias.device.index, alias.tolist()) == (1, [9.0] * 4)
+        assert [stray.note for stray in devguard.strays()] == [None, None]
+
+    def test_the_other_modes(self, producer):
+        alias = pickle.loads(producer.share("cuda:0"))
+        with guard(1, mode="observe"):
+            again = pickle.loads(producer.again())
+        assert (again.data_ptr(), again.device) == (alias.data_ptr(), alias.device)
+        with guard(1, mode="off"):
+            pickle.loads(producer.again())
+        assert actions() == [("cuda:0", "cuda:0", "observed")]
+        assert devguard.strays()[0].note == "This process has opened that memory under cuda:0 already."
+        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match="under cuda:0 already"):
+            pickle.loads(producer.again())
+
+    def test_copying_it_opens_no_context_on_the_producers_gpu(self, producer):
+        code = (
+            "with devguard.guard(1): one = pickle.loads(data)\n"
+            "with devguard.guard(2): two = pickle.loads(data)\n"
+            "torch.cuda.synchronize(2); print(one.device, two.device, two.tolist(), ctx())"
+        )
+        assert child(code, producer.share("cuda:0")) == "cuda:1 cuda:2 [0.0, 1.0, 2.0, 3.0] [1, 2]"
+
+    def test_threads_of_two_owners_that_receive_at_once(self, producer):
+        messages = [producer.again() if number else producer.share("cuda:0") for number in range(16)]
+        wrong: list[Any] = []
+
+        def receive(owner: int, mine: list[bytes], begin: threading.Barrier) -> None:
+            with guard(owner):
+                begin.wait()
+                for message in mine:
+                    tensor = pickle.loads(message)
+                    if tensor.device.index != owner or tensor.tolist() != [0.0, 1.0, 2.0, 3.0]:
+                        wrong.append((owner, tensor))
+
+        begin = threading.Barrier(4)
+        threads = [threading.Thread(target=receive, args=(n % 3, messages[n::4], begin)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
 
 
 class TestWithoutPeerAccess:
@@ -354,13 +441,41 @@ class TestDifferentVisibleLists:
 
     @pytest.fixture
     def uuids(self, turned):
-        turned.do("import devguard; devguard.install(device=0)\nfrom devguard.doors import ipc; ipc.send_uuids()")
+        turned.do("import devguard; devguard.install(device=0, doors={'ipc': 'uuid'})")
         yield
         turned.do("import devguard; devguard.uninstall()")
 
     def test_the_disease_is_another_gpu(self, turned):
         code = "torch.cuda.set_device(1); x = pickle.loads(data); print(x.device, ctx())"
         assert child(code, turned.share("cuda:0")) == "cuda:0 [0, 1]"
+
+    def test_a_mode_of_this_door_only(self):
+        with pytest.raises(devguard.ConfigError, match=r"'uuid' is not a mode"):
+            guard(1, mode="uuid")
+
+    def test_only_what_is_sent_inside_the_scope_carries_a_uuid(self, turned):
+        plain = turned.share("cuda:0")
+        turned.do(
+            "import builtins, devguard; builtins.scope = devguard.guard(0, doors={'ipc': 'uuid'}); scope.__enter__()"
+        )
+        tagged = turned.again()
+        turned.do("import builtins, devguard; scope.__exit__(None, None, None); devguard.uninstall()")
+        uuid = str(torch.cuda.get_device_properties(1).uuid).encode()
+        assert (uuid in plain, uuid in tagged, uuid in turned.again()) == (False, True, False)
+        with guard(1, mode="error"):
+            assert pickle.loads(tagged).device.index == 1
+
+    def test_two_guarded_ends_that_see_two_gpus_in_another_order(self, tmp_path_factory):
+        code = "with devguard.guard({}, doors={{'ipc': 'uuid'}}):\n    x = pickle.loads(data); print(x.device, ctx())"
+        sender = Producer(tmp_path_factory.mktemp("two"), {"CUDA_VISIBLE_DEVICES": "1,0"})
+        try:
+            sender.do("import devguard; devguard.install(device=0, doors={'ipc': 'uuid'})")
+            data = sender.share("cuda:0")  # the second GPU of the machine
+            for visible, index in (("0,1", 1), ("1,0", 0), ("1", 0)):
+                got = child(code.format(index) + "; print(devguard.strays())", data, CUDA_VISIBLE_DEVICES=visible)
+                assert got == f"cuda:{index} [{index}]\n()"
+        finally:
+            sender.close()
 
     def test_with_uuids_the_owners_memory_is_the_owners(self, turned, uuids):
         assert child(self.GUARDED.format(1), turned.share("cuda:0")) == "cuda:1 [1] 0"
@@ -402,8 +517,7 @@ class TestDifferentVisibleLists:
         assert lines == [*(f"{kind} True True" for kind in kinds), "and without an owner"]
 
     def test_a_reduction_that_is_not_a_message_keeps_the_index(self):
-        devguard.install(device=1)
-        ipc.send_uuids()
+        devguard.install(device=1, doors={"ipc": "uuid"})
         storage = torch.arange(4.0).to("cuda:1")._typed_storage()
         assert storage._share_cuda_()[0] == 1
         assert devguard.status()["doors"]["ipc"]["sends_uuids"] is True
@@ -450,14 +564,14 @@ class TestBesideSglangsPatch:
 
     @pytest.mark.usefixtures("_patched")
     def test_tensors_can_still_be_sent_and_only_one_puts_the_uuid_in(self):
-        ipc.send_uuids()
+        devguard.install(device=3, doors={"ipc": "uuid"})
         function, sent = reductions.reduce_tensor(torch.arange(4.0).to("cuda:1"))
         assert function is sglang_reductions._rebuild_cuda_tensor_modified
         assert sent[6] == str(torch.cuda.get_device_properties(1).uuid)
         assert b"_rebuild_cuda_tensor_modified" in bytes(ForkingPickler.dumps(torch.arange(4.0).to("cuda:1")))
 
     def test_devguards_uuids_are_read_by_sglangs_patch_alone(self, turned):
-        turned.do("import devguard; devguard.install(device=0)\nfrom devguard.doors import ipc; ipc.send_uuids()")
+        turned.do("import devguard; devguard.install(device=0, doors={'ipc': 'uuid'})")
         code = (
             "from tests import sglang_reductions; sglang_reductions.monkey_patch_torch_reductions()\n"
             "print(pickle.loads(data).device)"
