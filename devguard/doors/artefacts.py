@@ -1,22 +1,25 @@
 """The door ``artefacts``: a traced, scripted or exported program that holds ``cuda:0`` as a constant.
 
 What was written as ``device=x.device`` is a constant after tracing and exporting, so the program goes on to make its
-tensors on the GPU of the process that exported it. ``torch.export.load`` and ``torch.jit.load`` (with or without
-``map_location``, which does not touch constants) are followed by a look at the graphs: a device that is not the
-owner's is recorded with the line that loads it, and refused in mode ``error`` before the program can run. It is never
-rewritten; export the program anew without an index, or on the owner's index.
+tensors on the GPU of the process that exported it.
 
-Where the tensors of an archive land is the matter of the doors ``load`` and ``jit``. ``torch.export.load`` passes them
-by with its weights (newer torch keeps their device in a format of its own): weights that are elsewhere after it are
-counted here, when they are there already. A constant ``cuda`` without an index is the current device, and no stray.
-Not seen: packages of AOTInductor, which let the caller choose (``device_index=``), pickled ``torch.fx`` graphs,
-TensorRT engines, ONNX files.
+- ``torch.export.load``: a program that names one GPU, which is not the owner's, is read as if it named the owner, in
+  mode ``repair``: constants of the graph, weights and the rest, so that nothing lands there first (torch's own
+  ``move_to_device_pass`` moves afterwards). A program that names several GPUs, the owner's perhaps among them, was
+  meant so: it is recorded and left. Mode ``error`` refuses at the first such device, before anything is on it.
+- ``torch.jit.load`` (with or without ``map_location``, which does not touch constants) is followed by a look at the
+  graphs: recorded with the line that loads, refused in mode ``error`` before the program can run, never rewritten.
+
+Where the tensors of an archive land is otherwise the matter of the doors ``load`` and ``jit``. A constant ``cuda``
+without an index is the current device, and no stray. Nothing is moved for the owner ``cpu``. Not seen: packages of
+AOTInductor, which let the caller choose (``device_index=``), pickled ``torch.fx`` graphs, TensorRT engines, ONNX files.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -24,13 +27,18 @@ from devguard import scope
 from devguard.late import when_imported
 from devguard.owners import Owner
 from devguard.patching import Patches
-from devguard.verdict import judge
+from devguard.settings import DoorMode
+from devguard.verdict import allowed, judge
 
 __all__ = ["install", "status", "uninstall"]
 
 NAME = "artefacts"
 
 _INDEXED = re.compile(r"cuda:\d+", re.ASCII)
+
+# where torch reads the devices of an exported program; the second copies the first one's function
+READER = "deserialize_device"
+READERS = ("torch._export.serde.serialize", "torch.export.pt2_archive._package")
 
 _patches = Patches()
 _open = False
@@ -40,6 +48,48 @@ _ADVICE = (
     "The program was exported there and holds that device as a constant. Export it on the owner's index, or without "
     "an index ('cuda')."
 )
+
+
+class _Stop(Exception):
+    """The program cannot be read as it was going to be."""
+
+
+class _Reading:
+    """One reading of a program by ``torch.export.load``, for an owner with a GPU.
+
+    Attributes
+    ----------
+    found : dict
+        How often the program names each GPU that is not the owner's and not allowed.
+    stopped : bool
+        Whether it was stopped: it strays and may not, or names several GPUs.
+    """
+
+    def __init__(self, owner: Owner, *, refuse: bool) -> None:
+        self.owner = owner
+        self.refuse = refuse
+        self.found: dict[str, int] = {}
+        self.stopped = False
+        self._others = False  # whether it names the owner, or a GPU that is allowed
+
+    def place(self, device: Any) -> Any:
+        """Return where a device that the program names is to be."""
+        tag = str(device)
+        if tag == self.owner.tag or allowed(tag):
+            self._others = True
+        else:
+            self.found[tag] = self.found.get(tag, 0) + 1
+        if self.found and (self.refuse or self._others or len(self.found) > 1):
+            self.stopped = True
+            raise _Stop
+        return device if tag not in self.found else self.owner.device
+
+
+class _Thread(threading.local):
+    reading: _Reading | None = None
+
+
+_thread = _Thread()
 
 
 def install() -> None:
@@ -61,6 +111,8 @@ def install() -> None:
     _unread = 0
     _missing.clear()
     when_imported("torch.export", _patch_export)
+    for name in READERS:
+        when_imported(name, _patch_reader)
 
 
 def uninstall() -> list[str]:
@@ -92,13 +144,67 @@ def _patch_export(module: ModuleType) -> None:
         return
 
     def load(*args: Any, **kwargs: Any) -> Any:
-        program = original(*args, **kwargs)
         owner = scope.owner_in_force()
-        if owner is not None and scope.mode_of(NAME) != "off":
-            _look(_constants_of_export(program), owner)
+        if owner is None or (mode := scope.mode_of(NAME)) == "off":
+            return original(*args, **kwargs)
+        moves = mode in ("repair", "error") and owner.index >= 0
+        program = _read_for(owner, mode, original, args, kwargs) if moves else None
+        if program is None:
+            program = original(*args, **kwargs)
+        _look(_constants_of_export(program), owner)
         return program
 
     _patches.replace(module, "load", load)
+
+
+def _read_for(
+    owner: Owner, mode: DoorMode, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Read a program with the owner in place of the one GPU that it names; None if it names several."""
+    file: Any = args[0] if args else kwargs.get("f")
+    position = file.tell() if hasattr(file, "tell") else None
+    reading, outer = _Reading(owner, refuse=mode == "error"), _thread.reading
+    _thread.reading = reading
+    try:
+        program = original(*args, **kwargs)
+    except Exception:
+        if not reading.stopped:  # torch wraps what happens while it reads a graph in an error of its own
+            raise
+        program = None
+    finally:
+        _thread.reading = outer
+    if reading.found and mode == "error":
+        judge(NAME, ",".join(sorted(reading.found)), owner, 0, _ADVICE)
+    if program is None:
+        if position is not None:
+            file.seek(position)
+    elif reading.found:
+        ((tag, count),) = reading.found.items()
+        tensors = (*program.state_dict.values(), *program.constants.values())
+        nbytes = sum(value.nbytes for value in tensors if getattr(value, "is_cuda", False))
+        judge(NAME, tag, owner, nbytes, _ADVICE, target=owner.tag, note=f"named {count} x in the program")
+    return program
+
+
+def _patch_reader(module: ModuleType) -> None:
+    """Replace the function by which a module of torch reads a device; a torch without it is only looked at."""
+    original = vars(module).get(READER)
+    if not _open or any(patched is module for patched, _, _, _ in _patches.replaced):
+        return
+    if original is None:
+        _missing.append(f"{module.__name__}.{READER}")
+        return
+    for _, name, replaced, ours in _patches.replaced:
+        if name == READER and original is ours:  # copied while it was replaced
+            _patches.replaced.append((module, name, replaced, ours))
+            return
+
+    def deserialize_device(*args: Any, **kwargs: Any) -> Any:
+        device = original(*args, **kwargs)
+        reading = _thread.reading
+        return device if reading is None or device.type != "cuda" or device.index is None else reading.place(device)
+
+    _patches.replace(module, READER, deserialize_device)
 
 
 def _look(constants: Iterator[tuple[str, int, str]], owner: Owner) -> None:

@@ -2,9 +2,14 @@
 
 ``torch.cuda.Stream`` and ``ExternalStream`` belong to the device named, else to the one that is current when they are
 made; making one opens a context there, and work queued on it later runs there, or fails. An ``Event`` gets its device
-when it is first recorded; made while another device is current it is mostly recorded there. Such a one is recorded with
-the line that makes it, and refused in mode ``error`` before it exists. It is never moved: the program may count on the
-device that it said.
+when it is first recorded: that of the stream it is recorded in, else the current one. It is recorded which line makes
+it, and mode ``error`` refuses before it exists.
+
+- No device is named, and the current one is device 0 merely because this thread has chosen none (the rule of the door
+  ``bookkeeping``: device 0 holds no context): made on the owner in mode ``repair``; an event is recorded there.
+- No device is named, and somebody chose the current one, as ``with torch.cuda.device(2)`` does: left there. An event
+  that is made there is mostly recorded there.
+- A device is named: never overridden, recorded as kept.
 
 Wrapping a stream that exists already (``torch.cuda.current_stream()``) is no making, and neither are the events that
 torch makes for a stream's own methods. Not seen: ``torch.Stream`` and ``torch.Event``, which are types of C and cannot
@@ -18,8 +23,10 @@ from collections.abc import Callable
 from typing import Any
 
 from devguard import scope
+from devguard.journal import journal, refused
+from devguard.owners import Owner
 from devguard.patching import Patches
-from devguard.verdict import judge
+from devguard.verdict import allowed, judge
 
 __all__ = ["install", "status", "uninstall"]
 
@@ -30,10 +37,14 @@ _ADVICE = (
     "Make it inside devguard.guard(...), pass the owner's device, or, if it is meant, make it inside "
     "devguard.unguarded()."
 )
+_ADVICE_NAMED = (
+    "The program names that device itself, which devguard never overrides. Correct it, or allow it with "
+    "devguard.unguarded()."
+)
 
 
 def install() -> None:
-    """Replace the constructors; a build without CUDA makes no streams."""
+    """Replace the constructors, and ``Event.record``; a build without CUDA makes no streams."""
     import torch
 
     if not hasattr(torch._C, "_cuda_getDevice"):
@@ -45,6 +56,7 @@ def install() -> None:
     ):
         original = _patches.find(kind, "__new__")
         _patches.replace(kind, "__new__", watched(getattr(original, "__func__", original)))
+    _patches.replace(torch.cuda.Event, "record", _watched_record(_patches.find(torch.cuda.Event, "record")))
 
 
 def uninstall() -> list[str]:
@@ -54,7 +66,8 @@ def uninstall() -> list[str]:
 
 def status() -> dict[str, Any]:
     """Return which classes are watched."""
-    return {"watched": [f"torch.cuda.{kind.__name__}" for kind, _, _, _ in _patches.replaced]}
+    classes = dict.fromkeys(f"torch.cuda.{kind.__name__}" for kind, _, _, _ in _patches.replaced)
+    return {"watched": list(classes)}
 
 
 def _watched_stream(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,13 +89,14 @@ def _watched_stream(original: Callable[..., Any]) -> Callable[..., Any]:
                     cls, device, priority, stream_id=stream_id, device_index=device_index, device_type=device_type
                 )
             if stream_id is None and device_index is None and device_type is None:
-                _check_stream(device)
-                return original(cls, device, priority)
+                index = _place(device)
+                return original(cls, device if index is None else index, priority)
         given = {"stream_id": stream_id, "device_index": device_index, "device_type": device_type}
         kwargs.update({name: value for name, value in given.items() if value is not None})
         # one with an identity exists already; one with a pointer is an external one, and has been looked at
         if "stream_id" not in kwargs and "stream_ptr" not in kwargs:
-            _check_stream(device)
+            index = _place(device)
+            device = device if index is None else index
         return original(cls, device, priority, **kwargs)
 
     return __new__
@@ -90,7 +104,9 @@ def _watched_stream(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _watched_external_stream(original: Callable[..., Any]) -> Callable[..., Any]:
     def __new__(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_stream(args[1] if len(args) > 1 else kwargs.get("device"))
+        index = _place(args[1] if len(args) > 1 else kwargs.get("device"))
+        if index is not None:
+            args, kwargs = args[:1], {**kwargs, "device": index}
         return original(cls, *args, **kwargs)
 
     return __new__
@@ -106,27 +122,68 @@ def _watched_event(original: Callable[..., Any]) -> Callable[..., Any]:
         owner = stack[-1][1] if stack else process.owner
         away = owner is not None and owner.index >= 0 and get_device() != owner.index
         # not those of Stream.record_event and its like: they go to that stream's device at once
-        if away and sys._getframe(1).f_globals.get("__name__") != internal:
-            _check_stream(None)
+        if away and not _is_unchosen() and sys._getframe(1).f_globals.get("__name__") != internal:
+            _place(None)
         return original(cls, *args, **kwargs)
 
     return __new__
 
 
-def _check_stream(device: Any) -> None:
-    """Look at the device of what is about to be made: `device`, or the current one for None."""
+def _watched_record(original: Callable[..., Any]) -> Callable[..., Any]:
+    torch: Any = sys.modules["torch"]
+    local, process = scope.local, scope.process
+
+    def record(self: Any, stream: Any = None) -> None:
+        stack = local.stack
+        # as in the door bookkeeping: inside a guard in which nobody moved the device nothing needs a look
+        looked = stream is not None or (stack and not stack.moved and stack[-1][2] >= 0)
+        owner = None if looked else stack[-1][1] if stack else process.owner
+        if owner is not None and owner.index > 0 and _is_unchosen():
+            index = _place(None)
+            stream = None if index is None else torch.cuda.current_stream(index)
+        original(self, stream)
+
+    return record
+
+
+def _is_unchosen() -> bool:
+    """Tell whether the current device is device 0 and nobody chose it: nothing is there, and nothing can be pending."""
+    torch: Any = sys.modules["torch"]
+    try:
+        return bool(torch._C._cuda_getDevice() == 0 and not torch._C._cuda_hasPrimaryContext(0))
+    except RuntimeError:  # a forked child, which cannot ask; the call itself says what is wrong
+        return False
+
+
+def _place(device: Any) -> int | None:
+    """Return where to make something for `device` (None: for the current one); None for where it would be anyway."""
     owner = scope.owner_in_force()
     if owner is None:
-        return
+        return None
     torch: Any = sys.modules["torch"]
     index = -1
-    if device is not None:
+    if device is not None and str(device) != "cuda":
         try:
             index = torch.cuda._utils._get_device_index(device, optional=True)
         except (RuntimeError, TypeError, ValueError):
-            return  # torch says what is wrong with it
-    if index < 0:  # torch takes the current device
-        unasked = owner.index < 0 and not torch.cuda.is_initialized()  # asking would initialise CUDA
-        index = 0 if unasked else torch._C._cuda_getDevice()
-    if index != owner.index:
-        judge(NAME, f"cuda:{index}", owner, 0, _ADVICE)
+            return None  # torch says what is wrong with it
+    if index >= 0:
+        if index != owner.index:
+            _obey(f"cuda:{index}", owner)
+        return None
+    unasked = owner.index < 0 and not torch.cuda.is_initialized()  # asking would initialise CUDA
+    index = 0 if unasked else torch._C._cuda_getDevice()
+    if index == owner.index:
+        return None
+    target = owner.tag if owner.index >= 0 and _is_unchosen() else None
+    return owner.index if judge(NAME, f"cuda:{index}", owner, 0, _ADVICE, target=target) else None
+
+
+def _obey(tag: str, owner: Owner) -> None:
+    """Record a device that the program names itself; refuse it in mode ``error``."""
+    mode = scope.mode_of(NAME)
+    if mode == "off" or allowed(tag):
+        return
+    if mode == "error":
+        raise refused(NAME, tag, owner.tag, 0, _ADVICE_NAMED)
+    journal.record(NAME, tag, tag, owner.tag, "kept", 0)

@@ -1,9 +1,15 @@
-"""Runs one case in one mode, in this process: ``python -m tests.matrix.harness CASE MODE``; prints JSON.
+"""Runs cases, each in a fork of this process, which has imported torch and not initialised CUDA: quickly.
+
+Reads lines of JSON, ``["CASE", "MODE"]``, and answers each with one line of JSON. `Server` is the other end.
 
 A case is a small user program in cases/: ``stray()`` does what the class describes, on the line marked ``# STRAY``;
-``behaves()`` does the same work as it should be done. Optional: ``before()`` runs outside the guard, first;
-``REPAIRED`` is a function of stray()'s result that tells whether the work ended up on the owner, cuda:1; ``STRAYS`` is
-one that returns what a child process recorded; ``OPENS`` are devices whose context is open before any repair.
+``behaves()`` does the same work as it should be done. Optional:
+
+- ``before(mode)`` runs outside the guard, first;
+- ``guarded(mode, work)`` runs `work` inside a guard in its own way;
+- ``REPAIRED(result)`` tells from stray()'s result whether the work ended up on the owner, cuda:1;
+- ``STRAYS(result)`` returns what a child process recorded, ``WORKERS(result)`` its pid, if what it holds counts;
+- ``OPENS`` are devices whose context is open before any repair.
 """
 
 from __future__ import annotations
@@ -11,45 +17,126 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import subprocess
 import sys
+import tempfile
+import threading
+import traceback
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-OWNER = "cuda:1"
+__all__ = ["MODES", "OWNER", "Server", "row"]
+
+OWNER = 1
 MODES = ("unguarded", "observe", "repair", "error", "behaves")
+TIMEOUT_S = 120
 
 
-def main(case: str, mode: str) -> int:
+class Server:
+    """One process that runs cases; used by one thread."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        command = [sys.executable, "-m", "tests.matrix.harness"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        root = Path(__file__).parents[2]
+        self._process = subprocess.Popen(command, env=dict(environment), cwd=root, text=True, **pipes)  # type: ignore[call-overload]
+
+    def run(self, case: str, mode: str) -> dict[str, Any]:
+        """Run one case in one mode; what `report` returns."""
+        self._process.stdin.write(json.dumps([case, mode]) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        report: dict[str, Any] = json.loads(answer) if answer else {"failed": "the process that runs cases has ended"}
+        if "failed" in report:
+            raise RuntimeError(f"{case}, {mode}: {report['failed']}")
+        return report
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+def main() -> int:
+    """Answer until the other end is closed."""
+    import torch  # noqa: F401 - once, for all of them
+
+    import devguard  # noqa: F401
+
+    for line in sys.stdin:
+        print(json.dumps(_in_a_fork(*json.loads(line))), flush=True)
+    return 0
+
+
+def _in_a_fork(case: str, mode: str) -> dict[str, Any]:
+    with tempfile.TemporaryFile("w+") as answer, tempfile.TemporaryFile("w+") as noise:
+        pid = os.fork()
+        if pid == 0:
+            _silence(noise.fileno())
+            try:
+                answer.write(json.dumps(report(case, mode)))
+            except BaseException:  # noqa: BLE001 - shown by the other end
+                answer.write(json.dumps({"failed": traceback.format_exc()}))
+            answer.flush()
+            os._exit(0)  # threads of NCCL, and the like, are not waited for
+        deadline = threading.Timer(TIMEOUT_S, os.kill, (pid, 9))
+        deadline.start()
+        _, status = os.waitpid(pid, 0)
+        deadline.cancel()
+        answer.seek(0)
+        noise.seek(0)
+        text = answer.read()
+        found: dict[str, Any] = json.loads(text) if text else {"failed": f"wait status {status}\n{noise.read()}"}
+        return found
+
+
+def _silence(descriptor: int) -> None:
+    """Send what a case writes into a file, and give it no input."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+def report(case: str, mode: str) -> dict[str, Any]:
+    """Run one case in one mode, here."""
     warnings.simplefilter("ignore")
     import torch
 
     import devguard
 
     module = importlib.import_module(f"tests.matrix.cases.{case}")
-    report: dict[str, Any] = {"error": None, "result": None}
-    getattr(module, "before", lambda: None)()
+    found: dict[str, Any] = {"error": None, "repaired": None, "pids": [os.getpid()]}
+    getattr(module, "before", lambda mode: None)(mode)
     work = module.behaves if mode == "behaves" else module.stray
+    strays: list[dict[str, Any]] = []
     try:
         if mode == "unguarded":
             torch.cuda.set_device(OWNER)
             result = work()
         else:
-            with devguard.guard(OWNER, mode="error" if mode == "behaves" else mode):
-                result = work()
-        report["result"] = bool(module.REPAIRED(result)) if hasattr(module, "REPAIRED") else None
+            result = getattr(module, "guarded", _guarded)(mode, work)
+        found["repaired"] = bool(module.REPAIRED(result)) if hasattr(module, "REPAIRED") else None
+        strays += getattr(module, "STRAYS", lambda result: [])(result)
+        found["pids"] += getattr(module, "WORKERS", lambda result: [])(result)
     except Exception as error:  # noqa: BLE001 - whatever a case raises is what it shows
-        report["error"] = f"{type(error).__name__}: {error}"
-    report["strays"] = [] if mode == "unguarded" else [row(stray) for stray in devguard.strays()]
-    if mode != "unguarded" and report["error"] is None and hasattr(module, "STRAYS"):
-        report["strays"] += module.STRAYS(result)
-    report["contexts"] = [device.index for device in devguard.contexts()]
-    report["pid"] = os.getpid()
-    report["opens"] = getattr(module, "OPENS", ())
-    print(json.dumps(report), flush=True)
-    return 0
+        found["error"] = f"{type(error).__name__}: {error}"
+    if mode != "unguarded":
+        strays += map(row, devguard.strays())
+    return {**found, "strays": strays, "opens": getattr(module, "OPENS", ())}
+
+
+def _guarded(mode: str, work: Any) -> Any:
+    import devguard
+
+    with devguard.guard(OWNER, mode="error" if mode == "behaves" else mode):
+        return work()
 
 
 def row(stray: Any) -> dict[str, Any]:
+    """Return what the table needs of one stray."""
     site = stray.site
     return {
         "door": stray.door,
@@ -61,4 +148,4 @@ def row(stray: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

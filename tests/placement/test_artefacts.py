@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
-from types import ModuleType
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +21,8 @@ import devguard
 from devguard import guard, owners
 from devguard.doors import artefacts
 from devguard.journal import journal
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:`torch\.jit\."),
@@ -87,14 +93,15 @@ class TestBakedIndex:
         assert found() == []
 
     @pytest.mark.parametrize("mode", ["repair", "observe"])
-    def test_is_detected_and_left(self, make, mode, tmp_path):
+    def test_is_detected(self, make, mode, tmp_path):
         load = make("cuda:0", tmp_path / "x.pt2")
         with guard(1, mode=mode):
             load()
-        assert found() == [("artefacts", "cuda:0", "observed")]
+        repaired = mode == "repair" and make is exported
+        assert found() == [("artefacts", "cuda:0", "repaired" if repaired else "observed")]
         (stray,) = journal.strays()
         assert stray.site.file == __file__
-        assert "x, first in" in stray.note
+        assert ("x in the program" if repaired else "x, first in") in stray.note
 
     def test_warn_and_error(self, make, tmp_path):
         load = make("cuda:0", tmp_path / "x.pt2")
@@ -152,21 +159,147 @@ def test_a_bare_cuda_is_the_current_device_and_no_stray(tmp_path):
     assert found() == []
 
 
-def test_weights_that_lie_elsewhere_are_counted(tmp_path):
-    class Weighted(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(4).to("cuda:0"))
+class Weighted(torch.nn.Module):
+    """Weights, a buffer, a constant and a graph, all on one device."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.weight
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.weight = torch.nn.Parameter(torch.arange(4.0).to(device))
+        self.register_buffer("scale", torch.arange(4.0).to(device), persistent=False)
+        self.register_buffer("shift", torch.arange(4.0).to(device))
+        self.more = torch.arange(2.0).to(device)
 
+    def forward(self, x: torch.Tensor) -> Any:
+        made = torch.zeros(4, device=self.device), x.to(self.device), torch.ops.aten.full([2], 1.0, device=self.device)
+        return x + self.weight, self.scale + self.shift, self.more + 1, made
+
+
+class Mixed(Weighted):
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x), torch.zeros(4, device="cuda:1")
+
+
+def devices_in(program: Any) -> set[str]:
+    """Every device that a loaded program names or lies on."""
+    named = {tag for tag, _, _ in artefacts._constants_of_export(program)}
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        fakes = value if isinstance(value, (tuple, list)) else [value]
+        named |= {str(fake.device) for fake in fakes if fake is not None}
+    for tensor in (*program.state_dict.values(), *program.constants.values(), *program.example_inputs[0]):
+        named.add(str(tensor.device))
+    return named
+
+
+@pytest.fixture
+def program(request, tmp_path) -> Any:
     path = tmp_path / "x.pt2"
-    torch.export.save(torch.export.export(Weighted(), (torch.zeros(4).to("cuda:0"),)), path)
-    with guard(1):
-        program = torch.export.load(path)
-    elsewhere = program.state_dict["weight"].device.index != 1
-    assert [stray.bytes for stray in journal.strays() if stray.door == "artefacts"] == ([16] if elsewhere else [])
+    model: torch.nn.Module = request.param("cuda:0")
+    torch.export.save(torch.export.export(model, (torch.zeros(4).to("cuda:0"),)), path)
+    return path
+
+
+class TestExportedPrograms:
+    @pytest.mark.parametrize("program", [Weighted], indirect=True)
+    def test_are_read_onto_the_owner_whole(self, program):
+        assert devices_in(torch.export.load(program)) == {"cuda:0"}  # the disease
+        with guard(2):
+            loaded = torch.export.load(program)
+        assert devices_in(loaded) == {"cuda:2"}
+        assert isinstance(loaded.state_dict["weight"], torch.nn.Parameter)
+        assert loaded.state_dict["weight"].tolist() == [0.0, 1.0, 2.0, 3.0]
+        assert ("artefacts", "cuda:0", "repaired") in found()
+        assert {stray.site.file for stray in journal.strays()} == {__file__}
+        made = loaded.module()(torch.zeros(4).to("cuda:2"))[3]
+        assert {str(tensor.device) for tensor in made} == {"cuda:2"}
+
+    @pytest.mark.parametrize("program", [Weighted], indirect=True)
+    @pytest.mark.parametrize("mode", ["repair", "error"])
+    def test_nothing_lands_elsewhere_on_the_way(self, program, mode):
+        code = (
+            "import sys, torch, torch.export, devguard\n"
+            f"with devguard.guard(2, mode={mode!r}):\n"
+            "    try: torch.export.load(sys.argv[1])\n"
+            "    except devguard.StrayDeviceError as error: print(error)\n"
+            "    print([d.index for d in devguard.contexts()])"
+        )
+        done = subprocess.run([sys.executable, "-c", code, program], capture_output=True, cwd=ROOT, check=False)
+        *refusal, contexts = done.stdout.decode().splitlines() or [done.stderr.decode()]
+        assert contexts == "[2]"
+        assert bool(refusal) == (mode == "error")
+
+    @pytest.mark.parametrize("program", [Weighted], indirect=True)
+    def test_come_from_a_buffer_too_and_each_thread_reads_for_itself(self, program):
+        with guard(3):
+            place = sys.modules[artefacts.READERS[0]].deserialize_device
+            artefacts._thread.reading = artefacts._Reading(owners.of_index(3), refuse=False)
+            with ThreadPoolExecutor(1) as pool:
+                elsewhere = pool.submit(place, SimpleNamespace(type="cuda", index=0)).result()
+            here = place(SimpleNamespace(type="cuda", index=0))
+            artefacts._thread.reading = None
+            assert (str(elsewhere), str(here)) == ("cuda:0", "cuda:3")
+            assert devices_in(torch.export.load(io.BytesIO(program.read_bytes()))) == {"cuda:3"}
+
+    @pytest.mark.parametrize("program", [Mixed], indirect=True)
+    @pytest.mark.parametrize("owner", [1, 2])
+    def test_that_name_several_gpus_are_left_and_recorded(self, program, owner):
+        with guard(owner, doors={"load": "off"}):
+            loaded = torch.export.load(io.BytesIO(program.read_bytes()))
+        assert devices_in(loaded) == {"cuda:0", "cuda:1"}
+        source = "cuda:0" if owner == 1 else "cuda:0,cuda:1"
+        assert [row for row in found() if row[0] == "artefacts"] == [("artefacts", source, "observed")]
+        with guard(owner, mode="error"), pytest.raises(devguard.StrayDeviceError, match="holds that device"):
+            torch.export.load(program)
+
+    @pytest.mark.parametrize("program", [Weighted], indirect=True)
+    @pytest.mark.parametrize("mode", ["repair", "error"])
+    def test_that_are_allowed_stay(self, program, mode):
+        devguard.allow("cuda:0")
+        with guard(1, mode=mode):
+            assert devices_in(torch.export.load(program)) >= {"cuda:0"}
+        assert [row for row in found() if row[0] == "artefacts"] == []
+
+    @pytest.mark.parametrize("program", [Weighted], indirect=True)
+    def test_for_the_owner_cpu_stay_and_are_recorded(self, program):
+        with guard("cpu", doors={"load": "off"}):
+            assert devices_in(torch.export.load(program)) == {"cuda:0"}
+        assert ("artefacts", "cuda:0", "observed") in found()
+
+    def test_torchs_own_errors_stay(self, tmp_path):
+        with guard(1), pytest.raises((OSError, RuntimeError, ValueError)):
+            torch.export.load(tmp_path / "nothing.pt2")
+        assert artefacts._thread.reading is None
+
+    def test_the_reader_is_put_back_in_both_places(self, tmp_path):
+        torch.export.load(io.BytesIO(_bytes_of("cpu", tmp_path)))  # imports them
+        modules = [sys.modules[name] for name in artefacts.READERS if hasattr(sys.modules.get(name), artefacts.READER)]
+        before = [getattr(module, artefacts.READER) for module in modules]
+        with guard(1):
+            assert all(getattr(module, artefacts.READER) not in before for module in modules)
+        assert devguard.uninstall() == []
+        assert [getattr(module, artefacts.READER) for module in modules] == before
+
+    def test_a_reader_that_was_copied_while_it_was_replaced_is_put_back(self):
+        import torch._export.serde.serialize as serialize
+
+        original = serialize.deserialize_device
+        with guard(1):
+            late = ModuleType("torch.export.pt2_archive._package")
+            late.deserialize_device = serialize.deserialize_device  # type: ignore[attr-defined]
+            artefacts._patch_reader(late)
+        assert devguard.uninstall() == []
+        assert late.deserialize_device is serialize.deserialize_device is original  # type: ignore[attr-defined]
+
+    def test_a_torch_without_the_reader_is_named(self):
+        with guard(1):
+            artefacts._patch_reader(ModuleType("torch._export.serde.serialize"))
+            assert "deserialize_device" in devguard.status()["doors"]["artefacts"]["problem"]
+
+
+def _bytes_of(device: str, folder: Path) -> bytes:
+    exported(device, folder / "some.pt2")
+    return (folder / "some.pt2").read_bytes()
 
 
 def test_a_program_of_another_make_is_counted_and_breaks_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,7 +50,7 @@ class TestAStreamOfAnotherDevice:
     def test_is_recorded_and_stays_where_the_program_put_it(self, how):
         with guard(1):
             assert self.make(how).device.index == 2
-        assert found() == [("cuda:2", "observed", 1)]
+        assert found() == [("cuda:2", "observed" if how == "current" else "kept", 1)]
         (stray,) = (s for s in journal.strays() if s.door == "streams")
         assert stray.site.file == __file__
 
@@ -58,19 +59,100 @@ class TestAStreamOfAnotherDevice:
             self.make(how)
         assert found() == [("cuda:2", "refused", 1)]
 
-    def test_warns_once_in_mode_warn_and_is_silent_in_mode_off(self, how):
-        with guard(1, doors={"streams": "warn"}), pytest.warns(devguard.StrayDeviceWarning) as caught:
-            for _ in range(2):
-                self.make(how)
-        assert len(caught) == 1
+    def test_is_silent_in_mode_off_unguarded_and_where_it_is_allowed(self, how):
         with guard(1, mode="off"):
             self.make(how)
         with guard(1), devguard.unguarded():
             self.make(how)
         devguard.allow("cuda:2")
-        with guard(1):
-            self.make(how)
-        assert found() == [("cuda:2", "warned", 2)]
+        for mode in ("repair", "error"):
+            with guard(1, mode=mode):
+                self.make(how)
+        assert found() == []
+
+
+def test_a_chosen_current_device_warns_once_in_mode_warn():
+    with guard(1, doors={"streams": "warn"}), pytest.warns(devguard.StrayDeviceWarning) as caught:
+        for _ in range(2):
+            under_device_2(torch.cuda.Stream)
+    assert len(caught) == 1
+    assert found() == [("cuda:2", "warned", 2)]
+
+
+# A thread that has chosen no device, in a process that owns cuda:1: its current device is 0, which holds no context.
+LOST = """
+import json, _thread, threading, torch, devguard, sys
+ctx = lambda: [device.index for device in devguard.contexts()]
+said = lambda: [[s.source, s.target, s.action, s.count] for s in devguard.strays() if s.door == "streams"]
+def lost(work):
+    got, ended = [], threading.Lock()
+    ended.acquire()
+    def run():
+        try: got.append(work())
+        except BaseException as error: got.append(type(error).__name__)
+        finally: ended.release()
+    _thread.start_new_thread(run, ()); ended.acquire()
+    return got[0]
+devguard.install(mode=sys.argv[1], device=1)
+"""
+
+
+def lost(code: str, mode: str = "repair", prelude: str = LOST) -> Any:
+    command = [sys.executable, "-W", "error::UserWarning", "-c", prelude + code, mode]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
+MAKERS = {
+    "a stream": "torch.cuda.Stream().device.index",
+    "a stream of a bare cuda": "torch.cuda.Stream('cuda', -1).device.index",
+    "a stream by keyword": "torch.cuda.Stream(device=None, priority=-1).device.index",
+    "an external stream": "torch.cuda.ExternalStream(pointer).device.index",
+    "an event": "[event := torch.cuda.Event(), event.record(), event.device.index][-1]",
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
+class TestOnAThreadThatHasChosenNoDevice:
+    CODE = "pointer = torch.cuda.Stream(1).cuda_stream\nprint(json.dumps([lost(lambda: {}), ctx(), said()]))"
+
+    def test_unguarded_it_opens_device_0(self, make):
+        code = self.CODE.replace("ctx()", "0 in ctx()").format(make)
+        unguarded = LOST.replace("devguard.install", "torch.cuda.set_device(1); (lambda **_: 0)")
+        assert lost(code, prelude=unguarded) == [0, "External" not in make, []]  # that one is only a name
+
+    def test_it_is_made_on_the_owner(self, make):
+        assert lost(self.CODE.format(make)) == [1, [1], [["cuda:0", "cuda:1", "repaired", 1]]]
+
+    def test_the_other_modes(self, make):
+        index, contexts, strays = lost(self.CODE.format(make), "observe")
+        assert (index, 0 in contexts) == (0, "External" not in make)
+        assert strays == [["cuda:0", "cuda:0", "observed", 1]]
+        assert lost(self.CODE.format(make), "error") == [
+            "StrayDeviceError",
+            [1],
+            [["cuda:0", "cuda:0", "refused", 1]],
+        ]
+        assert lost(self.CODE.format(make), "off")[::2] == [0, []]
+
+    def test_device_0_is_left_alone_once_it_holds_a_context(self, make):
+        opened = (
+            "import ctypes; ctypes.CDLL('libcuda.so.1').cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), 0)"
+        )
+        index, _, strays = lost(f"torch.cuda.init()\n{opened}\n{self.CODE.format(make)}")
+        assert index == 0
+        assert strays == [["cuda:0", "cuda:0", "observed", 1]] or "Event" in make
+
+
+def test_an_event_that_goes_to_a_stream_of_the_owner_is_no_stray():
+    code = (
+        "stream = torch.cuda.Stream(1)\n"
+        "def work():\n"
+        "    event = torch.cuda.Event(); event.record(stream); return [event.device.index, event.query()]\n"
+        "print(json.dumps([lost(work), ctx(), said()]))"
+    )
+    assert lost(code, "error") == [[1, True], [1], []]
 
 
 class TestExternalStreams:
@@ -81,7 +163,7 @@ class TestExternalStreams:
             assert torch.cuda.ExternalStream(stream_ptr=pointer, device="cuda:2").cuda_stream == pointer
             under_device_2(lambda: torch.cuda.ExternalStream(pointer))
             torch.cuda.ExternalStream(torch.cuda.Stream().cuda_stream)
-        assert [row[2] for row in found()] == [1, 1, 1]
+        assert [row[1:] for row in found()] == [("kept", 1), ("kept", 1), ("observed", 1)]
 
 
 class TestEvents:
@@ -148,7 +230,7 @@ class TestWellBehavedPrograms:
             assert isinstance(one, torch.cuda.Stream)
             assert issubclass(After, torch._C._CudaStreamBase)
             Before("y", device=2)
-        assert found() == [("cuda:2", "observed", 1)]
+        assert found() == [("cuda:2", "kept", 1)]
         assert isinstance(After(), After)
 
     def test_torch_compile_traces_streams_as_before(self):
@@ -192,9 +274,11 @@ def test_names_and_signatures_are_torchs():
 
 def test_uninstall_puts_back_exactly_what_was_there():
     before = [vars(kind)["__new__"] for kind in KINDS]
+    record = vars(torch.cuda.Event)["record"]
     with guard(1):
         assert devguard.status()["doors"]["streams"]["watched"] == [f"torch.cuda.{kind.__name__}" for kind in KINDS]
     assert devguard.uninstall() == []
+    assert vars(torch.cuda.Event)["record"] is record
     assert all(vars(kind)["__new__"] is original for kind, original in zip(KINDS, before, strict=True))
     with guard(1):
         devguard.uninstall()

@@ -10,61 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests import triton_stand_in
+
 ROOT = Path(__file__).parents[2]
-
-# As triton/runtime/jit.py and autotuner.py of Triton 3.7: who calls whom, and what asks for the current device.
-JIT = """
-import torch
-
-class KernelInterface:
-    def warmup(self, *args, grid, **kwargs):
-        return self.run(grid=grid, warmup=True, *args, **kwargs)
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.run(grid=grid, warmup=False, *args, **kwargs)
-
-class JITFunction(KernelInterface):
-    def __init__(self, fn):
-        self.fn = fn
-        self.launched = []
-
-    def run(self, *args, grid, warmup, **kwargs):
-        self.launched.append(torch.cuda.current_device())
-        return self.fn(*args, **kwargs)
-
-class TensorWrapper:
-    def __init__(self, base):
-        self.base = base
-
-    def data_ptr(self):
-        return self.base.data_ptr()
-
-class constexpr:
-    def __init__(self, value):
-        self.value = value
-
-class Heuristics(KernelInterface):
-    def __init__(self, fn):
-        self.fn = fn
-
-    def run(self, *args, **kwargs):
-        return self.fn.run(*args, **kwargs)
-"""
-AUTOTUNER = """
-import torch
-from triton.runtime.jit import KernelInterface
-
-class Autotuner(KernelInterface):
-    def __init__(self, fn):
-        self.fn = fn
-        self.timed_on = []
-
-    def run(self, *args, **kwargs):
-        self.timed_on.append(torch.empty(1, device="cuda").get_device())
-        for _ in range(2):
-            self.fn.run(*args, **kwargs)
-        return self.fn.run(*args, **kwargs)
-"""
 
 PRELUDE = """
 import json, sys
@@ -85,13 +33,7 @@ kernel = JITFunction(lambda *args, **kwargs: "result")
 @pytest.fixture
 def stand_in(tmp_path) -> Path:
     """A folder with a package ``triton``, at a path as an installed one has it."""
-    runtime = tmp_path / "site-packages" / "triton" / "runtime"
-    runtime.mkdir(parents=True)
-    (runtime.parent / "__init__.py").write_text("")
-    (runtime / "__init__.py").write_text("")
-    (runtime / "jit.py").write_text(JIT)
-    (runtime / "autotuner.py").write_text(AUTOTUNER)
-    return runtime.parents[1]
+    return triton_stand_in.write(tmp_path)
 
 
 def child(code: str, folder: Path, mode: str = "repair", prelude: str = PRELUDE) -> Any:

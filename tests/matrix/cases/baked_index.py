@@ -4,6 +4,7 @@ import os
 import tempfile
 
 import torch
+import torch.export
 
 PATH = os.path.join(tempfile.mkdtemp(), "program.pt2")
 
@@ -14,17 +15,21 @@ class _Model(torch.nn.Module):
         self.device = device
 
     def forward(self, x):
-        return x + torch.zeros(4, device=self.device).to(x.device)
+        return torch.zeros(4, device=self.device) + x.to(self.device)
 
 
-def _load(device):
-    torch.export.save(torch.export.export(_Model(device), (torch.ones(4),)), PATH)
-    return torch.export.load(PATH)  # STRAY
+def before(mode):
+    model = _Model("cuda:1" if mode == "behaves" else "cuda:0")
+    torch.export.save(torch.export.export(model, (torch.ones(4),)), PATH)
 
 
 def stray():
-    return _load("cuda:0")
+    program = torch.export.load(PATH)  # STRAY
+    return program.module()(torch.ones(4))
 
 
-def behaves():
-    return _load("cpu")
+behaves = stray
+
+
+def REPAIRED(result):
+    return result.device.index == 1

@@ -1,7 +1,5 @@
 """INIT-ORDER: CUDA touched before the process chose its device."""
 
-import sys
-
 import torch
 
 import devguard
@@ -9,10 +7,10 @@ import devguard
 TOUCHED = []
 
 
-def before():
+def before(mode):
     with devguard.guard("cpu"):  # opens the doors; activation by environment will do so on `import torch`
         pass
-    if sys.argv[2] != "behaves":
+    if mode != "behaves":
         TOUCHED.append(torch.ones(1, device="cuda"))  # STRAY
 
 

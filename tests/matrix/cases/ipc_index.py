@@ -11,8 +11,8 @@ def _send(queue, done, index):
     done.wait()
 
 
-def before():
-    context = mp.get_context("spawn")
+def before(mode):
+    context = mp.get_context("fork")  # quickly: nobody has initialised CUDA yet
     for index in (0, 1):
         queue, done = context.Queue(), context.Event()
         process = context.Process(target=_send, args=(queue, done, index), daemon=True)

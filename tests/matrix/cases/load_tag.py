@@ -4,7 +4,7 @@ import io
 
 import torch
 
-from tests.tensors import tagged
+from tests.tagging import tagged
 
 
 def _file(tag):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 PATH = os.path.join(tempfile.mkdtemp(), "x.safetensors")
 
 
-def before():
+def before(mode):
     save_file({"x": torch.arange(8.0)}, PATH)
 
 

@@ -4,7 +4,7 @@ import pickle
 
 import torch
 
-from tests.tensors import tagged
+from tests.tagging import tagged
 
 
 def _message(tag):

@@ -1,0 +1,190 @@
+"""Runs the cases, judges what they showed, counts, and prints.
+
+A class is *detected* if mode observe records, in each of its cases, a stray whose call site is the line marked there,
+*repaired* if in one of them mode repair records a repair and leaves no context and no byte on a device that is not
+owned, *refused* if mode error raises in one of them, and has a *false stray* if the well-behaved twin of any has one.
+
+The door ``native`` finds contexts afterwards. The line that it names is the guarded call in whose course one appeared,
+not the line that opened it; such a class is counted as detected *around* the line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from devguard import simgpu
+from tests import simulated
+from tests.matrix.harness import MODES, OWNER, Server
+
+__all__ = ["cases", "count", "progress", "run", "show"]
+
+HERE = Path(__file__).parent
+CLASSES = 20  # of the table of doors in README.md
+SERVERS = 2
+
+WORDS = """
+unguarded, repair: the devices on which the process opened a context, each with the most MiB that it held there.
+detected: mode observe names the line of user code. "around": the door native names the guarded call in whose course
+    the context appeared; `devguard run --trace-contexts` names the line itself.
+repaired: mode repair records it, and no context and no byte is on a device that is not owned. CLOBBER: the library's
+    own set_device opens the context on 0; the work after it is on the owner.
+error: whether mode error raises before the harm. Devices are counted as the machine counts them (RANK-INDEX)."""
+
+
+def cases() -> dict[str, str]:
+    """Return the title of each case: the class, and perhaps in parentheses which way of it."""
+    found = sorted((HERE / "cases").glob("[!_]*.py"))
+    return {path.stem: path.read_text().split('"""')[1].split(":")[0] for path in found}
+
+
+def marked(case: str) -> tuple[str, int]:
+    """Return the file and the number of the line marked ``# STRAY``: in the case, or in the library that it uses."""
+    for path in (HERE / "cases" / f"{case}.py", *(HERE / "libraries").glob("*.py")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if line.endswith("# STRAY"):
+                return path.name, number
+    raise ValueError(f"no line of {case} is marked")
+
+
+def run(
+    chosen: Sequence[str],
+    report: Callable[[int, int, str], None] = lambda *progress: None,
+    modes: Sequence[str] = MODES,
+) -> list[dict[str, Any]]:
+    """Run cases; one row for each.
+
+    Parameters
+    ----------
+    chosen : sequence of str
+        Their names.
+    report : callable, optional
+        Is told of the progress: cells done, cells in all, the cell.
+    modes : sequence of str, optional
+        Some of the harness's; what the others would show is left out of the rows.
+    """
+    pairs = list(itertools.product(chosen, modes))
+    reports: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def work(number: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            environment = simulated.sim_environment(2, folder=folder)
+            server = Server(environment)
+            try:
+                for pair in pairs[number::SERVERS]:
+                    cell = server.run(*pair)
+                    cell |= _held(environment["DEVGUARD_SIM_STATE"], cell["pids"])
+                    reports[pair] = cell
+                    report(len(reports), len(pairs), ", ".join(pair))
+            finally:
+                server.close()
+
+    with ThreadPoolExecutor(SERVERS) as pool:
+        list(pool.map(work, range(SERVERS)))
+    return [judge(case, {mode: reports[case, mode] for mode in modes}) for case in chosen]
+
+
+def _held(state: str, pids: list[int]) -> dict[str, Any]:
+    """Return what some processes ever held: the devices with a context, and the most bytes on each (by its number)."""
+    processes = [process for process in simgpu.state(state) if process.pid in pids]
+    devices = [device for process in processes for device in process.devices]
+    contexts = sorted({device.index for device in devices if device.context})
+    return {
+        "contexts": contexts,
+        "bytes": {str(index): sum(d.peak_bytes for d in devices if d.index == index) for index in contexts},
+    }
+
+
+def judge(case: str, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Say what was shown by one case, in the modes that it ran in."""
+    file, line = marked(case)
+    title = cases()[case]
+    row: dict[str, Any] = {"class": title.partition(" ")[0], "case": title, "call_site": f"{file}:{line}"}
+    if "unguarded" in reports:
+        row["unguarded"] = {key: reports["unguarded"][key] for key in ("contexts", "bytes", "error")}
+    if "observe" in reports:
+        there = [stray for stray in reports["observe"]["strays"] if (stray["file"], stray["line"]) == (file, line)]
+        row |= {"door": there[0]["door"] if there else None, "detected": bool(there)}
+    if "repair" in reports:
+        after = reports["repair"]
+        elsewhere = set(after["contexts"]) - {OWNER, *after["opens"]}
+        elsewhere |= {int(index) for index, held in after["bytes"].items() if held and index != str(OWNER)}
+        acted = any(stray["action"] == "repaired" for stray in after["strays"])
+        row["repair"] = {key: after[key] for key in ("contexts", "bytes", "error")}
+        row["repaired"] = acted and not elsewhere and after["repaired"] is not False and not after["error"]
+    if "error" in reports:
+        error = reports["error"]["error"] or ""
+        row |= {"error": error.partition("\n")[0] or None, "refused": "StrayDeviceError" in error.partition(":")[0]}
+    if "behaves" in reports:
+        row["false_strays"] = [stray["door"] for stray in reports["behaves"]["strays"]]
+        row["behaves_error"] = reports["behaves"]["error"]
+    return row
+
+
+def count(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Count classes (not cases), and false strays."""
+    classes: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        classes.setdefault(row["class"], []).append(row)
+    detected = [ways for ways in classes.values() if all(row.get("detected") for row in ways)]
+    return {
+        "classes": len(classes),
+        "detected": len(detected),
+        "around": sum(any(row["door"] == "native" for row in ways) for ways in detected),
+        "repaired": sum(any(row.get("repaired") for row in ways) for ways in classes.values()),
+        "refused": sum(any(row.get("refused") for row in ways) for ways in classes.values()),
+        "false strays": sum(bool(row.get("false_strays") or row.get("behaves_error")) for row in rows),
+    }
+
+
+def progress(done: int, total: int, cell: str) -> None:
+    """Show how far it is on standard error: one line that is written over, on a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{done}/{total} {cell}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+    elif done % 10 == 0 or done == total:
+        print(f"{done}/{total}", file=sys.stderr, flush=True)
+
+
+def show(rows: list[dict[str, Any]], counts: dict[str, int]) -> None:
+    """Print the table with rich, and what its words mean."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def held(cell: dict[str, Any]) -> str:
+        return "  ".join(f"{index}: {cell['bytes'][str(index)] >> 20}" for index in cell["contexts"]) or "none"
+
+    def word(value: bool) -> str:
+        return "yes" if value else "no"
+
+    def found(row: dict[str, Any]) -> str:
+        return "around" if row["door"] == "native" else word(row["detected"])
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    table = Table(title="Every class of stray, live on 2 simulated GPUs; the owner is cuda:1", title_justify="left")
+    for name in ("class", "door", "call site", "unguarded", "detected", "repair", "repaired", "error", "false stray"):
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["case"],
+            row["door"] or "-",
+            row["call_site"],
+            held(row["unguarded"]),
+            found(row),
+            held(row["repair"]),
+            word(row["repaired"]),
+            "raises" if row["refused"] else "no",
+            ", ".join(row["false_strays"]) or row["behaves_error"] or "none",
+        )
+    console.print(table)
+    console.print(
+        f"{counts['classes']} of {CLASSES} classes ran. Detected: {counts['detected']} ({counts['around']} of them "
+        f"around the line). Repaired: {counts['repaired']}. Refused in mode error: {counts['refused']}. "
+        f"False strays in programs that behave: {counts['false strays']}.",
+        soft_wrap=True,
+    )
+    console.print(WORDS, soft_wrap=True)
