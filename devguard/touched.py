@@ -28,6 +28,8 @@ class Touch(NamedTuple):
         When, in seconds since the epoch.
     unowned : bool
         Whether no scope was entered and the process had no owner.
+    module : str
+        The name of the module of the user's code that did it; empty if there is none.
     """
 
     origin: Origin
@@ -35,6 +37,7 @@ class Touch(NamedTuple):
     thread: str
     time: float
     unowned: bool
+    module: str
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as plain data."""

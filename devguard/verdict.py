@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -22,7 +22,17 @@ from devguard.scope import local, process
 from devguard.settings import REPAIRING, DoorMode
 from devguard.stray import LEFT, Action, Row
 
-__all__ = ["Judged", "allow", "allowed", "forget_allowed", "judge", "judged_here", "scoped"]
+__all__ = [
+    "Judged",
+    "allow",
+    "allowances",
+    "allowed",
+    "forget_allowed",
+    "judge",
+    "judged_here",
+    "scoped",
+    "take_over",
+]
 
 # device tag -> module patterns whose code may use it; None: any code
 _allowed: dict[str, set[str] | None] = {}
@@ -37,7 +47,8 @@ def allow(*devices: Any, modules: str | list[str] | None = None) -> None:
         The devices, such as ``"cuda:1"``.
     modules : str or list of str, optional
         Only for call sites in modules whose name matches one of these shell patterns, such as ``"mylib.offload*"``; a
-        package's name includes its modules.
+        package's name includes its modules. The door ``native``, which finds contexts without their call site, lets a
+        device be that any module may use.
 
     Raises
     ------
@@ -74,14 +85,26 @@ def forget_allowed() -> None:
     process.renew()
 
 
-def allowed(tag: str) -> bool:
-    """Tell whether the code that runs now may use the device `tag`."""
+def allowances() -> dict[str, list[str] | None]:
+    """Return what is allowed, as plain data: for each device the patterns of modules that may use it, None for all."""
+    return {tag: None if patterns is None else sorted(patterns) for tag, patterns in _allowed.items()}
+
+
+def take_over(allowances: Mapping[str, list[str] | None]) -> None:
+    """Allow what a parent process allowed."""
+    for tag, modules in allowances.items():
+        allow(tag, modules=modules)
+
+
+def allowed(tag: str, module: str | None = None) -> bool:
+    """Tell whether `module` may use the device `tag`; by default the one whose code runs now."""
     if tag not in _allowed:
         return False
     patterns = _allowed[tag]
     if patterns is None:
         return True
-    module = callsite.module(sys._getframe(1))
+    if module is None:
+        module = callsite.module(sys._getframe(1))
     return any(fnmatch.fnmatchcase(module, p) or module.startswith(f"{p}.") for p in patterns)
 
 

@@ -19,12 +19,13 @@ DETECTED, REPAIRED = 18, 13
 @pytest.mark.skipif(not simulated.POSSIBLE, reason="simulated GPUs exist for Linux on x86-64 only")
 def test_the_classes_are_detected_at_their_lines_and_repaired_and_programs_that_behave_have_no_stray() -> None:
     first_ways = [name for name, title in table.cases().items() if "(" not in title]
-    rows = table.run(first_ways, modes=("observe", "repair", "behaves"))
+    rows = table.run(first_ways, modes=("observe", "repair", "behaves", "allowed"))
     counts, shown = table.count(rows), json.dumps(rows, indent=1)
     assert counts["classes"] == table.CLASSES, shown
     assert counts["detected"] - counts["around"] >= DETECTED, shown
     assert counts["repaired"] >= REPAIRED, shown
     assert counts["false strays"] == 0, shown
+    assert counts["allowed"] == table.CLASSES, shown
 
 
 # --- what counts, with reports made up ---
@@ -73,6 +74,11 @@ def test_refused_is_devguards_error_and_a_stray_or_error_of_the_twin_is_a_false_
         CASE, {"error": cell(error="RuntimeError: StrayDeviceError"), "behaves": cell(error="OSError: x")}
     )
     assert (row["refused"], table.count([row])["false strays"]) == (False, 1)
+
+
+def test_allowed_is_no_stray_and_no_error() -> None:
+    for free, expected in ((cell(), True), (cell(stray()), False), (cell(error="StrayDeviceError: no"), False)):
+        assert table.judge(CASE, {"allowed": free})["allowed"] is expected
 
 
 def test_a_class_is_detected_in_all_of_its_ways_and_repaired_in_one() -> None:

@@ -1,10 +1,10 @@
 """The door ``children``: what a child process takes over from a guarded parent, and what it may not.
 
-A child (``multiprocessing`` and ``torch.multiprocessing``: spawn, forkserver, fork) takes over the mode and the modes
-of single doors, never the owner: which GPU it owns is for it to say. A worker of torch's DataLoader owns ``cpu``, if
-the process that iterates has an owner: opening CUDA there is a stray of this door, and mode ``error`` refuses it before
-any context exists. torch's "Cannot re-initialize CUDA in forked subprocess" gets the line that initialised CUDA in the
-parent.
+A child (``multiprocessing`` and ``torch.multiprocessing``: spawn, forkserver, fork) takes over the mode, the modes of
+single doors and what is allowed, never the owner: which GPU it owns is for it to say. A worker of torch's DataLoader
+owns ``cpu``, if the process that iterates has an owner: opening CUDA there is a stray of this door, and mode ``error``
+refuses it before any context exists; what the worker loads from bytes with a GPU's tag is kept on the host (door
+``load``). torch's "Cannot re-initialize CUDA in forked subprocess" gets the line that initialised CUDA in the parent.
 
 A child that has settings of its own keeps them. Not seen here: ``os.fork`` by itself, which continues the program with
 its owner; ``subprocess``; loky's and other makes of processes.
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from devguard import doors as door_table
-from devguard import ending, owners, scope, touched
+from devguard import ending, owners, scope, touched, verdict
 from devguard.patching import DoorError, Patches
 from devguard.settings import DEFAULT_MODE, DoorMode
 
@@ -36,20 +36,23 @@ _taken_over: Settings | None = None
 
 
 class Settings:
-    """What a child takes over: its `mode`, the modes of single `doors`, and whether it is a `loader` worker.
+    """What a child takes over: `mode`, the modes of single `doors`, `allowed`, and whether it is a `loader` worker.
 
     Unpickling one puts it in force in that process.
     """
 
-    __slots__ = ("doors", "loader", "mode")
+    __slots__ = ("allowed", "doors", "loader", "mode")
 
-    def __init__(self, mode: Any, doors: dict[str, DoorMode], loader: bool) -> None:
+    def __init__(
+        self, mode: Any, doors: dict[str, DoorMode], loader: bool, allowed: dict[str, list[str] | None]
+    ) -> None:
         self.mode = mode
         self.doors = doors
         self.loader = loader
+        self.allowed = allowed
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrive, (self.mode, self.doors, self.loader)
+        return _arrive, (self.mode, self.doors, self.loader, self.allowed)
 
 
 class _Carrier:
@@ -145,9 +148,11 @@ def _settings(process: Any) -> Settings | None:
         doors = {name: scope.mode_of(name) for name in known}
         doors = {name: its for name, its in doors.items() if its != mode or name in door_table.ON_REQUEST}
     loader = owner is not None and _is_loader_worker(process)
-    if not loader and not doors and mode in (None, DEFAULT_MODE) and not os.environ.get("DEVGUARD"):
+    allowed = verdict.allowances()
+    nothing_new = not loader and not doors and not allowed and mode in (None, DEFAULT_MODE)
+    if nothing_new and not os.environ.get("DEVGUARD"):
         return None
-    return Settings(mode, doors, loader)
+    return Settings(mode, doors, loader, allowed)
 
 
 def _is_loader_worker(process: Any) -> bool:
@@ -155,9 +160,9 @@ def _is_loader_worker(process: Any) -> bool:
     return module is not None and getattr(process, "_target", None) is module._worker_loop
 
 
-def _arrive(mode: Any, doors: dict[str, DoorMode], loader: bool) -> Settings:
+def _arrive(mode: Any, doors: dict[str, DoorMode], loader: bool, allowed: dict[str, list[str] | None]) -> Settings:
     """Put what the parent sent in force in this process, a child of it."""
-    settings = Settings(mode, doors, loader)
+    settings = Settings(mode, doors, loader, allowed)
     _safely(_take_over, settings)
     return settings
 
@@ -172,6 +177,7 @@ def _unwrap(settings: Settings, process: Any) -> Any:
 def _take_over(settings: Settings) -> None:
     global _taken_over
     process = scope.process
+    verdict.take_over(settings.allowed)
     if process.mode is None:  # else the child's own main module has said it
         process.mode, process.doors, process.said_by = settings.mode, settings.doors, "parent"
         _taken_over = settings

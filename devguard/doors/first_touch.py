@@ -84,9 +84,9 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
         if scope.process.adoption is not None:
             scope.process.adoption.touched()
         unowned = not _owned and owner is None and not scope.local.stack
-        touched.first = Touch(
-            callsite.origin(sys._getframe(1)), os.getpid(), threading.current_thread().name, time.time(), unowned
-        )
+        frame = sys._getframe(1)
+        thread, module = threading.current_thread().name, callsite.module(frame)
+        touched.first = Touch(callsite.origin(frame), os.getpid(), thread, time.time(), unowned, module)
         if unowned:
             _pending = touched.first
         if stray and owner is not None:
@@ -112,7 +112,7 @@ def _owner_known(owner: Owner, says: Callable[[str], DoorMode | None]) -> None:
     foreign = [
         f"cuda:{index}"
         for index in accelerator.contexts()
-        if index != owner.index and index not in scope.unguarded_contexts and not allowed(f"cuda:{index}")
+        if index != owner.index and index not in scope.unguarded_contexts and not allowed(f"cuda:{index}", touch.module)
     ]
     if foreign:
         tags = ",".join(foreign)

@@ -87,7 +87,12 @@ def inspect(where: str, asked_by: Origin | None = None) -> None:
             if index in _seen:
                 continue
             _seen.add(index)
-        if mode == "off" or explained & {tag, "cuda"} or verdict.allowed(tag) or index in scope.unguarded_contexts:
+        if (
+            mode == "off"
+            or explained & {tag, "cuda"}
+            or tag in verdict.allowances()
+            or index in scope.unguarded_contexts
+        ):
             continue
         action = LEFT.get(mode, "observed")
         note = f"found {where}; {_evidence(index)}"

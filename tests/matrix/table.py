@@ -2,7 +2,8 @@
 
 A class is *detected* if mode observe records, in each of its cases, a stray whose call site is the line marked there,
 *repaired* if in one of them mode repair records a repair and leaves no context and no byte on a device that is not
-owned, *refused* if mode error raises in one of them, and has a *false stray* if the well-behaved twin of any has one.
+owned, and *refused* if mode error raises in one of them. It is *allowed* if in each of them mode error lets the work be
+once ``devguard.allow`` names the modules. It has a *false stray* if the well-behaved twin of any case has one.
 
 The door ``native`` finds contexts afterwards. The line that it names is the guarded call in whose course one appeared,
 not the line that opened it; such a class is counted as detected *around* the line.
@@ -34,7 +35,9 @@ detected: mode observe names the line of user code. "around": the door native na
     the context appeared; `devguard run --trace-contexts` names the line itself.
 repaired: mode repair records it, and no context and no byte is on a device that is not owned. CLOBBER: the library's
     own set_device opens the context on 0; the work after it is on the owner.
-error: whether mode error raises before the harm. Devices are counted as the machine counts them (RANK-INDEX)."""
+error: whether mode error raises before the harm. allowed: whether it lets the same work be, with no record, once
+    devguard.allow(..., modules=...) names the module of the line.
+Devices are counted as the machine counts them (RANK-INDEX)."""
 
 
 def cases() -> dict[str, str]:
@@ -123,6 +126,9 @@ def judge(case: str, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     if "behaves" in reports:
         row["false_strays"] = [stray["door"] for stray in reports["behaves"]["strays"]]
         row["behaves_error"] = reports["behaves"]["error"]
+    if "allowed" in reports:
+        free = reports["allowed"]
+        row |= {"allowed": not free["strays"] and not free["error"], "not_allowed": [free["error"], free["strays"]]}
     return row
 
 
@@ -138,6 +144,7 @@ def count(rows: list[dict[str, Any]]) -> dict[str, int]:
         "around": sum(any(row["door"] == "native" for row in ways) for ways in detected),
         "repaired": sum(any(row.get("repaired") for row in ways) for ways in classes.values()),
         "refused": sum(any(row.get("refused") for row in ways) for ways in classes.values()),
+        "allowed": sum(all(row.get("allowed") for row in ways) for ways in classes.values()),
         "false strays": sum(bool(row.get("false_strays") or row.get("behaves_error")) for row in rows),
     }
 
@@ -166,7 +173,18 @@ def show(rows: list[dict[str, Any]], counts: dict[str, int]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     table = Table(title="Every class of stray, live on 2 simulated GPUs; the owner is cuda:1", title_justify="left")
-    for name in ("class", "door", "call site", "unguarded", "detected", "repair", "repaired", "error", "false stray"):
+    for name in (
+        "class",
+        "door",
+        "call site",
+        "unguarded",
+        "detected",
+        "repair",
+        "repaired",
+        "error",
+        "allowed",
+        "false stray",
+    ):
         table.add_column(name, no_wrap=True)
     for row in rows:
         table.add_row(
@@ -178,12 +196,14 @@ def show(rows: list[dict[str, Any]], counts: dict[str, int]) -> None:
             held(row["repair"]),
             word(row["repaired"]),
             "raises" if row["refused"] else "no",
+            word(row["allowed"]),
             ", ".join(row["false_strays"]) or row["behaves_error"] or "none",
         )
     console.print(table)
     console.print(
         f"{counts['classes']} of {CLASSES} classes ran. Detected: {counts['detected']} ({counts['around']} of them "
         f"around the line). Repaired: {counts['repaired']}. Refused in mode error: {counts['refused']}. "
+        f"Let be where allowed: {counts['allowed']}. "
         f"False strays in programs that behave: {counts['false strays']}.",
         soft_wrap=True,
     )

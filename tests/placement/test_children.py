@@ -77,6 +77,15 @@ class TestSettings:
         assert (row["owner"], row["mode"]) == (None, "error")
         assert row["guarded"]["taken"]["doors"] == {"buffers": "warn"}
 
+    def test_a_child_takes_over_what_is_allowed(self, method):
+        """Or a program that allows a device would have strays in its loader workers."""
+        code = f"with devguard.guard('cpu', mode='error'):\n  offspring.load({method!r})"
+        allowed = "devguard.allow('cuda:0', modules='tests.placement.*')\n"
+        row = out(allowed + code)
+        assert (row["owner"], row["error"], row["contexts"], row["strays"]) == ("cpu", None, [0], [])
+        row = out(allowed.replace("tests.placement", "offload") + code)
+        assert (row["error"], row["contexts"]) == ("StrayDeviceError", [])
+
     def test_a_plain_guard_says_nothing_that_a_child_would_not_do_anyway(self, method):
         row = out(f"with devguard.guard('cpu'), devguard.remap():\n  offspring.ask({method!r})")
         assert (row["owner"], row["mode"], row["guarded"]["taken"]) == (None, "repair", None)
@@ -180,5 +189,5 @@ class TestInstalling:
 
     def test_settings_of_its_own_win(self):
         devguard.install("warn", 1)
-        children._arrive("observe", {}, False)
+        children._arrive("observe", {}, False, {})
         assert (scope.process.mode, devguard.status()["doors"]["children"]["taken_over"]) == ("warn", None)

@@ -124,6 +124,11 @@ class TestBeforeTheOwnerWasKnown:
     def test_what_does_no_harm_is_no_stray(self, before):
         assert strays(f"{WATCH}{before}\nwith devguard.guard(1, mode='error'):\n    pass") == []
 
+    @pytest.mark.parametrize(("modules", "expected"), [("__main__", 0), ("offload.*", 1)])
+    def test_by_module_the_one_that_touched_it_counts(self, modules, expected):
+        later = "exec('with devguard.guard(1): pass', {'__name__': 'other', 'devguard': devguard})"
+        assert len(strays(f"{WATCH}{TOUCH}devguard.allow('cuda:0', modules={modules!r})\n{later}")) == expected
+
     def test_off_says_nothing(self):
         assert strays(f"{WATCH}{TOUCH}with devguard.guard(1, doors={{'first_touch': 'off'}}):\n    pass") == []
 

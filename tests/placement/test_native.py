@@ -58,12 +58,22 @@ def test_no_strays_raises():
         "with devguard.guard(1): torch.empty(4, device='cuda')\n",
         "with devguard.guard(1):\n    with devguard.unguarded(): torch.empty(4, device='cuda:0')\n",
         "devguard.allow('cuda:0')\nwith devguard.guard(1): torch.empty(4, device='cuda:0')\n",
+        "devguard.allow('cuda:0', modules='offload')\nwith devguard.guard(1): torch.empty(4, device='cuda:0')\n",
         "with devguard.guard(1, mode='off'):\n    torch.empty(4, device='cuda:0')\n    devguard.strays()\n",
         "torch.empty(4, device='cuda:0')\nwith devguard.guard(1): torch.empty(4, device='cuda')\n",
         "with devguard.guard(1): pass\nwith devguard.guard(0): torch.empty(4, device='cuda')\n",
         "torch.empty(4, device='cuda:0')\n",
     ],
-    ids=["owner only", "unguarded", "allowed", "off", "there before", "owned in turn", "no guard at all"],
+    ids=[
+        "owner only",
+        "unguarded",
+        "allowed",
+        "allowed to some",
+        "off",
+        "there before",
+        "owned in turn",
+        "no guard at all",
+    ],
 )
 def test_what_is_owned_allowed_or_older_is_no_stray(code):
     assert child(SHOW + code + "show()") == "[]"

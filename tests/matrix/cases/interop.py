@@ -10,7 +10,8 @@ class _Foreign:
         self.tensor = torch.empty(4, device="cuda:0")
 
     def __dlpack__(self, **options):
-        return self.tensor.__dlpack__(**options)
+        with torch.cuda.device(0):
+            return self.tensor.__dlpack__(**options)
 
     def __dlpack_device__(self):
         return self.tensor.__dlpack_device__()
