@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from devguard import scope
+from devguard import accelerator, scope
 from devguard.journal import journal, refused
 from devguard.owners import Owner
 from devguard.patching import Patches
@@ -130,7 +130,6 @@ def _watched_event(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _watched_record(original: Callable[..., Any]) -> Callable[..., Any]:
-    torch: Any = sys.modules["torch"]
     local, process = scope.local, scope.process
 
     def record(self: Any, stream: Any = None) -> None:
@@ -140,7 +139,14 @@ def _watched_record(original: Callable[..., Any]) -> Callable[..., Any]:
         owner = None if looked else stack[-1][1] if stack else process.owner
         if owner is not None and owner.index > 0 and _is_unchosen():
             index = _place(None)
-            stream = None if index is None else torch.cuda.current_stream(index)
+            if index is not None:
+                exchange = accelerator.bind()
+                previous = exchange.to(index)  # the first use of any stream opens the current device by itself
+                try:
+                    original(self)
+                finally:
+                    exchange.back(previous)
+                return
         original(self, stream)
 
     return record

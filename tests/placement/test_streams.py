@@ -145,6 +145,12 @@ class TestOnAThreadThatHasChosenNoDevice:
         assert strays == [["cuda:0", "cuda:0", "observed", 1]] or "Event" in make
 
 
+def test_the_first_stream_of_the_process_is_no_exception():
+    """torch then asks the current device for its range of priorities, which opens it."""
+    code = f"torch.cuda.init()\nprint(json.dumps([lost(lambda: {MAKERS['an event']}), ctx(), len(said())]))"
+    assert lost(code) == [1, [1], 1]
+
+
 def test_an_event_that_goes_to_a_stream_of_the_owner_is_no_stray():
     code = (
         "stream = torch.cuda.Stream(1)\n"
