@@ -42,6 +42,22 @@ def test_a_context_of_a_native_thread_is_found_on_request_with_evidence():
     assert child(code) == "[('native', 'cuda:0', 'observed')]\nTrue\n[('native', 'cuda:0', 'observed')]"
 
 
+def test_memory_that_comes_by_cuda_array_interface_from_a_device_that_is_not_owned_is_found_by_its_context():
+    """The door ``interop`` cannot watch ``torch.as_tensor``: see there."""
+    code = SHOW + (
+        "class Array:\n"
+        "    def __init__(self):\n"
+        "        with torch.cuda.device(0): self.memory = torch.cuda.caching_allocator_alloc(16)\n"
+        "        self.__cuda_array_interface__ = {\n"
+        "            'shape': (4,), 'typestr': '<f4', 'data': (self.memory, False), 'version': 2}\n"
+        "@devguard.guard(1)\n"
+        "def work(): return torch.as_tensor(Array(), device='cuda:0')\n"
+        "import sys; line = sys._getframe().f_lineno; x = work(); print(x.device)\n"
+        "show(); print(devguard.strays()[-1].site.line == line)"
+    )
+    assert child(code) == "cuda:0\n[('native', 'cuda:0', 'observed')]\nTrue"
+
+
 def test_no_strays_raises():
     code = (
         "try:\n"
