@@ -1,16 +1,47 @@
-"""Fixtures for every test: programs on simulated GPUs (tests/simulated.py)."""
+"""Fixtures for every test: devguard as after import, devices that are none, programs on simulated GPUs."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from devguard.owners import LAUNCHERS
 from tests import simulated
 
 pytest_plugins = ["pytester"]
+
+if TYPE_CHECKING:
+    from tests.fakecuda import FakeCuda
+
+NAMING_A_DEVICE = (
+    "CUDA_VISIBLE_DEVICES",
+    "DEVGUARD",
+    "DEVGUARD_DEVICE",
+    "RANK",
+    *(name for launcher in LAUNCHERS for name in (launcher.rank, *launcher.size)),
+)
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """devguard as after import, before the test and after it, and no variable that says which device is whose."""
+    from tests import tagging
+
+    for name in NAMING_A_DEVICE:
+        monkeypatch.delenv(name, raising=False)
+    yield from tagging.fresh()
+
+
+@pytest.fixture
+def cuda() -> Iterator[FakeCuda]:
+    """Eight devices that only know which of them is current (tests/fakecuda.py)."""
+    from tests.fakecuda import FakeCuda
+
+    with FakeCuda(8).installed() as devices:
+        yield devices
 
 
 @pytest.fixture(scope="session")

@@ -5,20 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 import devguard
 from devguard import DeviceResolutionError, accelerator
-from tests import tagging
 from tests.fakecuda import FakeCuda
 
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    yield from tagging.fresh()
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 def test_nothing_is_initialised_and_no_context_is_held_on_a_cpu_build() -> None:

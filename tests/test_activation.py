@@ -20,20 +20,9 @@ from devguard import ConfigError, DeviceResolutionError, doors, owners, relay
 from tests import tagging
 from tests.fakecuda import FakeCuda
 
+pytestmark = pytest.mark.usefixtures("clean")
+
 PAYLOAD = tagging.dumps(torch.arange(4.0))
-
-
-@pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("DEVGUARD", "DEVGUARD_DEVICE", "LOCAL_RANK", "SLURM_LOCALID"):
-        monkeypatch.delenv(name, raising=False)
-    yield from tagging.fresh()
-
-
-@pytest.fixture
-def cuda() -> Iterator[FakeCuda]:
-    with FakeCuda(4).installed() as devices:
-        yield devices
 
 
 def everything_in_torch() -> dict[tuple[str, str], Any]:

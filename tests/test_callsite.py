@@ -11,7 +11,7 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import cloudpickle
@@ -26,13 +26,10 @@ from devguard import callsite
 from devguard.callsite import Site
 from tests import tagging
 
+pytestmark = pytest.mark.usefixtures("clean")
+
 PAYLOAD = tagging.dumps(torch.arange(4.0))
 FILE = tagging.save(torch.arange(4.0))
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    yield from tagging.fresh()
 
 
 def here() -> int:

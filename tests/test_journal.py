@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,12 +24,9 @@ from devguard import StrayDeviceError, StrayDeviceWarning, journal
 from devguard.journal import MAX_ROWS, Journal
 from tests import tagging
 
+pytestmark = pytest.mark.usefixtures("clean")
+
 PAYLOAD = tagging.dumps(torch.arange(4.0))
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    yield from tagging.fresh()
 
 
 def record(book: Journal, nbytes: int = 8) -> Any:

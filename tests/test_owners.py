@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fractions
 import operator
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,18 +11,12 @@ import torch
 
 import devguard
 from devguard import ConfigError, DeviceResolutionError, accelerator, owners
-from tests import tagging
 from tests.fakecuda import FakeCuda
+
+pytestmark = pytest.mark.usefixtures("clean")
 
 RANKS = [launcher.rank for launcher in owners.LAUNCHERS]
 SIZES = [size for launcher in owners.LAUNCHERS for size in launcher.size]
-
-
-@pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in (*RANKS, *SIZES, "DEVGUARD", "DEVGUARD_DEVICE", "RANK", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.delenv(name, raising=False)
-    yield from tagging.fresh()
 
 
 @pytest.fixture

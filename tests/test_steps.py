@@ -14,19 +14,9 @@ import pytest
 import torch
 
 import devguard
-from tests import tagging
 from tests.fakecuda import FakeCuda
 
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    yield from tagging.fresh()
-
-
-@pytest.fixture
-def cuda() -> Iterator[FakeCuda]:
-    with FakeCuda(8).installed() as devices:
-        yield devices
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 def where(cuda: FakeCuda) -> tuple[int, str]:

@@ -16,21 +16,9 @@ import torch
 
 import devguard
 from devguard import ConfigError, DeviceResolutionError
-from tests import tagging
 from tests.fakecuda import FakeCuda
 
-
-@pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("DEVGUARD", "DEVGUARD_DEVICE", "LOCAL_RANK", "SLURM_LOCALID"):
-        monkeypatch.delenv(name, raising=False)
-    yield from tagging.fresh()
-
-
-@pytest.fixture
-def cuda() -> Iterator[FakeCuda]:
-    with FakeCuda(8).installed() as devices:
-        yield devices
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 def where() -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import array
 import mmap
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,16 +18,7 @@ from devguard import StrayDeviceError, StrayDeviceWarning
 from tests import tagging
 from tests.fakecuda import FakeCuda
 
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    yield from tagging.fresh()
-
-
-@pytest.fixture
-def cuda() -> Iterator[FakeCuda]:
-    with FakeCuda(4).installed() as devices:
-        yield devices
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 def aliases(tensor: torch.Tensor, buffer: bytearray) -> bool:

@@ -8,7 +8,6 @@ import pickletools
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,9 @@ import torch
 import devguard
 from devguard import StrayDeviceError, StrayDeviceWarning
 from devguard.doors import jit
-from tests import tagging
 from tests.fakecuda import FakeCuda
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    yield from tagging.fresh()
-
-
-@pytest.fixture
-def cuda() -> Iterator[FakeCuda]:
-    with FakeCuda(4).installed() as devices:
-        yield devices
+pytestmark = [pytest.mark.usefixtures("clean"), pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")]
 
 
 class Model(torch.nn.Module):

@@ -12,7 +12,7 @@ import pickle
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,9 @@ import devguard
 from devguard import StrayDeviceError
 from tests import tagging, tensors
 
+pytestmark = pytest.mark.usefixtures("clean")
+
 TAG = "cuda:3"
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    yield from tagging.fresh()
 
 
 def _special(name: str) -> Any:

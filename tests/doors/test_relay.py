@@ -10,7 +10,7 @@ import pickle
 import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import cloudpickle
@@ -21,12 +21,9 @@ import devguard
 from devguard import relay
 from tests import tagging, tensors
 
+pytestmark = pytest.mark.usefixtures("clean")
+
 TAG = "cuda:3"
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    yield from tagging.fresh()
 
 
 def received(value: Any = None) -> Any:

@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,11 @@ from devguard import StrayDeviceError
 from tests import tagging
 from tests.process import workers
 
+pytestmark = pytest.mark.usefixtures("clean")
+
 ROOT = Path(__file__).parent.parent.parent
 PAYLOAD = tagging.dumps(torch.arange(4.0))
 GUARDED = {"owner": "cpu", "loaded": [0, 1, 2, 3], "strays": [("cuda:3", "cpu", "repaired")]}
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    yield from tagging.fresh()
 
 
 @pytest.fixture(scope="module", params=["spawn", "forkserver"])

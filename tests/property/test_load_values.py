@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ import devguard
 from devguard.journal import journal
 from tests import tagging, tensors
 
-pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("clean"),
+    pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
+]
 
 TAGS = st.sampled_from(["cuda:0", "cuda:3", "cuda:77", "cuda"])
 FEW = settings(max_examples=40, deadline=None)
@@ -53,11 +56,6 @@ def rare_tensors(draw: st.DrawFn) -> list[torch.Tensor]:
         stride = [draw(st.integers(0, 2)) for _ in shape]
         views.append(base.as_strided(shape, stride, draw(st.integers(0, base.numel() - 5))))
     return views
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    yield from tagging.fresh()
 
 
 class Module(torch.nn.Module):

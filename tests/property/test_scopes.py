@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -14,17 +14,13 @@ from hypothesis import strategies as st
 import devguard
 from devguard import owners, scope
 from devguard.settings import MODES
-from tests import tagging
 from tests.fakecuda import FakeCuda
+
+pytestmark = pytest.mark.usefixtures("clean")
 
 FEW = settings(max_examples=60, deadline=None)
 
 DEVICES = st.sampled_from(["cpu", "cuda:0", "cuda:1", "cuda:2", None])  # None: unguarded
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    yield from tagging.fresh()
 
 
 def scope_of(device: str | None, mode: Any = None) -> Any:
