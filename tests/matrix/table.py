@@ -117,19 +117,24 @@ def judge(case: str, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
         after = reports["repair"]
         elsewhere = set(after["contexts"]) - {OWNER, *after["opens"]}
         elsewhere |= {int(index) for index, held in after["bytes"].items() if held and index != str(OWNER)}
-        acted = any(stray["action"] == "repaired" for stray in after["strays"])
+        acted = any(stray["action"] in ("repaired", "placed") for stray in after["strays"])
         row["repair"] = {key: after[key] for key in ("contexts", "bytes", "error")}
         row["repaired"] = acted and not elsewhere and after["repaired"] is not False and not after["error"]
     if "error" in reports:
         error = reports["error"]["error"] or ""
         row |= {"error": error.partition("\n")[0] or None, "refused": "StrayDeviceError" in error.partition(":")[0]}
     if "behaves" in reports:
-        row["false_strays"] = [stray["door"] for stray in reports["behaves"]["strays"]]
+        row["false_strays"] = [stray["door"] for stray in _strays(reports["behaves"])]
         row["behaves_error"] = reports["behaves"]["error"]
     if "allowed" in reports:
-        free = reports["allowed"]
-        row |= {"allowed": not free["strays"] and not free["error"], "not_allowed": [free["error"], free["strays"]]}
+        strays, error = _strays(reports["allowed"]), reports["allowed"]["error"]
+        row |= {"allowed": not strays and not error, "not_allowed": [error, strays]}
     return row
+
+
+def _strays(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what strayed; a thread that was placed has not."""
+    return [stray for stray in report["strays"] if stray["action"] != "placed"]
 
 
 def count(rows: list[dict[str, Any]]) -> dict[str, int]:
