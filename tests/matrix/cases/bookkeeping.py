@@ -1,17 +1,30 @@
-"""BOOKKEEPING: ``mem_get_info`` and its like open the current device, which is not where the work is."""
+"""BOOKKEEPING: ``mem_get_info`` and its like, on a thread that has chosen no device, open device 0."""
 
 import torch
 
+import devguard
+from tests.matrix.lost import on_a_lost_thread
 
-def stray():
-    torch.empty(4, device="cuda:1")
-    torch._C._cuda_maybeExchangeDevice(0)  # a library that leaves another device current
+
+def _ask():
     return torch.cuda.mem_get_info()  # STRAY
 
 
+def _ask_by_index():
+    return torch.cuda.mem_get_info(1)
+
+
+def guarded(mode, work):
+    devguard.install(mode=mode, device=1)
+    return work()
+
+
+def stray():
+    return on_a_lost_thread(_ask)
+
+
 def behaves():
-    torch.empty(4, device="cuda:1")
-    return torch.cuda.mem_get_info()
+    return on_a_lost_thread(_ask_by_index)
 
 
 def REPAIRED(result):

@@ -1,31 +1,9 @@
 """STREAM-EVENT: a stream and an event made on a thread that has chosen no device."""
 
-import _thread
-import threading
-
 import torch
 
 import devguard
-
-
-def _on_a_thread_of_its_own(make):
-    """Run `make` on a thread that nobody can place: ``_thread``, as C code starts them."""
-    got, ended = [], threading.Lock()
-    ended.acquire()
-
-    def run():
-        try:
-            got.append(make())
-        except Exception as error:  # noqa: BLE001 - raised in the caller
-            got.append(error)
-        finally:
-            ended.release()
-
-    _thread.start_new_thread(run, ())
-    ended.acquire()
-    if isinstance(got[0], Exception):
-        raise got[0]
-    return got[0]
+from tests.matrix.lost import on_a_lost_thread
 
 
 def _make():
@@ -46,11 +24,11 @@ def guarded(mode, work):
 
 
 def stray():
-    return _on_a_thread_of_its_own(_make)
+    return on_a_lost_thread(_make)
 
 
 def behaves():
-    return _on_a_thread_of_its_own(_make_by_index)
+    return on_a_lost_thread(_make_by_index)
 
 
 def REPAIRED(result):
