@@ -6,6 +6,7 @@ What needs torch runs in a child (selfcheck.py), so that the doctor itself opens
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -54,8 +55,8 @@ def examine(environ: Mapping[str, str]) -> dict[str, Any]:
     -------
     dict
         ``status`` (the exit status), ``versions``, ``devices``, ``doors``, ``check``, ``environment``,
-        ``simulated_gpus``, ``configuration`` (settings that mean nothing), ``problems``, ``notes`` and
-        ``advice`` (lists of text).
+        ``simulated_gpus``, ``sglang`` (None where it is not installed), ``configuration`` (settings that mean
+        nothing), ``problems``, ``notes`` and ``advice`` (lists of text).
     """
     from devguard.cli import variables
 
@@ -98,6 +99,7 @@ def examine(environ: Mapping[str, str]) -> dict[str, Any]:
         "check": inner.get("check"),
         "environment": variables.that_matter(environ),
         "simulated_gpus": simulated,
+        "sglang": _sglang(notes),
         "configuration": configuration,
         "problems": problems,
         "notes": notes,
@@ -209,6 +211,22 @@ def _advice(found: dict[str, Any]) -> list[str]:
     return advice
 
 
+def _sglang(notes: list[str]) -> dict[str, Any] | None:
+    """Return the installed SGLang and those of its known bugs that it has."""
+    version = _version("sglang")
+    if version is None:
+        return None
+    from devguard.integrations import sglang
+    from devguard.integrations.sglang import versions
+
+    try:
+        versions.check(version)
+    except sglang.UnsupportedVersionError as error:
+        notes.append(str(error))
+        return {"version": version, "known": False, "bugs": []}
+    return {"version": version, "known": True, "bugs": [dataclasses.asdict(bug) for bug in sglang.known_bugs(version)]}
+
+
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
@@ -238,6 +256,10 @@ def show(found: dict[str, Any]) -> None:
         print(f"  door {name}: {'open' if row['open'] else 'closed'}, {row['mode']}")
     possible = "possible here" if found["simulated_gpus"]["possible"] else "not possible here"
     print(f"simulated GPUs: {possible}")
+    if found["sglang"] is not None:
+        print(f"SGLang {found['sglang']['version']}")
+    for bug in found["sglang"]["bugs"] if found["sglang"] else ():
+        print(f"  wrong GPU: {bug['what']} ({bug['reference']})\n    devguard, {bug['remedy']}")
     for name, value in found["environment"].items():
         print(f"  {name}={value}")
     for title in ("configuration", "problems", "notes"):

@@ -170,3 +170,31 @@ def test_the_message_of_the_check_is_one_that_strays_without_a_guard(run_simulat
         gpus=2,
     )
     assert [device.context for device in done.me.devices] == [False, True]
+
+
+@pytest.mark.parametrize(("version", "original"), [("0.4.6.post2", True), ("0.5.23", False)])
+def test_it_names_the_wrong_device_bugs_of_the_sglang_here(environ, checked, monkeypatch, capsys, version, original):
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: version if name == "sglang" else real(name))
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert f"SGLang {version}\n" in said
+    assert "broadcast_pyobj" in said
+    assert "door load: rebuilt on the rank's own GPU" in said
+    assert ("pixel_values made on GPU 0" in said) is original
+
+
+def test_it_says_that_an_sglang_is_not_one_of_those_it_knows(environ, checked, monkeypatch, capsys):
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.6.0" if name == "sglang" else real(name))
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "note: devguard knows the processes of SGLang 0.4.6 to 0.5.23, and this is 0.6.0" in said
+    assert "wrong GPU" not in said
+
+
+def test_without_sglang_it_says_nothing_of_it(environ, checked, monkeypatch, capsys):
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "sglang" else real(name))
+    assert cli.main(["doctor"]) == 0
+    assert "SGLang" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A crew of SGLang's processes on simulated GPUs: ``python -m tests.sglang.crew ROAD RANKS FOLDER``.
+"""A crew of SGLang's processes on simulated GPUs: ``python -m tests.sglang.crew ROAD RANKS``.
 
 A tokenizer makes tensors on cuda:0 and sends them, in every way that SGLang 0.5.23 has, to schedulers (rank r owns
 cuda:r+1), to a data-parallel controller, which sends them on, and to a detokenizer. The code is SGLang's own: its
@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import multiprocessing
 import os
 import pickle
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,9 @@ def made() -> torch.Tensor:
 
 
 def arguments() -> ServerArgs:
-    return ServerArgs(model_path="dummy", device="cpu", tp_size=2, load_balance_method="round_robin", skip_tokenizer_init=True)
+    return ServerArgs(
+        model_path="dummy", device="cpu", tp_size=2, load_balance_method="round_robin", skip_tokenizer_init=True
+    )
 
 
 def ports(folder: Path) -> PortArgs:
@@ -128,13 +130,14 @@ def relay(socket: Any, folder: Path, say: Any) -> None:
 def report(say: Any, name: str, got: dict[str, torch.Tensor]) -> None:
     for what, tensor in got.items():
         assert tensor.cpu()[:4].tolist() == VALUES, (name, what, tensor)
-    mine = next(state for state in simgpu.state(os.environ["DEVGUARD_SIM_STATE"]) if state.pid == os.getpid())
+    states = [state for state in simgpu.state(os.environ["DEVGUARD_SIM_STATE"]) if state.pid == os.getpid()]
+    held = [device for state in states for device in state.devices if device.bytes]  # no state: no CUDA was initialised
     say.put(
         {
             "name": name,
             "devices": {what: str(tensor.device) for what, tensor in got.items()},
             "contexts": [str(device) for device in devguard.contexts()],
-            "bytes": {f"cuda:{index}": device.bytes for index, device in enumerate(mine.devices) if device.bytes},
+            "bytes": {f"cuda:{device.index}": device.bytes for device in held},
             "owner": str(devguard.owner()),
         }
     )
@@ -194,7 +197,6 @@ def run_detokenizer(road: str, folder: Path, say: Any) -> None:
 
 
 def crew(road: str, ranks: int, folder: Path) -> dict[str, Any]:
-    folder.mkdir()
     say, finished = CONTEXT.Queue(), CONTEXT.Event()
     helpers = [run_data_parallel_controller, run_detokenizer]
     if road == "decorator":
@@ -217,9 +219,11 @@ def crew(road: str, ranks: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    roads, ranks, folder = sys.argv[1].split(","), int(sys.argv[2]), Path(sys.argv[3])
-    logging.captureWarnings(True)
-    print(json.dumps({road: crew(road, ranks, folder / road) for road in roads}))
+    results = {}
+    for road in sys.argv[1].split(","):
+        with tempfile.TemporaryDirectory(prefix="crew-") as folder:  # short: sockets have a limit
+            results[road] = crew(road, int(sys.argv[2]), Path(folder))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Which process of SGLang this is, and which device it owns.
 
 SGLang's own functions say so: `ROLES` lists those that each process calls before it touches a GPU or receives a
-message. None of them is ever pickled. The entry points themselves are, by name, as targets of spawned processes; so they
-stay as they are. Arguments are found by name, since their order changes between releases.
+message. None of them is ever pickled. The entry points themselves are, by name, as targets of spawned processes; so
+they stay as they are. Arguments are found by name, since their order changes between releases.
 
 A guard must not keep a server from starting: whatever fails here becomes one line in the server's log.
 """
