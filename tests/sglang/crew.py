@@ -209,11 +209,11 @@ def crew(road: str, ranks: int, folder: Path) -> dict[str, Any]:
     reports = []
     try:
         while len(reports) < ranks + 2:
-            reports.append(say.get(timeout=30))
+            reports.append(say.get(timeout=120))
     finally:
         finished.set()
         for process in processes:
-            process.join(20)
+            process.join(30)
             process.kill()
     return {row.pop("name"): row for row in reports}
 

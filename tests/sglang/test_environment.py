@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.sglang.environment import NEWEST, OLDEST, POSSIBLE, sglang_environment
-from tests.simulated import run_simulated
+from tests.simulated import ROOT, run_simulated
 
-pytestmark = pytest.mark.skipif(not POSSIBLE, reason="SGLang 0.5.23 needs Python 3.11")
+pytestmark = [
+    pytest.mark.skipif(not POSSIBLE, reason="SGLang 0.5.23 needs Python 3.11"),
+    pytest.mark.timeout(600),  # the first one installs SGLang
+]
 
 ENTRY_POINTS = """
     import json
@@ -23,7 +26,12 @@ ENTRY_POINTS = """
 
 
 def test_the_newest_release_imports_without_a_gpu_of_its_own(tmp_path: Path) -> None:
-    assert run_simulated(ENTRY_POINTS, env=sglang_environment(2, folder=tmp_path)).result == [NEWEST, True, False, []]
+    assert run_simulated(ENTRY_POINTS, env=sglang_environment(2, folder=tmp_path), timeout=500).result == [
+        NEWEST,
+        True,
+        False,
+        [],
+    ]
 
 
 def test_the_last_release_with_the_original_bug_imports(tmp_path: Path) -> None:
@@ -34,3 +42,9 @@ def test_the_last_release_with_the_original_bug_imports(tmp_path: Path) -> None:
         print(json.dumps([sglang.version.__version__, hasattr(sglang.srt.utils, "broadcast_pyobj")]))
     """
     assert run_simulated(program, env=sglang_environment(2, release=OLDEST, folder=tmp_path)).result == [OLDEST, True]
+
+
+def test_the_example_prints_what_it_promises(tmp_path: Path) -> None:
+    example = ROOT / "examples/sglang/engine.py"
+    done = run_simulated([example], env=sglang_environment(2, folder=tmp_path), timeout=500)
+    assert done.stdout == example.with_suffix(".out").read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import types
 from typing import Any
 
 import pytest
@@ -166,6 +167,13 @@ def test_a_guarded_engines_entry_point_is_guarded_after_pickling(monkeypatch: py
     assert isinstance(arrived, entry._Entry)
     assert arrived(None, gpu_id="cpu") == "cpu"
     assert Engine.run_scheduler_process_func is plain_entry
+
+
+def test_sglangs_promise_of_an_engine_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "installed", lambda: "0.5.23")
+    promise: Any = types.SimpleNamespace(module_name=__name__, class_name="Engine")
+    monkeypatch.setitem(sys.modules, __name__, types.SimpleNamespace(Engine=Engine))  # type: ignore[arg-type]
+    assert issubclass(sglang.guarded_engine(promise), Engine)
 
 
 def test_an_engine_whose_entry_points_are_fixed_is_refused_with_another_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ TO_THE_FIRST = TO_SCHEDULERS | {"point to point", "relayed by zmq", "relayed by 
 def crew(folder: Path, roads: str, ranks: int, **variables: str) -> Finished:
     environment = sglang_environment(ranks + 1, folder=folder)
     environment |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", **variables}
-    return run_simulated(["-m", "tests.sglang.crew", roads, str(ranks)], env=environment)
+    return run_simulated(["-m", "tests.sglang.crew", roads, str(ranks)], env=environment, timeout=540)
 
 
 @pytest.fixture(scope="module")

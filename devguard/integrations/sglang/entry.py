@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, overload
@@ -94,7 +95,7 @@ def _check_parameters(function: Callable[..., Any], name: str) -> None:
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if not takes_any and not set(roles.DEVICE_ARGUMENTS) & set(parameters):
         raise DeviceResolutionError(
-            f"{name or function!r} has no parameter that could name its GPU. Looked for: "
+            f"{name or repr(function)} has no parameter that could name its GPU. Looked for: "
             f"{', '.join(roles.DEVICE_ARGUMENTS)}; it has: {', '.join(parameters) or 'none'}. Give the owner itself: "
             "worker(device=...)."
         )
@@ -149,6 +150,8 @@ def guarded_engine(engine: Engine, *, mode: Mode | None = None, doors: Mapping[s
     >>> Engine = devguard.integrations.sglang.guarded_engine(sglang.Engine)
     >>> engine = Engine(model_path=..., tp_size=2)
     """
+    if hasattr(engine, "module_name") and hasattr(engine, "class_name"):  # sglang.Engine is only a promise of the class
+        engine = getattr(importlib.import_module(engine.module_name), engine.class_name)
     if not isinstance(engine, type):
         raise ConfigError(f"guarded_engine takes the class, sglang.Engine, not {engine!r}.")
     versions.check()
