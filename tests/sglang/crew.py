@@ -33,6 +33,7 @@ import torch.distributed as dist
 import zmq
 from sglang.srt.managers import io_struct
 from sglang.srt.plugins import load_plugins
+from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import PortArgs, ServerArgs
 from sglang.srt.utils import common, msgpack_utils, network, patch_torch
 
@@ -155,6 +156,7 @@ def scheduler(road: str, rank: int, ranks: int, folder: Path, say: Any) -> None:
         return
     if road == "plugin":
         load_plugins()
+        assert "sglang.srt.managers.scheduler.configure_scheduler_process" in HookRegistry._patched
     placement = schedulers.SpawnRanks(world_rank=rank % 2, dp_rank=None, gpu_id=gpu_id)
     schedulers.publish(arguments(), role="scheduler", ranks=placement)
     schedulers.configure_scheduler_process(arguments(), gpu_id)

@@ -91,9 +91,8 @@ def test_each_process_says_in_the_servers_log_what_it_owns(two_ranks: Finished, 
         assert "NOT guarded" not in log
 
 
-def test_sglangs_loader_applies_the_plugins_hook(two_ranks: Finished) -> None:
-    assert "hook(s) to sglang.srt.managers.scheduler.configure_scheduler_process" in two_ranks.stderr
-    assert "Failed to" not in two_ranks.stderr
+def test_sglangs_loader_says_nothing_against_the_plugin(two_ranks: Finished) -> None:
+    assert "Failed to" not in two_ranks.stderr  # that it applies the hook, the schedulers themselves assert
 
 
 @pytest.mark.parametrize(
