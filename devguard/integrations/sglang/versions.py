@@ -9,7 +9,7 @@ from devguard.errors import DevGuardError
 
 __all__ = ["check", "installed", "NEWEST", "OLDEST", "parse", "UnsupportedVersionError"]
 
-# Entry points and signatures were read in these and in between; run with 0.4.6.post2 and 0.5.23.
+# Read and run: 0.4.6.post2 and 0.5.23. In between, functions and arguments are found by name, or left alone.
 OLDEST = "0.4.6"
 NEWEST = "0.5.23"
 
