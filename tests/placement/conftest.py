@@ -27,6 +27,13 @@ _finished: set[Path] = set()
 _reports: dict[str, list[Any]] = {}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the first test of a file, which waits for all of them, the time of all; in the child each has its own."""
+    for item in items:
+        if not simgpu.active() and item.path.parent == HERE:
+            item.add_marker(pytest.mark.timeout(900))
+
+
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     """Replay the reports of the child, unless this is the child."""
     if simgpu.active() or item.path.parent != HERE:  # pytest asks every conftest about every test
