@@ -31,9 +31,10 @@ def main() -> int:
             return 1
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], simgpu.environment(2))
 
-    from benchmarks import bookkeeping, cases, ipc, threads
+    from benchmarks import bookkeeping, cases, ipc, starting, threads
 
     groups = {**cases.GROUPS, "threads": threads.threads, "ipc": ipc.ipc, "bookkeeping": bookkeeping.bookkeeping}
+    groups["starting"] = starting.starting
     rows: list[Row] = []
     for name, group in groups.items():
         if arguments.only in name:

@@ -160,7 +160,7 @@ def activate(environ: Mapping[str, str] | None = None) -> None:
 
 def _adopt(said: Said, environ: Mapping[str, str], child: bool | None = None) -> adoption.Adoption:
     """Find the owner of this process, or the first candidate for it, in the environment."""
-    several = owners.local_size(environ) is not None
+    several = owners.several(environ)
     if child is None:
         child = adoption.is_child()  # what a launcher says is said to its parent, and an owner is not inherited
     if said.owner is not None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from devguard import accelerator
 from devguard.errors import ConfigError, DeviceResolutionError
 
-__all__ = ["CPU", "LAUNCHERS", "UNKNOWN", "Owner", "from_environment", "of_index", "owned", "parse"]
+__all__ = ["CPU", "LAUNCHERS", "UNKNOWN", "Owner", "from_environment", "of_index", "owned", "parse", "several"]
 
 
 class Owner:
@@ -136,6 +136,15 @@ def local_size(environ: Mapping[str, str]) -> tuple[str, int] | None:
             if match and int(match[1]) > 1:
                 return name, int(match[1])
     return None
+
+
+def several(environ: Mapping[str, str]) -> bool:
+    """Tell whether the launcher says that this process is one of several on this machine.
+
+    Some (Lightning) set no local size; whoever has a local rank above 0 is not alone all the same.
+    """
+    ranks = (environ.get(launcher.rank, "").strip() for launcher in LAUNCHERS)
+    return local_size(environ) is not None or any(rank.isdecimal() and int(rank) > 0 for rank in ranks)
 
 
 def from_environment(environ: Mapping[str, str] | None = None) -> tuple[Owner | None, list[str]]:

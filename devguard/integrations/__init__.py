@@ -11,7 +11,7 @@ import warnings
 
 __all__ = ["arm", "disarm"]
 
-NAMES = ("sglang",)
+NAMES = ("sglang", "vllm")
 
 
 def arm() -> None:

@@ -256,6 +256,25 @@ def test_a_touch_before_the_device_was_chosen_is_recorded_with_its_line() -> Non
     assert (stray["source"], stray["owner"], stray["site"]["line"]) == ("cuda:0", "cuda:1", 7)
 
 
+def test_a_forked_child_has_no_owner_until_it_chooses_whatever_the_launcher_said_to_its_parent() -> None:
+    code = """
+import multiprocessing
+def child(answers):
+    first = str(devguard.owner())
+    torch.cuda.set_device(1)
+    answers.put((first, loads('cuda:0'), str(devguard.owner())))
+fork = multiprocessing.get_context("fork")
+answers = fork.SimpleQueue()
+process = fork.Process(target=child, args=(answers,)); process.start(); process.join()
+print(*answers.get(), devguard.owner())
+"""
+    assert out(code, LOCAL_RANK="2", **SEVERAL) == "None cuda:1 cuda:1 cuda:2"
+
+
+def test_a_local_rank_above_0_is_one_of_several_though_no_size_is_said() -> None:
+    assert out("print(loads('cuda:0'), ctx())", LOCAL_RANK="2", WORLD_SIZE="4") == "cuda:2 [2]"
+
+
 def test_uninstall_ends_what_the_environment_asked_for() -> None:
     code = "torch.cuda.set_device(1); devguard.uninstall(); print(loads('cuda:0'), devguard.owner())"
     assert out(code, **SEVERAL) == "cuda:0 None"

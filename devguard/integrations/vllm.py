@@ -1,0 +1,96 @@
+"""vLLM: each worker process owns the GPU that vLLM gives it.
+
+The entry point ``devguard`` of the group ``vllm.general_plugins``, which vLLM calls in every process of its own before
+a worker is made. Which GPU that will be, the worker decides itself in ``init_device`` (its local rank, shifted by its
+data-parallel rank), so its answer is taken: what it does until then is guarded by adoption. A worker that lives in
+the user's own process is left to adoption altogether; other accelerators are left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from types import ModuleType
+from typing import Any
+
+from devguard import settings
+
+__all__ = ["arm", "disarm", "plugin"]
+
+# where WorkerWrapperBase is, and was before vLLM 0.11
+HOMES = ("vllm.v1.worker.worker_base", "vllm.worker.worker_base")
+
+_armed = False
+_patches: Any = None
+
+
+def plugin() -> None:
+    """Guard this process of vLLM, if ``DEVGUARD`` is set or ``VLLM_PLUGINS`` names devguard. It never raises."""
+    named = "devguard" in os.environ.get("VLLM_PLUGINS", "").split(",")
+    if settings.killed() or not (named or os.environ.get("DEVGUARD", "").strip()):
+        return
+    try:
+        arm()
+    except Exception as error:  # noqa: BLE001 - vLLM would not start
+        _say(error)
+
+
+def arm() -> None:
+    """Wait for vLLM's workers; calling it again changes nothing."""
+    global _armed
+    from devguard import late
+
+    _armed = True
+    for name in HOMES:
+        late.when_imported(name, _patch)
+
+
+def disarm() -> list[str]:
+    """Leave vLLM as it was found; return the names that somebody else patched over devguard."""
+    global _armed
+    _armed = False
+    left: list[str] = [] if _patches is None else _patches.restore()
+    return left
+
+
+def _patch(module: ModuleType) -> None:
+    global _patches
+    wrapper = vars(module).get("WorkerWrapperBase")
+    if not _armed or wrapper is None or wrapper.__module__ != module.__name__:
+        return
+    from devguard.patching import Patches
+
+    if _patches is None:
+        _patches = Patches()
+    if any(owner is wrapper for owner, *_ in _patches.replaced):
+        return
+    original = vars(wrapper).get("init_device")
+    if original is None:
+        _say(f"{wrapper.__name__}.init_device is not in this version")
+        return
+
+    def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        try:
+            _own(self.worker)
+        except Exception as error:  # noqa: BLE001 - a worker must not die of its guard
+            _say(error)
+        return answer
+
+    _patches.replace(wrapper, "init_device", init_device)
+
+
+def _own(worker: Any) -> None:
+    """Make the device of `worker`, which has just chosen it, the owner of this process."""
+    from devguard import activation, adoption, owners
+
+    device: Any = getattr(worker, "device", None)
+    if getattr(device, "type", None) != "cuda" or device.index is None:
+        return
+    if adoption.is_child() or owners.several(os.environ):
+        activation.assign(device, role=f"vLLM worker {getattr(worker, 'rank', '')}".rstrip())
+
+
+def _say(what: object) -> None:
+    text = f"devguard does not know the devices of vLLM's workers: {what}"
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
