@@ -1,0 +1,1 @@
+"""The test suites of others, run with and without devguard in force: ``python -m tests.others``."""

@@ -1,0 +1,191 @@
+"""Runs a test suite in a process that has imported torch: ``python bootstrap.py RESULTS RUNNER ARGUMENTS``.
+
+RUNNER is ``pytest``, ``unittest``, or ``scripts``: files that each are a program, which runs in a forked process.
+
+Whether devguard is in force is for the environment to say (``DEVGUARD``). RESULTS gets one line of JSON for each test
+as it ends, and how the guard stands before the first test and after the last. Children that `multiprocessing` spawns
+run this file again as their main module, so they import torch too, as the children of a program that uses torch do.
+
+It is run as a file and imports nothing of the repository: a suite has a package ``tests`` of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+import types
+import unittest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = "DEVGUARD_OTHERS_RESULTS"
+STDLIB = "DEVGUARD_OTHERS_STDLIB"  # a folder with more of CPython's package `test` than this Python has
+
+_pid = os.getpid()
+
+
+def write(**row: Any) -> None:
+    """Append one line to the results, unless this is a process that a test has forked."""
+    if os.getpid() == _pid:
+        with open(os.environ[RESULTS], "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def guard(when: str) -> None:
+    """Write down how the guard stands in this process."""
+    if not os.environ.get("DEVGUARD"):
+        write(guard=when, owner=None, doors=0, closed=[], records=0)
+        return
+    import devguard
+
+    status, owner = devguard.status(), devguard.owner()
+    doors = status["doors"]
+    closed = sorted(name for name, row in doors.items() if not row["open"])
+    failures = sorted(f"{name}: {text}" for name, row in doors.items() for text in row.get("failures", ()))
+    write(
+        guard=when,
+        owner=owner and str(owner),
+        doors=len(doors),
+        closed=closed,
+        records=status["strays"],
+        failures=failures,
+        mode=status["mode"],
+        devguard=devguard.__file__,
+        torch=torch.__version__,
+    )
+
+
+class Recorder:
+    """Writes the outcome of each test that pytest runs."""
+
+    def __init__(self) -> None:
+        self.outcome = ""
+        self.detail = ""
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            write(test=report.nodeid, outcome="error", detail=str(report.longrepr)[-2000:])
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "setup":
+            self.outcome, self.detail = "", ""
+        if report.failed:
+            self.outcome = "failed" if report.when == "call" else "error"
+            self.detail = str(report.longrepr)[-2000:]
+        elif report.when != "teardown" and (report.when == "call" or report.skipped):
+            expected = hasattr(report, "wasxfail")
+            self.outcome = ("xfailed" if report.skipped else "xpassed") if expected else report.outcome
+        if report.when == "teardown":
+            write(test=report.nodeid, outcome=self.outcome, detail=self.detail)
+
+
+class Result(unittest.TestResult):
+    """Writes the outcome of each test that unittest runs; a test with subtests that failed has failed."""
+
+    def startTest(self, test: Any) -> None:
+        super().startTest(test)
+        self.outcome, self.detail = "passed", ""
+
+    def stopTest(self, test: Any) -> None:
+        super().stopTest(test)
+        write(test=test.id(), outcome=self.outcome, detail=self.detail)
+
+    def _note(self, outcome: str, test: Any, error: Any = None) -> None:
+        detail = self._exc_info_to_string(error, test)[-2000:] if error else ""  # type: ignore[attr-defined]
+        if isinstance(test, unittest.TestCase):
+            self.outcome, self.detail = outcome, detail
+        else:  # setUpClass, setUpModule and their like
+            write(test=test.id(), outcome=outcome, detail=detail)
+
+    def addError(self, test: Any, err: Any) -> None:
+        super().addError(test, err)
+        self._note("error", test, err)
+
+    def addFailure(self, test: Any, err: Any) -> None:
+        super().addFailure(test, err)
+        self._note("failed", test, err)
+
+    def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:
+        super().addSubTest(test, subtest, err)
+        if err is not None:
+            self._note("failed", test, err)
+
+    def addSkip(self, test: Any, reason: str) -> None:
+        super().addSkip(test, reason)
+        if self.__dict__.get("outcome") in (None, "passed") or not isinstance(test, unittest.TestCase):
+            self._note("skipped", test)
+
+    def addExpectedFailure(self, test: Any, err: Any) -> None:
+        super().addExpectedFailure(test, err)
+        self._note("xfailed", test)
+
+    def addUnexpectedSuccess(self, test: Any) -> None:
+        super().addUnexpectedSuccess(test)
+        self._note("xpassed", test)
+
+
+def run_pytest(arguments: list[str]) -> int:
+    import pytest
+
+    return int(pytest.main(["-q", "-p", "no:cacheprovider", "-o", "addopts=", *arguments], plugins=[Recorder()]))
+
+
+def run_unittest(names: list[str]) -> int:
+    suite = unittest.defaultTestLoader.loadTestsFromNames(names)
+    result = Result()
+    suite.run(result)
+    print(f"{result.testsRun} tests, {len(result.failures)} failures, {len(result.errors)} errors")
+    return 0 if result.wasSuccessful() else 1
+
+
+def run_scripts(names: list[str]) -> int:
+    failed = 0
+    for script in [path for name in names for path in (sorted(Path(name).glob("test_*.py")) or [Path(name)])]:
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            os._exit(_run_script(script))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        failed += status != 0
+        detail = f"exit status {status}; its error is in the output" if status else ""
+        write(test=str(script), outcome="failed" if status else "passed", detail=detail)
+    return min(failed, 1)
+
+
+def _run_script(script: Path) -> int:
+    sys.path.insert(0, str(script.parent.absolute()))
+    sys.argv[:] = [str(script)]
+    try:
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        main.__file__ = str(script)
+        exec(compile(script.read_text(), str(script), "exec"), main.__dict__)
+    except BaseException as error:  # noqa: BLE001 - the process ends here, and says so
+        traceback.print_exc()
+        return (
+            int(error.code or 0) if isinstance(error, SystemExit) and isinstance(error.code, (int, type(None))) else 1
+        )
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+if os.environ.get(STDLIB):
+    importlib.import_module("test").__path__.append(str(Path(os.environ[STDLIB], "test")))  # in children as well
+
+if __name__ == "__mp_main__":
+    guard("child")
+
+if __name__ == "__main__":
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != here]
+    os.environ[RESULTS] = os.path.abspath(sys.argv[1])
+    guard("before")
+    status = {"pytest": run_pytest, "unittest": run_unittest, "scripts": run_scripts}[sys.argv[2]](sys.argv[3:])
+    guard("after")
+    sys.exit(status)

@@ -1,0 +1,198 @@
+"""The suites of others: where each comes from, and how it is run once."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests import simulated
+from tests.others import sources
+
+BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
+STDLIB = "DEVGUARD_OTHERS_STDLIB"
+TIMEOUT = 1800.0
+SIMULATED_GPUS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A test suite of somebody else's.
+
+    Attributes
+    ----------
+    name : str
+        Its name here.
+    version : str
+        Of the release whose tests it is; empty for a module of CPython's own package ``test``.
+    targets : tuple of str
+        For pytest, files in the source distribution; for unittest, names.
+    paths : tuple of str
+        The folders of the source distribution that are to be imported from.
+    requires : tuple of str
+        What else pip has to get, at exact versions.
+    folder : str
+        The folder of the source distribution that its tests expect to run in.
+    scripts : bool
+        Whether its tests are programs, each for a process of its own; else they are pytest's.
+    """
+
+    name: str
+    version: str = ""
+    targets: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    folder: str = "."
+    scripts: bool = False
+
+    @property
+    def about(self) -> str:
+        """Its name and version."""
+        return f"{self.name} {self.version or 'of Python ' + sys.version.split()[0]}"
+
+    def missing(self) -> str | None:
+        """Say what is missing, where this Python comes without CPython's tests."""
+        if self.version:
+            return None
+        folders = [Path(spec.origin).parent] if (spec := importlib.util.find_spec("test")) and spec.origin else []
+        folders += [Path(os.environ[STDLIB], "test")] if os.environ.get(STDLIB) else []
+        if any((folder / f"{self.name}.py").exists() or (folder / self.name).is_dir() for folder in folders):
+            return None
+        return (
+            f"this Python has no test.{self.name}: set {STDLIB} to a folder that has test/{self.name}.py of Python "
+            f"{sys.version_info[0]}.{sys.version_info[1]}, as CPython's Lib or libpython3.x-testsuite of Debian have"
+        )
+
+
+_SAFETENSORS = ("simple", "pt_comparison", "pt_model", "threadable", "multithreaded", "handle", "pread_backend")
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite("test_pickle"),
+        Suite("test_threading"),
+        Suite("test_threading_local"),
+        # the last release that ships its tests
+        Suite(
+            "cloudpickle",
+            "2.2.1",
+            ("tests/cloudpickle_test.py", "tests/cloudpickle_file_test.py", "tests/test_backward_compat.py"),
+            (".", "tests/cloudpickle_testpkg"),
+            ("psutil==7.1.3",),
+        ),
+        Suite("dill", "0.4.1", ("dill/tests",), (".",), scripts=True),
+        Suite(
+            "safetensors",
+            "0.8.0",
+            tuple(f"tests/test_{name}.py" for name in _SAFETENSORS),
+            ("wheels",),
+            ("safetensors==0.8.0",),
+            "bindings/python",
+        ),
+        Suite("test_concurrent_futures"),
+        Suite("joblib", "1.6.0", ("joblib/test",), (".",), ("psutil==7.1.3",)),
+    )
+}
+
+
+@dataclasses.dataclass
+class Run:
+    """What one run of a suite came to."""
+
+    outcomes: dict[str, str]
+    details: dict[str, str]
+    guard: dict[str, dict[str, Any]]  # before, after
+    children: list[dict[str, Any]]  # that multiprocessing spawned
+    seconds: float
+    returncode: int
+    output: str
+
+
+def run(suite: Suite, owner: str, guarded: bool, targets: tuple[str, ...] = ()) -> Run:
+    """Run a suite once, in a folder of its own that is gone afterwards.
+
+    Parameters
+    ----------
+    suite : Suite
+        Which.
+    owner : str
+        The owner, ``cpu`` or ``cuda:1``; for ``cuda:1`` torch's CUDA build on simulated GPUs.
+    guarded : bool
+        Whether devguard is in force.
+    targets : tuple of str, optional
+        Only these of its tests.
+    """
+    with tempfile.TemporaryDirectory(prefix="devguard-others-") as scratch:
+        root = work = Path(scratch, "work")
+        work.mkdir()
+        runner, arguments = "unittest", list(targets or (f"test.{suite.name}",))
+        if suite.version:
+            root = sources.unpack(sources.sdist(suite.name, suite.version), work)
+            if suite.requires:  # in there, because tests start Python with a path of their own
+                place = root / suite.paths[0]
+                place.mkdir(exist_ok=True)
+                for entry in sources.wheels(suite.requires).iterdir():
+                    (place / entry.name).symlink_to(entry)
+            work = root / suite.folder
+            chosen = targets or suite.targets
+            runner, arguments = "pytest", ["--rootdir", str(work), *chosen]
+            if suite.scripts:
+                runner, arguments = "scripts", list(chosen)
+        environment = _environment(suite, owner, guarded, root, Path(scratch))
+        results, output = Path(scratch, "results"), Path(scratch, "output")
+        results.touch()
+        command = [sys.executable, str(BOOTSTRAP), str(results), runner, *arguments]
+        begin = time.monotonic()
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                cwd=work,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+            try:
+                returncode = process.wait(TIMEOUT)
+            except BaseException as error:
+                os.killpg(process.pid, signal.SIGKILL)
+                returncode = process.wait()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+        seconds = time.monotonic() - begin
+        rows = [json.loads(line) for line in results.read_text().splitlines()]
+        tests = [row for row in rows if "test" in row]
+        return Run(
+            {row["test"]: row["outcome"] for row in tests},
+            {row["test"]: row["detail"] for row in tests},
+            {row["guard"]: row for row in rows if row.get("guard") in ("before", "after")},
+            [row for row in rows if row.get("guard") == "child"],
+            seconds,
+            returncode,
+            output.read_text(errors="replace")[-20000:],
+        )
+
+
+def _environment(suite: Suite, owner: str, guarded: bool, root: Path, scratch: Path) -> dict[str, str]:
+    base = {name: value for name, value in os.environ.items() if not name.startswith(("DEVGUARD", "PYTEST_"))}
+    kept = [name for name in ("DEVGUARD_CACHE_DIR", STDLIB) if name in os.environ]
+    base.update({name: os.environ[name] for name in kept})
+    if owner == "cpu":
+        base["PYTHONPATH"] = os.pathsep.join(filter(None, [str(simulated.ROOT), base.get("PYTHONPATH")]))
+    else:
+        base = simulated.sim_environment(SIMULATED_GPUS, folder=scratch, base=base)
+    first = [str(root / folder) for folder in suite.paths]
+    base["PYTHONPATH"] = os.pathsep.join([*first, base["PYTHONPATH"]])
+    base["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    if guarded:
+        base.update(DEVGUARD="repair", DEVGUARD_DEVICE=owner)
+    return base

@@ -1,0 +1,91 @@
+"""The quickest suites of others under devguard; ``python -m tests.others`` runs them all, whole, beside a plain run."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import simulated
+from tests.others import suites, verdict
+from tests.others.suites import SUITES, Run
+
+# classes that touch most of what the doors replace, and take seconds
+THREADING = ("ThreadTests", "ThreadingExceptionTests", "ExceptHookTests", "TimerTests", "BarrierTests", "MiscTestCase")
+PICKLE = ("PyPicklerTests", "InMemoryPickleTests", "CPicklerTests", "CPicklerHookTests", "PyIdPersPicklerTests")
+
+FINE = {"guard": "before", "owner": "cpu", "mode": "repair", "doors": 17, "closed": [], "failures": []}
+
+
+def check(name: str, owner: str, targets: tuple[str, ...] = ()) -> None:
+    """Run a suite under devguard; what fails must fail without devguard, too."""
+    suite = SUITES[name]
+    if reason := suite.missing():
+        pytest.skip(reason)
+    guarded = suites.run(suite, owner, guarded=True, targets=targets)
+    assert verdict.unguarded_by(guarded, owner) == []
+    assert "passed" in guarded.outcomes.values()
+    if any(verdict.RANKS[outcome] >= verdict.RANKS["failed"] for outcome in guarded.outcomes.values()):
+        plain = suites.run(suite, owner, guarded=False, targets=targets)
+        assert {test: guarded.details[test] for test in verdict.worse(plain.outcomes, guarded.outcomes)} == {}
+
+
+@pytest.mark.skipif(not simulated.POSSIBLE, reason="simulated GPUs exist for Linux on x86-64 only")
+def test_threads_of_the_standard_library_behave_where_the_owner_is_a_gpu() -> None:
+    check("test_threading", "cuda:1", tuple(f"test.test_threading.{name}" for name in THREADING))
+
+
+def test_pickle_of_the_standard_library_behaves() -> None:
+    check("test_pickle", "cpu", tuple(f"test.test_pickle.{name}" for name in PICKLE))
+
+
+def test_cloudpickle_behaves() -> None:
+    check("cloudpickle", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("passed", "failed"), ("passed", "skipped"), ("skipped", "error"), ("xfailed", "xpassed"), ("passed", "missing")],
+)
+def test_a_worse_outcome_is_told(before: str, after: str) -> None:
+    guarded = {} if after == "missing" else {"a": after}
+    assert verdict.worse({"a": before}, guarded) == {"a": f"{before} -> {after}"}
+
+
+def test_what_failed_before_or_is_better_now_is_not_worse() -> None:
+    assert (
+        verdict.worse({"a": "failed", "b": "skipped", "c": "error"}, {"a": "error", "b": "passed", "c": "failed"}) == {}
+    )
+
+
+def test_an_error_that_only_the_guarded_run_has_is_worse() -> None:
+    assert verdict.worse({"a": "passed"}, {"a": "passed", "setUpClass (x)": "error"}) == {
+        "setUpClass (x)": "passed -> error"
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"owner": None}, "the owner is None"),
+        ({"mode": "observe"}, "the mode observe"),
+        ({"closed": ["threads"]}, "the door threads is not open"),
+        ({"doors": 0}, "there are no doors"),
+        ({"failures": ["threads: KeyError"]}, "devguard itself failed: threads: KeyError"),
+    ],
+)
+def test_a_run_without_the_guard_in_force_is_told(change: dict[str, object], told: str) -> None:
+    run = Run({}, {}, {"before": FINE, "after": {**FINE, **change}}, [], 0.0, 0, "")
+    (text,) = verdict.unguarded_by(run, "cpu")
+    assert "after" in text
+    assert told in text
+
+
+def test_a_run_that_did_not_reach_its_end_is_told() -> None:
+    (text,) = verdict.unguarded_by(Run({}, {}, {"before": FINE}, [], 0.0, -9, "Killed"), "cpu")
+    assert "exit status -9" in text
+    assert "Killed" in text
+
+
+def test_a_spawned_child_with_a_closed_door_is_told() -> None:
+    child = {**FINE, "guard": "child", "closed": ["load"]}
+    run = Run({}, {}, {"before": FINE, "after": FINE}, [child], 0.0, 0, "")
+    assert verdict.unguarded_by(run, "cpu") == ["in a child: the door load is not open"]
