@@ -31,12 +31,15 @@ def main() -> int:
     parser.add_argument("--only", metavar="NAME", action="append", choices=SUITES, help=f"of {', '.join(SUITES)}")
     parser.add_argument("--owner", metavar="DEVICE", action="append", choices=OWNERS, help=f"of {', '.join(OWNERS)}")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--target", metavar="ID", action="append", default=[], help="only this test, class or file")
     arguments = parser.parse_args()
+    if arguments.target and len(arguments.only or ()) != 1:
+        parser.error("--target needs one --only, whose test it is")
     verdicts = []
     for name in arguments.only or SUITES:
         for owner in arguments.owner or OWNERS:
             print(f"others: {name}, owner {owner}", file=sys.stderr, flush=True)
-            verdicts.append(judge(SUITES[name], owner))
+            verdicts.append(judge(SUITES[name], owner, tuple(arguments.target)))
     if arguments.json:
         rows = [{**dataclasses.asdict(verdict), "green": verdict.green} for verdict in verdicts]
         print(json.dumps(rows, indent=2))

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import sys
+import threading
 import traceback
 import types
 import unittest
@@ -55,9 +57,21 @@ def guard(when: str) -> None:
         records=status["strays"],
         failures=failures,
         mode=status["mode"],
+        placed=_device_of_a_thread(),
         devguard=devguard.__file__,
         torch=torch.__version__,
     )
+
+
+def _device_of_a_thread() -> str | None:
+    """Return the current device of a thread that starts now; None where torch sees no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    seen: list[str] = []
+    thread = threading.Thread(target=lambda: seen.append(f"cuda:{torch._C._cuda_getDevice()}"))
+    thread.start()
+    thread.join()
+    return seen[0]
 
 
 class Recorder:
@@ -132,7 +146,7 @@ class Result(unittest.TestResult):
 def run_pytest(arguments: list[str]) -> int:
     import pytest
 
-    return int(pytest.main(["-q", "-p", "no:cacheprovider", "-o", "addopts=", *arguments], plugins=[Recorder()]))
+    return int(pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-o", "addopts=", *arguments], plugins=[Recorder()]))
 
 
 def run_unittest(names: list[str]) -> int:
@@ -185,6 +199,7 @@ if __name__ == "__main__":
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != here]
     os.environ[RESULTS] = os.path.abspath(sys.argv[1])
+    multiprocessing.set_forkserver_preload(["torch"])  # else each of its children imports torch anew
     guard("before")
     status = {"pytest": run_pytest, "unittest": run_unittest, "scripts": run_scripts}[sys.argv[2]](sys.argv[3:])
     guard("after")

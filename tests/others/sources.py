@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from devguard.simgpu import overlay
+from devguard.simgpu import cached, overlay, wheels
+from devguard.simgpu.progress import Reporter
+
+__all__ = ["installed", "sdist", "unpack"]
 
 # pip asks the build backend of a source distribution for its metadata before it hands it over, and maturin would ask
-# cargo, which would fetch half of Rust. We want the tests in there and build nothing.
+# cargo, which would fetch half of Rust. We want the tests in there, and build nothing.
 BACKEND = """
 import email, os, shutil
 
@@ -28,37 +31,40 @@ def prepare_metadata_for_build_wheel(folder, config_settings=None):
 BACKENDS = {"safetensors": "maturin"}
 
 
-def folder() -> Path:
-    """Where it is all kept: ``$DEVGUARD_CACHE_DIR/others``, or below the user's cache folder."""
-    return overlay.cache_folder().parent / "others"
-
-
 def sdist(name: str, version: str) -> Path:
     """The source distribution of a release, downloaded once."""
-    place = folder() / f"{name}-{version}"
-    if not place.exists():
-        with _scratch() as scratch:
+
+    def fill(stage: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
             options, environment = [], {}
             if name in BACKENDS:
-                (Path(scratch) / f"{BACKENDS[name]}.py").write_text(BACKEND)
+                Path(scratch, f"{BACKENDS[name]}.py").write_text(BACKEND)
                 options, environment = ["--no-build-isolation"], {"PYTHONPATH": scratch}
-            target = Path(scratch) / "got"
-            command = ["download", "--no-deps", "--no-binary", name, "--dest", str(target), *options]
+            command = ["download", "--no-deps", "--no-binary", name, "--dest", str(stage), *options]
             _pip([*command, f"{name}=={version}"], environment)
-            _keep(target, place)
-    return next(place.glob("*.tar.gz"))
+
+    return next(_folder(f"{name}-{version}", fill).glob("*.tar.gz"))
 
 
-def wheels(requirements: tuple[str, ...]) -> Path:
+def installed(requirements: tuple[str, ...]) -> Path:
     """A folder with these requirements installed into it, without what they require."""
-    tag = f"{sys.implementation.cache_tag}-" + "-".join(word.replace("==", "-") for word in requirements)
-    place = folder() / tag
-    if not place.exists():
-        with _scratch() as scratch:
-            target = Path(scratch) / "got"
-            _pip(["install", "--no-deps", "--only-binary=:all:", "--target", str(target), *requirements], {})
-            _keep(target, place)
-    return place
+    report = Reporter(True)
+    text = ", ".join(requirements)
+
+    def fill(stage: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch, report.steps():
+            wheels.install(
+                requirements,
+                stage / "site",
+                dependencies=False,
+                scratch=Path(scratch),
+                text=text,
+                expected=1_000_000,
+                report=report,
+            )
+
+    tag = "-".join((sys.implementation.cache_tag or "python", *(word.replace("==", "-") for word in requirements)))
+    return _folder(tag, fill) / "site"
 
 
 def unpack(archive: Path, target: Path) -> Path:
@@ -71,18 +77,8 @@ def unpack(archive: Path, target: Path) -> Path:
     return next(path for path in target.iterdir() if path.is_dir())
 
 
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    folder().mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(prefix=".scratch-", dir=folder())
-
-
-def _keep(made: Path, place: Path) -> None:
-    try:
-        made.rename(place)
-    except OSError:  # another process was quicker
-        shutil.rmtree(made)
-        if not place.exists():
-            raise
+def _folder(name: str, fill: Callable[[Path], None]) -> Path:
+    return cached.get(overlay.cache_folder().parent / "others", name, fill, Reporter(True))
 
 
 def _pip(arguments: list[str], environment: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -139,7 +140,7 @@ def run(suite: Suite, owner: str, guarded: bool, targets: tuple[str, ...] = ()) 
             if suite.requires:  # in there, because tests start Python with a path of their own
                 place = root / suite.paths[0]
                 place.mkdir(exist_ok=True)
-                for entry in sources.wheels(suite.requires).iterdir():
+                for entry in sources.installed(suite.requires).iterdir():
                     (place / entry.name).symlink_to(entry)
             work = root / suite.folder
             chosen = targets or suite.targets
@@ -163,11 +164,12 @@ def run(suite: Suite, owner: str, guarded: bool, targets: tuple[str, ...] = ()) 
             )
             try:
                 returncode = process.wait(TIMEOUT)
-            except BaseException as error:
-                os.killpg(process.pid, signal.SIGKILL)
-                returncode = process.wait()
-                if not isinstance(error, subprocess.TimeoutExpired):
-                    raise
+            except subprocess.TimeoutExpired:
+                returncode = -signal.SIGKILL
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # and whatever its tests have left running
+                process.wait()
         seconds = time.monotonic() - begin
         rows = [json.loads(line) for line in results.read_text().splitlines()]
         tests = [row for row in rows if "test" in row]

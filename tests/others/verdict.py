@@ -60,14 +60,14 @@ class Verdict:
         return not self.worse and not self.guard
 
 
-def judge(suite: Suite, owner: str) -> Verdict:
-    """Run a suite without devguard and with it, and compare; what got worse is run once more."""
+def judge(suite: Suite, owner: str, targets: tuple[str, ...] = ()) -> Verdict:
+    """Run a suite, or only `targets` of it, without devguard and with it; what got worse is run once more."""
     said = Verdict(suite.about, owner)
     if reason := suite.missing():
         said.guard = [f"not run: {reason}"]
         return said
-    plain = suites.run(suite, owner, guarded=False)
-    guarded = suites.run(suite, owner, guarded=True)
+    plain = suites.run(suite, owner, guarded=False, targets=targets)
+    guarded = suites.run(suite, owner, guarded=True, targets=targets)
     said.seconds = (plain.seconds, guarded.seconds)
     for outcome in guarded.outcomes.values():
         said.counts[outcome] = said.counts.get(outcome, 0) + 1
@@ -103,6 +103,8 @@ def unguarded_by(run: Run, owner: str) -> list[str]:
             continue
         if state["owner"] != owner or state.get("mode") != "repair":
             wrong.append(f"{when}: the owner is {state['owner']}, the mode {state.get('mode')}")
+        if state.get("placed") not in (None, owner):
+            wrong.append(f"{when}: a thread starts on {state['placed']}")
         wrong += _doors(when, state)
     for child in run.children:
         wrong += _doors("in a child", child)
