@@ -45,6 +45,9 @@ def guard(when: str) -> None:
         return
     import devguard
 
+    placed = (
+        _device_of_a_thread() if when == "before" else None
+    )  # which may be recorded: after the last test, it is last
     status, owner = devguard.status(), devguard.owner()
     doors = status["doors"]
     closed = sorted(name for name, row in doors.items() if not row["open"])
@@ -57,7 +60,7 @@ def guard(when: str) -> None:
         records=status["strays"],
         failures=failures,
         mode=status["mode"],
-        placed=_device_of_a_thread(),
+        placed=placed or _device_of_a_thread(),
         devguard=devguard.__file__,
         torch=torch.__version__,
     )

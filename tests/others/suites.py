@@ -19,7 +19,7 @@ from tests import simulated
 from tests.others import sources
 
 BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
-STDLIB = "DEVGUARD_OTHERS_STDLIB"
+STDLIB = "DEVGUARD_OTHERS_STDLIB"  # as in bootstrap.py, which would import torch here
 TIMEOUT = 1800.0
 SIMULATED_GPUS = 2
 

@@ -9,8 +9,13 @@ from tests.others import suites, verdict
 from tests.others.suites import SUITES, Run
 
 # classes that touch most of what the doors replace, and take seconds
-THREADING = ("ThreadTests", "ThreadingExceptionTests", "ExceptHookTests", "TimerTests", "BarrierTests", "MiscTestCase")
-PICKLE = ("PyPicklerTests", "InMemoryPickleTests", "CPicklerTests", "CPicklerHookTests", "PyIdPersPicklerTests")
+STANDARD = (
+    *(
+        f"test.test_threading.{name}"
+        for name in ("ThreadTests", "ThreadingExceptionTests", "ExceptHookTests", "TimerTests")
+    ),
+    *(f"test.test_pickle.{name}" for name in ("CPicklerTests", "PyPicklerHookTests", "PyIdPersPicklerTests")),
+)
 SLOW = "extended_arg or interactively_defined or deterministic or locally_defined or memoryview"  # half of the time
 
 FINE = {"guard": "before", "owner": "cpu", "mode": "repair", "doors": 17, "closed": [], "failures": []}
@@ -19,7 +24,7 @@ FINE = {"guard": "before", "owner": "cpu", "mode": "repair", "doors": 17, "close
 def check(name: str, owner: str, targets: tuple[str, ...] = ()) -> None:
     """Run a suite under devguard; what fails must fail without devguard, too."""
     suite = SUITES[name]
-    if reason := suite.missing():
+    if reason := suite.missing():  # a Python without its tests: those of Debian and Ubuntu, and some images
         pytest.skip(reason)
     guarded = suites.run(suite, owner, guarded=True, targets=targets)
     assert verdict.unguarded_by(guarded, owner) == []
@@ -30,12 +35,8 @@ def check(name: str, owner: str, targets: tuple[str, ...] = ()) -> None:
 
 
 @pytest.mark.skipif(not simulated.POSSIBLE, reason="simulated GPUs exist for Linux on x86-64 only")
-def test_threads_of_the_standard_library_behave_where_the_owner_is_a_gpu() -> None:
-    check("test_threading", "cuda:1", tuple(f"test.test_threading.{name}" for name in THREADING))
-
-
-def test_pickle_of_the_standard_library_behaves() -> None:
-    check("test_pickle", "cpu", tuple(f"test.test_pickle.{name}" for name in PICKLE))
+def test_threads_and_pickles_of_the_standard_library_behave_where_the_owner_is_a_gpu() -> None:
+    check("test_threading", "cuda:1", STANDARD)
 
 
 def test_cloudpickle_behaves() -> None:

@@ -10,6 +10,7 @@ from tests.others.suites import Run, Suite
 
 __all__ = ["Verdict", "judge", "unguarded_by", "worse"]
 
+TRIES = 2  # more, of a test that got worse: many wait for a second or two, and a busy machine fails them
 MISSING = "missing"  # the run ended before it, or never collected it
 RANKS = {"passed": 0, "xfailed": 0, "skipped": 1, "xpassed": 2, "failed": 2, "error": 2, MISSING: 3}
 
@@ -27,15 +28,15 @@ class Verdict:
     already : dict of str to str
         Tests that fail without devguard, too, and how.
     worse : dict of str to str
-        Tests that got worse, twice: from what to what.
+        Tests that got worse, each time: from what to what.
     unsteady : list of str
-        Tests that got worse once, and not when run again.
+        Tests that got worse, and not when run again.
     guard : list of str
         Why the guard was not what it should have been.
     children : int
         How many children `multiprocessing` spawned, each with torch imported and every door open.
     records : int
-        How many strays devguard recorded.
+        How many strays devguard recorded in the process itself.
     seconds : tuple of float
         What the run took unguarded and guarded.
     details : dict of str to str
@@ -61,7 +62,7 @@ class Verdict:
 
 
 def judge(suite: Suite, owner: str, targets: tuple[str, ...] = ()) -> Verdict:
-    """Run a suite, or only `targets` of it, without devguard and with it; what got worse is run once more."""
+    """Run a suite, or only `targets` of it, without devguard and with it; what got worse is run again."""
     said = Verdict(suite.about, owner)
     if reason := suite.missing():
         said.guard = [f"not run: {reason}"]
@@ -73,15 +74,19 @@ def judge(suite: Suite, owner: str, targets: tuple[str, ...] = ()) -> Verdict:
         said.counts[outcome] = said.counts.get(outcome, 0) + 1
     said.already = {test: outcome for test, outcome in plain.outcomes.items() if RANKS[outcome] >= RANKS["failed"]}
     said.children = len(guarded.children)
-    said.records = guarded.guard.get("after", {}).get("records", 0)
+    said.records = guarded.guard.get("after", {}).get("records", 0) - guarded.guard.get("before", {}).get("records", 0)
     said.guard = unguarded_by(guarded, owner)
     if not plain.outcomes:
         said.guard.append(f"no test ran, even without devguard:\n{plain.output}")
-    if found := worse(plain.outcomes, guarded.outcomes):
-        again = suites.run(suite, owner, guarded=True, targets=tuple(found))
-        said.worse = {test: change for test, change in found.items() if test in worse(plain.outcomes, again.outcomes)}
-        said.unsteady = sorted(set(found) - set(said.worse))
-        said.details = {test: guarded.details.get(test, guarded.output) for test in said.worse}
+    found = worse(plain.outcomes, guarded.outcomes)
+    said.worse = dict(found)
+    for _ in range(TRIES):
+        if said.worse:
+            again = suites.run(suite, owner, guarded=True, targets=tuple(said.worse))
+            still = worse(plain.outcomes, {**guarded.outcomes, **again.outcomes})
+            said.worse = {test: change for test, change in said.worse.items() if test in still}
+    said.unsteady = sorted(set(found) - set(said.worse))
+    said.details = {test: guarded.details.get(test, guarded.output) for test in said.worse}
     return said
 
 
