@@ -54,9 +54,9 @@ def show(verdicts: list[Verdict]) -> None:
     from rich.table import Table
 
     table = Table(title="the test suites of others: DEVGUARD=repair against no devguard")
-    table.add_column("suite")
+    table.add_column("suite", no_wrap=True)
     table.add_column("owner")
-    names = ("tests", "passed", "skipped", "fail without devguard, too", "worse", "unsteady", "children", "records")
+    names = ("tests", "passed", "skipped", "fail anyway", "worse", "unsteady", "children", "records")
     for name in (*names, "s without", "s with"):
         table.add_column(name, justify="right")
     table.add_column("green")
