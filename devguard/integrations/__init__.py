@@ -6,10 +6,13 @@ One module or package for each framework. `arm` makes them wait for the framewor
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 
-__all__ = ["arm", "disarm"]
+from devguard import settings
+
+__all__ = ["arm", "disarm", "is_asked_for"]
 
 NAMES = ("sglang", "vllm")
 
@@ -28,6 +31,23 @@ def arm() -> None:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def is_asked_for(whitelist: str) -> bool:
+    """Tell whether a framework's plugin loader may load devguard, which it finds wherever that is installed.
+
+    Parameters
+    ----------
+    whitelist : str
+        The variable that names the plugins to load, such as ``"SGLANG_PLUGINS"``.
+
+    Returns
+    -------
+    bool
+        Whether ``DEVGUARD`` asks for a guard, or the whitelist names devguard; never with ``DEVGUARD=off``.
+    """
+    named = {name.strip() for name in os.environ.get(whitelist, "").split(",")}
+    return not settings.killed() and ("devguard" in named or bool(os.environ.get("DEVGUARD", "").strip()))
 
 
 def disarm() -> list[str]:

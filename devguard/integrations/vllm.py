@@ -13,7 +13,7 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-from devguard import settings
+from devguard.integrations import is_asked_for
 
 __all__ = ["arm", "disarm", "plugin"]
 
@@ -26,8 +26,7 @@ _patches: Any = None
 
 def plugin() -> None:
     """Guard this process of vLLM, if ``DEVGUARD`` is set or ``VLLM_PLUGINS`` names devguard. It never raises."""
-    named = "devguard" in os.environ.get("VLLM_PLUGINS", "").split(",")
-    if settings.killed() or not (named or os.environ.get("DEVGUARD", "").strip()):
+    if not is_asked_for("VLLM_PLUGINS"):
         return
     try:
         arm()

@@ -144,6 +144,12 @@ def report(say: Any, name: str, got: dict[str, torch.Tensor]) -> None:
     )
 
 
+def load_our_plugin() -> None:
+    """Let SGLang's loader load devguard's plugin, as a user asks for it who sets no DEVGUARD."""
+    os.environ["SGLANG_PLUGINS"] = "devguard"
+    load_plugins()
+
+
 # ---- the processes, as SGLang makes them: without a guard, and with the plugin or the environment
 
 
@@ -155,7 +161,7 @@ def scheduler(road: str, rank: int, ranks: int, folder: Path, say: Any) -> None:
         decorated(folder=folder, say=say, gpu_id=gpu_id, rank=rank, ranks=ranks)
         return
     if road == "plugin":
-        load_plugins()
+        load_our_plugin()
         assert "sglang.srt.managers.scheduler.configure_scheduler_process" in HookRegistry._patched
     placement = schedulers.SpawnRanks(world_rank=rank % 2, dp_rank=None, gpu_id=gpu_id)
     schedulers.publish(arguments(), role="scheduler", ranks=placement)
@@ -181,7 +187,7 @@ class Controller(controllers.DataParallelController):
 def run_data_parallel_controller(road: str, folder: Path, say: Any) -> None:
     patch_torch.monkey_patch_torch_reductions()
     if road == "plugin":
-        load_plugins()
+        load_our_plugin()
     controllers.publish(arguments(), role="dp_controller")
     controllers.configure_logger(arguments())
     made_by_sglang = Controller(arguments(), ports(folder), schedulers.run_scheduler_process)
@@ -191,7 +197,7 @@ def run_data_parallel_controller(road: str, folder: Path, say: Any) -> None:
 def run_detokenizer(road: str, folder: Path, say: Any) -> None:
     patch_torch.monkey_patch_torch_reductions()
     if road == "plugin":
-        load_plugins()
+        load_our_plugin()
     detokenizers.configure_logger(arguments())
     detokenizers.publish(arguments(), role="detokenizer")
     manager = detokenizers.DetokenizerManager(arguments(), ports(folder))

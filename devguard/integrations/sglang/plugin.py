@@ -11,7 +11,7 @@ import importlib
 import sys
 from typing import Any
 
-from devguard import settings
+from devguard.integrations import is_asked_for
 from devguard.integrations.sglang import roles
 
 __all__ = ["plugin"]
@@ -20,10 +20,11 @@ __all__ = ["plugin"]
 def plugin() -> None:
     """Guard the SGLang process that calls this.
 
-    Without ``DEVGUARD`` in the environment the mode is ``repair``; ``DEVGUARD=off`` keeps the plugin out.
+    Only if ``DEVGUARD`` or ``SGLANG_PLUGINS`` asks for it: SGLang calls it wherever devguard is installed. Without
+    ``DEVGUARD`` the mode is ``repair``; ``DEVGUARD=off`` keeps the plugin out.
     """
-    if settings.killed():
-        roles.logger.info("devguard: off in this process (DEVGUARD=off)")
+    if not is_asked_for("SGLANG_PLUGINS"):
+        roles.logger.debug("devguard: not asked for in this process (DEVGUARD, SGLANG_PLUGINS)")
         return
     roles.arm()
     role = roles.CONFIGURE
