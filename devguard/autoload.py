@@ -25,13 +25,8 @@ def activate() -> None:
 
 
 def _say(what: str) -> None:
-    import sys
-    import warnings
+    from devguard.telling import tell
 
     global problem
     problem = what
-    text = f"devguard is off in this process, although DEVGUARD={os.environ.get('DEVGUARD')!r}: {what}"
-    try:
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
-    except RuntimeWarning:  # the program's filters turn it into an error
-        print(text, file=sys.stderr)
+    tell(f"devguard is off in this process, although DEVGUARD={os.environ.get('DEVGUARD')!r}: {what}")

@@ -14,7 +14,6 @@ import os
 import socket
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from devguard import ending
 from devguard._version import __version__
 from devguard.journal import journal
 from devguard.stray import Key, Row, format_row
+from devguard.telling import tell
 
 __all__ = ["SUFFIX", "start"]
 
@@ -99,11 +99,7 @@ class _Log:
         except OSError as error:
             self._broken = True
             self.where = f"devguard cannot write its log to {self.folder}: {error.strerror}."
-            text = f"{self.where} Strays are kept in memory only."
-            try:
-                warnings.warn(text, RuntimeWarning, stacklevel=2)
-            except RuntimeWarning:  # the program's filters turn it into an error
-                print(text, file=sys.stderr)
+            tell(f"{self.where} Strays are kept in memory only.")
 
     def stop(self) -> None:
         """Write what is left, and how the process stands at its end."""

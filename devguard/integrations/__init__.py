@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import warnings
 
 from devguard import settings
+from devguard.telling import tell
 
 __all__ = ["arm", "disarm", "is_asked_for"]
 
@@ -26,11 +26,7 @@ def arm() -> None:
         try:
             importlib.import_module(f"{__name__}.{name}").arm()
         except Exception as error:  # noqa: BLE001 - whatever it is, somebody's import of torch must go on
-            warnings.warn(
-                f"devguard does not know the processes of {name}: {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            tell(f"devguard does not know the processes of {name}: {type(error).__name__}: {error}")
 
 
 def is_asked_for(whitelist: str) -> bool:

@@ -9,11 +9,11 @@ the user's own process is left to adoption altogether; other accelerators are le
 from __future__ import annotations
 
 import os
-import warnings
 from types import ModuleType
 from typing import Any
 
 from devguard.integrations import is_asked_for
+from devguard.telling import tell
 
 __all__ = ["arm", "disarm", "plugin"]
 
@@ -91,5 +91,4 @@ def _own(worker: Any) -> None:
 
 
 def _say(what: object) -> None:
-    text = f"devguard does not know the devices of vLLM's workers: {what}"
-    warnings.warn(text, RuntimeWarning, stacklevel=3)
+    tell(f"devguard does not know the devices of vLLM's workers: {what}")

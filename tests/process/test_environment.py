@@ -125,7 +125,7 @@ WRONG = {
     "log": ("", {"DEVGUARD_LOG": __file__}, "is not a directory. Name a directory"),
     "door that raises": (
         "def broken(): raise RuntimeError('boom')\n"
-        "door = importlib.import_module('devguard.doors.set_device')\n"
+        "door = importlib.import_module('devguard.doors.load')\n"
         "install = door.install\n"
         "door.install = lambda: (install(), broken())",
         {},
@@ -168,6 +168,26 @@ print(json.dumps([load(DEVGUARD="repair"), stands(), devguard.status()["doors"][
     assert "streams" not in stands["open"]
     assert len(stands["open"]) > 10
     assert row["problem"] == "torch.cuda.nothing is not in torch 99"
+
+
+def test_an_integration_that_cannot_be_armed_is_named_and_costs_no_guard_also_under_w_error() -> None:
+    code = """
+import io, sys
+sys.modules["devguard.integrations.vllm"] = None
+said, real = io.StringIO(), sys.stderr
+sys.stderr = said
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    os.environ["DEVGUARD"] = "repair"
+    torch._import_device_backends()
+sys.stderr = real
+print(json.dumps([said.getvalue(), stands()]))
+"""
+    said, stands = run(code)
+    assert said.startswith("devguard does not know the processes of vllm: ")
+    assert said.count("\n") == 1
+    assert stands["problem"] is None
+    assert len(stands["open"]) > 10
 
 
 def test_a_log_that_cannot_be_written_costs_one_warning_and_no_guard() -> None:
