@@ -105,5 +105,8 @@ def sglang_environment(
         # the simulated NCCL answers anything that asks it for its version; SGLang would then use it
         "SGLANG_NCCL_SO_PATH": str(place / "no-such-library.so"),
         "TORCHDYNAMO_DISABLE": "1",  # torch.compile opens contexts on GPU 0 by itself
+        # every process imports much of SGLang: so it is compiled once; the folder of its wheels stays as it is
+        "PYTHONPYCACHEPREFIX": str(overlay.cache_folder().parent / "sglang" / "bytecode"),
     }
+    base.pop("PYTHONDONTWRITEBYTECODE", None)
     return sim_environment(gpus, folder=place, base=base, **options)

@@ -113,9 +113,6 @@ def _environment(folder: Path, gpus: int) -> dict[str, str]:
     environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[k % len(cores)]) for k in range(gpus))
     environment["GLOO_SOCKET_IFNAME"] = "lo"
     environment |= dict.fromkeys(("NO_PROXY", "no_proxy"), HOST)
-    # all its processes import all of SGLang: so it is compiled once; the folder of its wheels stays as it is
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    environment["PYTHONPYCACHEPREFIX"] = str(overlay.cache_folder().parent / "sglang" / "bytecode")
     return environment
 
 
