@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 from devguard import simgpu
-from devguard.simgpu import overlay
 from tests.sglang import placement, questions, server_plugin
 from tests.sglang.environment import sglang_environment
 from tests.sglang.placement import Holding, Served
