@@ -33,6 +33,11 @@ class Custom(devguard.guard):
     """A guard of a program's own."""
 
 
+def name(value: object) -> str:
+    """The same in every process: no address."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
 VALUES = [
     devguard.guard("cuda:1"),
     devguard.guard(1),
@@ -57,11 +62,6 @@ VALUES = [
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def name(value: object) -> str:
-    """The same in every process: no address."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
 @pytest.mark.parametrize("value", VALUES, ids=name)
 def test_a_scope_survives_pickle(value: Any, protocol: int) -> None:
     back = pickle.loads(pickle.dumps(value, protocol))

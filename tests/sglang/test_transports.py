@@ -79,14 +79,12 @@ def check(processes: dict[str, Any], ranks: int) -> None:
 def test_each_process_says_in_the_servers_log_what_it_owns(two_ranks: Finished, four_ranks: Finished) -> None:
     for log, ranks in ((two_ranks.stderr, 2), (four_ranks.stderr, 4)):
         said = [line.partition("devguard: ")[2] for line in log.splitlines() if " owns " in line]
-        owners = sorted(line.partition(", doors ")[0] for line in said)
-        assert owners == sorted(
-            [
-                *(f"scheduler TP{rank % 2} owns cuda:{rank + 1}, mode repair" for rank in range(ranks)),
-                "data-parallel controller owns cpu, mode repair",
-                "detokenizer owns cpu, mode repair",
-            ]
-        )
+        # a set: the decorator arms its process too, so controller and detokenizer of that road say it as well
+        assert {line.partition(", doors ")[0] for line in said} == {
+            *(f"scheduler TP{rank % 2} owns cuda:{rank + 1}, mode repair" for rank in range(ranks)),
+            "data-parallel controller owns cpu, mode repair",
+            "detokenizer owns cpu, mode repair",
+        }
         assert all("ipc" in line and "load" in line for line in said)
         assert "NOT guarded" not in log
 
