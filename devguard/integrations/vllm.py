@@ -17,7 +17,7 @@ from devguard.telling import tell
 
 __all__ = ["arm", "disarm", "plugin"]
 
-# where WorkerWrapperBase is, and was before vLLM 0.11
+# where WorkerWrapperBase is, and was in older releases
 HOMES = ("vllm.v1.worker.worker_base", "vllm.worker.worker_base")
 
 _armed = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import tempfile
@@ -67,3 +68,11 @@ def test_ray_hands_the_environment_to_actors_and_tasks(run_simulated: Any, envir
         env = environ(2) | {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
         done = run_simulated([LAUNCHERS / "with_ray.py"], env=env)
     assert done.stdout == promised("with_ray")
+
+
+def test_vllm_played_by_a_stand_in(run_simulated: Any, environ: Any) -> None:
+    standin = str(ROOT / "tests" / "integrations" / "standin")
+    base = {**os.environ, "PYTHONPATH": os.pathsep.join([standin, os.environ.get("PYTHONPATH", "")])}
+    done = run_simulated([*RUN, sys.executable, LAUNCHERS / "with_vllm.py", "model"], env=environ(2, base=base))
+    assert done.stdout == promised("with_vllm")
+    assert touched(done.state) == [[0], [0], [1]]  # the program, which made the batch, and the workers

@@ -1,6 +1,6 @@
 """vLLM's plugin contract: an entry point that is called in every process, and that knows the device of each worker.
 
-vLLM is played by tests/integrations/standin, which keeps to the contract of 0.11; no server runs here.
+vLLM is played by tests/integrations/standin, which keeps to the contract as its source has it; no server runs here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A stand-in for vLLM's plugin contract (vllm/plugins of 0.11): what it promises to a plugin, and nothing else."""
+"""A stand-in for vLLM's plugin contract (vllm/plugins): what it promises to a plugin, and nothing else."""
 
 import os
 from importlib.metadata import entry_points
