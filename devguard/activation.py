@@ -100,15 +100,17 @@ def assign(device: Any, *, role: str) -> bool:
         If this process does not see the device.
     """
     process = scope.process
-    if process.said_by == INSTALLED:
+    if process.said_by == INSTALLED and process.owner is not None:  # a forked child has left its owner behind
         return False
-    _own(owners.parse(device, role), process.mode or environment.read().mode or DEFAULT_MODE, dict(process.doors), role)
+    said = environment.read()
+    _own(owners.parse(device, role), process.mode or said.mode or DEFAULT_MODE, dict(process.doors) or said.doors, role)
     return True
 
 
 def _own(owner: owners.Owner, mode: Mode, doors: dict[str, DoorMode], said_by: str) -> None:
     """Make `owner` the firm owner of this process."""
     process = scope.process
+    accelerator.torch_module()  # before the lock, which torch's own loading of devguard takes
     with _lock:
         door_table.open_all()
         scope.prepare(owner, lambda door: doors.get(door, mode))
@@ -150,7 +152,7 @@ def activate(environ: Mapping[str, str] | None = None) -> None:
             if process.owner is None:
                 process.adoption = _adopt(said, environ)
                 process.restart = lambda: _adopt_again(said, environ)
-            accelerator.set_torchs_own_check(said.mode)
+            accelerator.set_torchs_own_check(process.mode_of(""))
             integrations.arm()
         except Exception:
             uninstall()

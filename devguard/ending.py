@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from devguard.telling import tell
+
 __all__ = ["at_end", "forget", "run"]
 
 _callbacks: dict[Callable[[], None], int] = {}  # and the process that each is for
@@ -39,5 +41,9 @@ def run() -> None:
     pid = os.getpid()
     while _callbacks:
         callback, asked_by = _callbacks.popitem()
-        if asked_by == pid:
+        if asked_by != pid:
+            continue
+        try:
             callback()
+        except Exception as error:  # noqa: BLE001 - the others have their end to write, and the process its own
+            tell(f"devguard could not finish in this process: {type(error).__name__}: {error}")

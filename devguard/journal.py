@@ -68,7 +68,7 @@ class Journal:
     def _start(self) -> None:
         self._pid = os.getpid()
         self.life = object()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may stray while a row is written to the log
         self._rows: dict[Key, Row] = {}
         self._total = 0
         self._dropped = 0

@@ -53,6 +53,8 @@ class _Log:
                 os.close(self._descriptor)  # the parent's
             self._begin()
             ending.at_end(self.stop)
+        else:
+            self.flush()
         self._numbers.clear()
         self._grown.clear()
 
@@ -95,7 +97,7 @@ class _Log:
                 self.where = str(self.folder / name)
                 if "process" not in line:
                     self.open()
-            os.write(self._descriptor, (json.dumps(line) + "\n").encode())
+            os.write(self._descriptor, (json.dumps(line, default=str) + "\n").encode())
         except OSError as error:
             self._broken = True
             self.where = f"devguard cannot write its log to {self.folder}: {error.strerror}."
@@ -108,13 +110,16 @@ class _Log:
             return
         from devguard import activation
 
-        status = activation.status()
-        journal.stop_log()
-        kept = ("owner", "process_owner", "said_by", "mode", "owned", "contexts", "strays", "strays_not_kept")
-        self._write({"end": {**{name: status[name] for name in kept}, "time": time.time()}})
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-        self._descriptor, self._broken = -1, True
+        try:
+            status = activation.status()
+            journal.stop_log()
+            kept = ("owner", "process_owner", "said_by", "mode", "owned", "contexts", "strays", "strays_not_kept")
+            self._write({"end": {**{name: status[name] for name in kept}, "time": time.time()}})
+        finally:
+            journal.stop_log()
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+            self._descriptor, self._broken = -1, True
 
 
 def _command() -> str:

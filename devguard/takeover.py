@@ -209,7 +209,10 @@ def _may_move(origin: callsite.Origin) -> bool:
 def _strayed_to() -> int | None:
     """Return the device whose context this thread has current, if nobody in this process has owned it."""
     device = accelerator.bound_device()
-    return None if device is None or f"cuda:{device}" in owners.owned() else device
+    owner = scope.current_owner()  # an adopted one may not have been entered yet
+    if device is None or (owner is not None and device == owner.index) or f"cuda:{device}" in owners.owned():
+        return None
+    return device
 
 
 def judge_end(begin: Start) -> None:

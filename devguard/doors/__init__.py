@@ -82,7 +82,7 @@ def open_all() -> None:
 def _start_log() -> None:
     """Write the journal to a file from now on, where ``DEVGUARD_LOG`` names a folder."""
     folder = os.environ.get("DEVGUARD_LOG", "").strip()
-    if folder:
+    if folder and journal.log is None:  # importing torch may have opened everything meanwhile
         from devguard import logs
 
         logs.start(Path(os.path.abspath(folder)))

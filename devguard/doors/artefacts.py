@@ -18,6 +18,7 @@ AOTInductor, which let the caller choose (``device_index=``), pickled ``torch.fx
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -82,7 +83,8 @@ class _Reading:
         if self.found and (self.refuse or self._others or len(self.found) > 1):
             self.stopped = True
             raise _Stop
-        return device if tag not in self.found else self.owner.device
+        # by its tag: nothing may have entered an owner yet that the environment named
+        return device if tag not in self.found else sys.modules["torch"].device(self.owner.tag)
 
 
 class _Thread(threading.local):

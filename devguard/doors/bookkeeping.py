@@ -106,6 +106,7 @@ def _watched(original: Callable[..., Any], name: str, position: int) -> Callable
     nothing, or only a device, are called as what they are.
     """
     local, process, get_device = scope.local, scope.process, sys.modules["torch"]._C._cuda_getDevice
+    is_initialized = sys.modules["torch"].cuda.is_initialized  # before that, asking for the device would do it
 
     def of_the_current_device() -> Any:
         stack = local.stack
@@ -114,7 +115,7 @@ def _watched(original: Callable[..., Any], name: str, position: int) -> Callable
                 return original()
         else:
             owner = process.owner
-            if owner is None or (owner.index > 0 and get_device() and not stack.changes):
+            if owner is None or (owner.index > 0 and is_initialized() and get_device() and not stack.changes):
                 return original()
         owner = _owner_instead(name)
         return original() if owner is None else _elsewhere(original, name, owner, (), {})
@@ -129,7 +130,7 @@ def _watched(original: Callable[..., Any], name: str, position: int) -> Callable
                 owner = process.owner
                 if owner is None:
                     return original()
-                if owner.index > 0 and not stack.changes:
+                if owner.index > 0 and not stack.changes and is_initialized():
                     current = get_device()
                     if current:
                         return original(current)
@@ -154,21 +155,27 @@ def _owner_instead(name: str) -> Owner | None:
     owner = scope.owner_in_force()
     if owner is None or owner.index == 0:
         return None
+    torch: Any = sys.modules["torch"]
     try:
         if owner.index < 0:
             return owner if _is_closed(name) else None
-        torch: Any = sys.modules["torch"]
+        if _is_idle(name) and not torch.cuda.is_initialized():
+            return None
         return None if torch._C._cuda_getDevice() or torch._C._cuda_hasPrimaryContext(0) else owner
     except RuntimeError:  # a forked child, which cannot ask; the call itself says what is wrong
         return None
+
+
+def _is_idle(name: str) -> bool:
+    """Tell whether the function does nothing, and initialises nothing, before CUDA is initialised."""
+    return name == "empty_cache" or name not in OPENING
 
 
 def _is_closed(name: str) -> bool:
     """Tell, for a ``cpu`` owner, whether device 0 is current and holds no context, and the function would act on it."""
     torch: Any = sys.modules["torch"]
     if not torch.cuda.is_initialized():  # not asked further: that would initialise CUDA
-        nothing_yet = name == "empty_cache" or name not in OPENING
-        return not nothing_yet and not torch.cuda._is_in_bad_fork()
+        return not _is_idle(name) and not torch.cuda._is_in_bad_fork()
     return bool(torch._C._cuda_getDevice() == 0 and not torch._C._cuda_hasPrimaryContext(0))
 
 

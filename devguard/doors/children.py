@@ -178,7 +178,8 @@ def _take_over(settings: Settings) -> None:
     global _taken_over
     process = scope.process
     verdict.take_over(settings.allowed)
-    if process.mode is None:  # else the child's own main module has said it
+    # else the child's own main module has said it; what the environment says, the parent knew
+    if process.mode is None or (process.said_by == "environment" and settings.mode is not None):
         process.mode, process.doors, process.said_by = settings.mode, settings.doors, "parent"
         _taken_over = settings
     if settings.loader and process.said_by != "install":

@@ -114,7 +114,7 @@ def _watched(original: Callable[..., Any], get_device: Callable[[], int]) -> Cal
         stack.moved = bool(stack)  # outside of scopes nobody has a device to give back
         owner = stack[-1][1] if stack else process.owner
         adoption = None if stack else process.adoption
-        follows = adoption is not None and adoption.watches()
+        follows = adoption is not None and adoption.watches() and not _is_ours(sys._getframe(1))
         if (owner is None or owner.index < 0) and not stack.changes and not follows:
             return original(*args, **kwargs)
         before = get_device()

@@ -120,7 +120,8 @@ def _watched_event(original: Callable[..., Any]) -> Callable[..., Any]:
     def __new__(cls: Any, *args: Any, **kwargs: Any) -> Any:
         stack = local.stack
         owner = stack[-1][1] if stack else process.owner
-        away = owner is not None and owner.index >= 0 and get_device() != owner.index
+        used = owner is not None and owner.index >= 0 and torch.cuda.is_initialized()  # an event by itself does not
+        away = used and get_device() != owner.index  # type: ignore[union-attr]  # there is one if it is used
         # not those of Stream.record_event and its like: they go to that stream's device at once
         if away and not _is_unchosen() and sys._getframe(1).f_globals.get("__name__") != internal:
             _place(None)

@@ -278,3 +278,48 @@ def test_a_local_rank_above_0_is_one_of_several_though_no_size_is_said() -> None
 def test_uninstall_ends_what_the_environment_asked_for() -> None:
     code = "torch.cuda.set_device(1); devguard.uninstall(); print(loads('cuda:0'), devguard.owner())"
     assert out(code, **SEVERAL) == "cuda:0 None"
+
+
+def test_a_guards_own_entry_is_no_choice_of_the_programs() -> None:
+    code = """
+with devguard.guard("cuda:2"):
+    pass
+print(devguard.owner(), loads('cuda:0'))
+"""
+    assert out(code, LOCAL_RANK="1", **SEVERAL) == "cuda:1 cuda:1"
+
+
+def test_a_thread_on_the_owners_device_is_no_stray_before_anything_else_has_strayed() -> None:
+    code = """
+import threading
+torch.cuda.set_device(1)
+thread = threading.Thread(target=lambda: torch.ones(1).to("cuda:1") if torch.cuda.set_device(1) is None else None)
+thread.start(); thread.join()
+"""
+    assert actions(run(code, DEVGUARD="observe", **SEVERAL), "threads") == []
+
+
+def test_calls_that_do_nothing_before_cuda_is_initialised_initialise_nothing() -> None:
+    code = """
+torch.cuda.empty_cache(); torch.cuda.memory_allocated(); torch.cuda.memory_stats(); torch.cuda.Event()
+print(torch.cuda.is_initialized(), ctx())
+"""
+    assert out(code, DEVGUARD_DEVICE="cuda:1") == "False []"
+
+
+def test_an_exported_program_lands_on_an_owner_that_nothing_has_entered_yet() -> None:
+    code = """
+import io, torch.export
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3).to("cuda:0"))
+    def forward(self, x): return x + self.weight
+with devguard.unguarded():
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(Model(), (torch.ones(3).to("cuda:0"),)), file)
+    file.seek(0)
+loaded = torch.export.load(file)
+print(loaded.state_dict["weight"].device, loaded.example_inputs[0][0].device)
+"""
+    assert out(code, DEVGUARD_DEVICE="cuda:1") == "cuda:1 cuda:1"

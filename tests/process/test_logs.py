@@ -146,3 +146,51 @@ def test_status_says_where_the_journal_is_written(tmp_path: Path) -> None:
     out, _ = run("print(activation.status()['log']); journal.log.stop(); print(activation.status()['log'])", tmp_path)
     (file,) = tmp_path.iterdir()
     assert out == f"{file}\nNone\n"
+
+
+def test_a_cleared_journal_has_written_what_had_grown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = """
+def often():
+    for _ in range(5):
+        stray()
+often()
+journal.clear()
+often()
+"""
+    run(code, tmp_path)
+    found = log(capsys, tmp_path)
+    assert sum(site["count"] for site in found["strays"]) == 10
+
+
+def test_a_finalizer_that_strays_while_a_row_is_written_does_not_wait_for_itself(tmp_path: Path) -> None:
+    code = """
+write = logs.os.write
+def write_and_stray(descriptor, data):
+    logs.os.write = write
+    stray()
+    return write(descriptor, data)
+logs.os.write = write_and_stray
+stray()
+print("done")
+"""
+    assert run(code, tmp_path)[0] == "done\n"
+
+
+def test_one_process_writes_one_file_though_importing_torch_activates_devguard(tmp_path: Path) -> None:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("DEVGUARD")}
+    environ |= {"DEVGUARD": "repair", "DEVGUARD_LOG": str(tmp_path)}
+    code = "import devguard\nwith devguard.guard('cpu'): pass"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, check=True)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_end_that_fails_keeps_no_other_from_coming(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = """
+from devguard import ending
+def fail(): raise ValueError("at the end")
+stray()
+ending.at_end(fail)
+"""
+    _, err = run(code, tmp_path)
+    assert "could not finish in this process: ValueError: at the end" in err
+    assert log(capsys, tmp_path)["processes"][0]["ended"] is True
