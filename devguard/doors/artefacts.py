@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from devguard import scope
+from devguard.journal import journal
 from devguard.late import when_imported
 from devguard.owners import Owner
 from devguard.patching import Patches
@@ -167,10 +168,16 @@ def _read_for(
     position = file.tell() if hasattr(file, "tell") else None
     reading, outer = _Reading(owner, refuse=mode == "error"), _thread.reading
     _thread.reading = reading
+    mark = journal.mark()
     try:
         program = original(*args, **kwargs)
     except Exception:
-        if not reading.stopped:  # torch wraps what happens while it reads a graph in an error of its own
+        if (
+            mode == "error"
+        ):  # the door `load` refused the weights, and torch 2.8 took that for a file of an older format
+            reading.found |= {stray.source: 1 for stray in journal.since(mark) if stray.action == "refused"}
+        # torch wraps what happens while it reads a graph in an error of its own
+        if not reading.stopped and not (mode == "error" and reading.found):
             raise
         program = None
     finally:
