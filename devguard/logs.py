@@ -110,13 +110,15 @@ class _Log:
             return
         from devguard import activation
 
+        kept = ("owner", "process_owner", "said_by", "mode", "owned", "contexts", "strays", "strays_not_kept")
+        end: dict[str, Any] = {"time": time.time()}
         try:
-            status = activation.status()
-            journal.stop_log()
-            kept = ("owner", "process_owner", "said_by", "mode", "owned", "contexts", "strays", "strays_not_kept")
-            self._write({"end": {**{name: status[name] for name in kept}, "time": time.time()}})
+            status = activation.status()  # which may find a last stray
+            end |= {name: status[name] for name in kept}
         finally:
             journal.stop_log()
+            if len(end) > 1:
+                self._write({"end": end})
             if self._descriptor >= 0:
                 os.close(self._descriptor)
             self._descriptor, self._broken = -1, True

@@ -172,9 +172,8 @@ def _read_for(
     try:
         program = original(*args, **kwargs)
     except Exception:
-        if (
-            mode == "error"
-        ):  # the door `load` refused the weights, and torch 2.8 took that for a file of an older format
+        # the door `load` refused the weights, and torch 2.8 took that for a file of an older format
+        if mode == "error":
             reading.found |= {stray.source: 1 for stray in journal.since(mark) if stray.action == "refused"}
         # torch wraps what happens while it reads a graph in an error of its own
         if not reading.stopped and not (mode == "error" and reading.found):
