@@ -1,7 +1,8 @@
 """Print every ratio as a table: ``python -m benchmarks [--json]``.
 
-Runs on two real GPUs where there are some, else on simulated ones (whose copies are copies in host memory). The budgets
-are those of the project's design; a row that is over its budget beyond doubt is marked.
+Runs on two real GPUs where there are some, else on simulated ones (whose copies are copies in host memory). Each group
+runs in a process of its own: what one has owned costs no other anything. The budgets are those of the project's design;
+a row that is over its budget beyond doubt is marked.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 
 from benchmarks.measure import Row
@@ -19,6 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--only", metavar="TEXT", default="", help="only the groups whose name contains TEXT")
+    parser.add_argument("--group", metavar="NAME", help=argparse.SUPPRESS)  # run this one here
     arguments = parser.parse_args()
 
     import torch
@@ -35,11 +38,18 @@ def main() -> int:
 
     groups = {**cases.GROUPS, "threads": threads.threads, "ipc": ipc.ipc, "bookkeeping": bookkeeping.bookkeeping}
     groups["starting"] = starting.starting
+    if arguments.group:
+        print(json.dumps([dataclasses.asdict(row) for row in groups[arguments.group]()]))
+        return 0
+    chosen = [name for name in groups if arguments.only in name]
+    if not chosen:
+        parser.error(f"no group's name contains {arguments.only!r}; there are {', '.join(groups)}")
     rows: list[Row] = []
-    for name, group in groups.items():
-        if arguments.only in name:
-            print(f"benchmarks: {name}", file=sys.stderr)
-            rows += group()
+    for number, name in enumerate(chosen, 1):
+        print(f"benchmarks: {name} ({number} of {len(chosen)})", file=sys.stderr)
+        command = [sys.executable, "-m", "benchmarks", "--group", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+        rows += [Row(**row) for row in json.loads(done.stdout)]
     if arguments.json:
         where = "simulated" if simgpu.active() else torch.cuda.get_device_name(0)
         about = {"torch": torch.__version__, "python": sys.version.split()[0], "gpus": where}

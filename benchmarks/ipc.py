@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.multiprocessing  # registers the reductions
 
+import devguard
 from benchmarks.measure import Row, compare
 from benchmarks.states import OWNER, closed, guarded, opened, plain
 
@@ -38,12 +39,15 @@ def ipc() -> list[Row]:
     def receive() -> Any:
         return pickle.loads(message)
 
-    def row(what: str) -> Row:
-        return compare(what, plain(receive), guarded(receive), BUDGET, before_base=closed, before_ours=opened)
+    def row(what: str, budget: float | None = BUDGET) -> Row:
+        return compare(what, plain(receive), guarded(receive), budget, before_base=closed, before_ours=opened)
 
     rows = [row("IPC receive of 1 MB on the owner, opened each time")]
     kept = receive()
     rows.append(row("IPC receive of 1 MB on the owner, open already"))
+    with devguard.guard(0):
+        pass
+    rows.append(row("the same, in a process that has had two owners", None))
     del kept
     ours.close()
     producer.join()

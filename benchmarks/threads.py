@@ -35,10 +35,15 @@ def _start_placed(times: int) -> None:
         thread.join()
 
 
+def _set_and_do_nothing() -> None:
+    torch.cuda.set_device(OWNER)
+    _nothing()
+
+
 def _start_and_set(times: int) -> None:
-    set_device = torch.cuda.set_device
+    """Do by hand what the guard does: the thread's function sets the device, then does the same."""
     for _ in range(times):
-        thread = threading.Thread(target=set_device, args=(OWNER,))
+        thread = threading.Thread(target=_set_and_do_nothing)
         thread.start()
         thread.join()
 

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -55,6 +56,8 @@ class Journal:
     ----------
     life : object
         Another one after a fork or a clearing: rows from before count no more.
+    restarted : callable
+        Is called then.
     """
 
     life: object
@@ -63,6 +66,7 @@ class Journal:
         self._max_rows = max_rows
         self._watches_forks = False
         self.log: Log | None = None
+        self.restarted: Callable[[], None] = lambda: None
         self._start()
 
     def _start(self) -> None:
@@ -70,8 +74,8 @@ class Journal:
         self.life = object()
         self._lock = threading.RLock()  # a finalizer may stray while a row is written to the log
         self._rows: dict[Key, Row] = {}
-        self._total = 0
         self._dropped = 0
+        self.restarted()
         if self.log is not None:
             self.log.restart()
 
@@ -152,7 +156,6 @@ class Journal:
         # by identity: a code object's own hash goes through all of its bytecode, and the row keeps the object alive
         key = (id(code), line, door, source, target, owner, action)
         with self._lock:
-            self._total += 1
             row = self._rows.get(key)
             if row is not None:
                 row.count += 1
@@ -175,9 +178,8 @@ class Journal:
         return site, row
 
     def grow(self, row: Row, nbytes: int) -> None:
-        """Count one more stray of a call site that `enter` gave a row in this `life`."""
+        """Count one more stray of a call site that `enter` gave a row; not after `restarted`."""
         with self._lock:
-            self._total += 1
             row.count += 1
             row.bytes += nbytes
             if self.log is not None:
@@ -218,7 +220,8 @@ class Journal:
     def total(self) -> int:
         """How many strays there were in this process."""
         self._same_process()
-        return self._total
+        with self._lock:
+            return self._dropped + sum(row.count for row in self._rows.values())
 
     @property
     def dropped(self) -> int:

@@ -10,13 +10,17 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import multiprocessing.pool
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from concurrent.futures import thread as futures
+from dataclasses import dataclass
+from typing import Any
 
 from devguard import accelerator, callsite, owners, scope
 from devguard.errors import StrayDeviceError, StrayDeviceWarning
+from devguard.journal import MAX_ROWS
 from devguard.owners import Owner
 from devguard.scopes import Scope
 from devguard.verdict import judge, judged_here
@@ -24,14 +28,17 @@ from devguard.verdict import judge, judged_here
 __all__ = [
     "Inherited",
     "Start",
+    "at_end",
     "begun",
     "enter",
     "failures",
     "inherit",
-    "judge_end",
     "leave",
+    "note",
     "plan",
+    "plan_thread",
     "plan_worker",
+    "planned",
     "safely",
     "settle",
 ]
@@ -56,7 +63,8 @@ class Inherited(Scope):
         self.names = original.names  # type: ignore[method-assign]
 
 
-class Start(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Start:
     """What a thread or a task takes over from whoever started it.
 
     Attributes
@@ -78,17 +86,32 @@ class Start(NamedTuple):
     observed: bool = False
 
 
-# thread number -> what it was started with; None once that is on its stack, which most threads never need
-begun: dict[int, Start | None] = {}
+# id of a thread that is about to run -> what it is to start with
+planned: dict[int, Start] = {}
+# thread number -> what it was started with, until that is on its stack, which most threads never need
+begun: dict[int, Start] = {}
 
 
 def inherit(stack: scope.Stack) -> None:
     """Put the scopes that this thread was started with on its stack."""
     ident = threading.get_ident()
-    begin = begun.get(ident)
+    begin = begun.pop(ident, None)
     if begin is not None:
         stack.extend(begin.entries)
-        begun[ident] = None
+        thread = threading._active.get(ident)  # type: ignore[attr-defined]
+        if thread is not None and not begin.observed:
+            at_end(thread, settle)
+
+
+def at_end(thread: Any, function: Callable[[], None]) -> None:
+    """Call `function` on a thread as it ends, while Python still knows it as that: before its ``_delete``."""
+
+    def end_and_delete() -> None:
+        del thread._delete
+        function()
+        thread._delete()
+
+    thread._delete = end_and_delete
 
 
 def safely(function: Callable[..., Any], *args: Any) -> Any:
@@ -101,9 +124,55 @@ def safely(function: Callable[..., Any], *args: Any) -> Any:
     except (StrayDeviceError, StrayDeviceWarning):
         raise
     except Exception as error:  # noqa: BLE001 - see above
-        if len(failures) < 16:
-            failures.append(f"{type(error).__name__}: {error}")
+        note(error)
         return None
+
+
+def note(error: Exception) -> None:
+    """Note a failure of devguard itself, for `status`."""
+    if len(failures) < 16:
+        failures.append(f"{type(error).__name__}: {error}")
+
+
+def plan_thread(thread: threading.Thread, key: Any, code: Any) -> Start | None:
+    """Decide with what a thread starts, and remember it under `key` where that says all that it depends on.
+
+    Parameters
+    ----------
+    thread : threading.Thread
+        The thread.
+    key : tuple
+        Its class, its target's code object by its identity, and the code object and instruction of whoever starts it.
+    code : code object or None
+        Its target's, to keep that identity.
+
+    Returns
+    -------
+    Start or None
+        None to leave it alone.
+    """
+    work: Any = type(thread).run
+    if work is threading.Thread.run:
+        work = getattr(thread, "_target", None)
+        if work is futures._worker or work is multiprocessing.pool.worker:  # type: ignore[attr-defined]
+            return plan_worker()  # it outlives the scope that happens to start it
+        sure = code is not None
+    elif work is threading.Timer.run:
+        work, sure = thread.function, False  # type: ignore[attr-defined]
+    else:
+        sure = True
+    known = judged_here()
+    begin = plan(work, 0)
+    owner = scope.current_owner()
+    adopts = not scope.local.stack and scope.process.adoption is not None  # each stray is told to it
+    if not sure or adopts or begin is None or begin is not known.start or owner is None:
+        return begin
+    row = known.rows.get((NAME, "cuda:0", owner.tag, owner.tag, *key[2:]))
+    if row is not None or owner.index <= 0 or not _is_users(work):
+        if len(known.starts) >= MAX_ROWS:
+            known.starts.clear()
+        known.starts[key] = begin, row and row[0], code
+    return begin
 
 
 def plan(work: Any, default: int | None) -> Start | None:
@@ -213,6 +282,12 @@ def _strayed_to() -> int | None:
     if device is None or (owner is not None and device == owner.index) or f"cuda:{device}" in owners.owned():
         return None
     return device
+
+
+def end(begin: Start) -> None:
+    """Judge and settle what a thread leaves behind that was left as torch starts it."""
+    safely(judge_end, begin)
+    settle()
 
 
 def judge_end(begin: Start) -> None:

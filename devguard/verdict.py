@@ -34,6 +34,8 @@ __all__ = [
     "take_over",
 ]
 
+journal.restarted = process.renew  # its rows are no more
+
 # device tag -> module patterns whose code may use it; None: any code
 _allowed: dict[str, set[str] | None] = {}
 
@@ -112,18 +114,19 @@ class Judged:
     """The strays that one thread has judged under its innermost scope, so that the next like them costs little.
 
     The rest of what a verdict depends on may not have changed either: the scopes further out are under the same entry,
-    `era` stands for what holds outside of scopes and for what is allowed, `life` for the journal. The call site is part
+    and `era` stands for what holds outside of scopes, for what is allowed, and for the journal. The call site is part
     of the key.
     """
 
-    __slots__ = ("era", "life", "modes", "rows", "start", "top")
+    __slots__ = ("era", "modes", "rows", "start", "starts", "top")
 
-    def __init__(self, top: scope.Entry | None, era: object, life: object) -> None:
+    def __init__(self, top: scope.Entry | None, era: object) -> None:
         self.top = top
         self.era = era
-        self.life = life
         self.modes: dict[str, DoorMode] = {}
-        self.start: Any = None  # what a thread takes over that is started here; takeover.py keeps it
+        # what threads take over that are started here, and which did; takeover.py keeps both
+        self.start: Any = None
+        self.starts: dict[tuple[int, int, int], tuple[Any, Row | None, Any]] = {}
         # door, source, owner, target, code object and instruction of the call site -> row, and whether to repair it
         self.rows: dict[tuple[str, str, str, str | None, int, int], tuple[Row, bool]] = {}
 
@@ -139,10 +142,10 @@ def judged_here() -> Judged:
     """Return what this thread has judged under its innermost scope."""
     stack = local.stack
     top = stack[-1] if stack else None
-    era, life = process.era, journal.life
+    era = process.era
     judged: Judged | None = stack.judged
-    if judged is None or judged.top is not top or judged.era is not era or judged.life is not life:
-        judged = stack.judged = Judged(top, era, life)
+    if judged is None or judged.top is not top or judged.era is not era:
+        judged = stack.judged = Judged(top, era)
     return judged
 
 
@@ -199,10 +202,7 @@ def judge(
         process.adoption.handle()
     judged: Judged | None = stack.judged
     if (  # as judged_here does it: this is the hot path of a repair
-        judged is None
-        or judged.top is not (stack[-1] if stack else None)
-        or judged.era is not process.era
-        or judged.life is not journal.life
+        judged is None or judged.top is not (stack[-1] if stack else None) or judged.era is not process.era
     ):
         judged = judged_here()
     frame: FrameType | None = start

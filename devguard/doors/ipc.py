@@ -49,8 +49,9 @@ __all__ = ["install", "status", "uninstall"]
 NAME = "ipc"
 
 _patches = Patches()
-_known_owners: set[int] = set()
-_several = False  # whether this process ever had two owners with a GPU, one of which may open what the other receives
+_known_owners: set[int] = set()  # the indices of all that this process ever had: memory may stay open for good
+_several = False  # whether two of them have a GPU, one of which may open what the other receives
+_only = -1  # the index of the only one; -1 if there are more, or it is the host: what lies there is where it belongs
 _opening = threading.RLock()  # from the look at what is open to the opening; only where there are several owners
 _indices: dict[str, int] = {}  # UUID -> index here; the list of a process does not change
 
@@ -136,11 +137,11 @@ def status() -> dict[str, Any]:
 
 
 def _owner_known(owner: Owner, says: Callable[[str], Any]) -> None:
-    """Note that this process has several owners, before the second one is entered; memory may stay open for good."""
-    global _several
-    if owner.index >= 0:
-        _known_owners.add(owner.index)
-        _several = len(_known_owners) > 1
+    """Note how many owners this process has, before the next one is entered."""
+    global _only, _several
+    _known_owners.add(owner.index)
+    _several = len(_known_owners - {-1}) > 1
+    _only = owner.index if len(_known_owners) == 1 else -1
 
 
 def _patch_tensors(reductions: Any) -> None:
@@ -158,6 +159,8 @@ def _patch_tensors(reductions: Any) -> None:
     local, process = scope.local, scope.process
 
     def rebuild_cuda_tensor(*args: Any, **kwargs: Any) -> Any:
+        if len(args) == count and args[at] == _only:  # nothing to do whatever scope this is, unguarded or not
+            return original(*args)
         stack = local.stack  # as scope.owner_in_force does it
         if stack.changes:
             scope.settle(stack)

@@ -26,15 +26,17 @@ of C++ code. Pools of other makes start threads as anybody does: a worker keeps 
 
 from __future__ import annotations
 
+import functools
 import multiprocessing.pool
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import thread as futures
+from types import FunctionType
 from typing import Any
 
 from devguard import scope, takeover
-from devguard.errors import StrayDeviceError, StrayDeviceWarning
+from devguard.journal import journal
 from devguard.patching import DoorError, Patches
 from devguard.takeover import Start
 
@@ -45,9 +47,8 @@ NAME = "threads"
 _patches = Patches()
 _before: list[str] = []
 _OUT_OF_REACH = "threads that ran before the door opened, _thread.start_new_thread, threads of C++ code"
+_INTERPRETERS = "InterpreterPoolExecutor"  # Python 3.14
 _POOL_METHODS = ("apply_async", "_map_async", "imap", "imap_unordered")
-# the attribute of a thread, or a pool's task, that holds its Start until it runs; of an observed thread, until it ends
-_KEPT = "_devguard_start"
 
 
 def install() -> None:
@@ -57,80 +58,72 @@ def install() -> None:
     takeover.failures.clear()
     known = (threading.main_thread(), threading.current_thread())
     _before[:] = sorted(thread.name for thread in threading.enumerate() if thread not in known)
-    names = ("start", "_bootstrap_inner", "_delete")
-    start, bootstrap, delete = (_find(threading.Thread, name) for name in names)
+    start, bootstrap, _ = (_find(threading.Thread, name) for name in ("start", "_bootstrap_inner", "_delete"))
     submit = _find(futures.ThreadPoolExecutor, "submit")
-    init, run = (_find(futures._WorkItem, name) for name in ("__init__", "run"))
-    local, process, get_ident, begun = scope.local, scope.process, threading.get_ident, takeover.begun
+    local, process, get_ident = scope.local, scope.process, threading.get_ident
+    planned, begun, grow = takeover.planned, takeover.begun, journal.grow
     set_device: Any = getattr(torch._C, "_cuda_setDevice", None)
     set_device = getattr(set_device, "__wrapped__", set_device)  # devguard's own change is nobody's to judge
 
     def start_with_scopes(self: Any) -> None:
-        if local.stack or process.owner is not None:
-            begin = takeover.safely(_plan_thread, self)
+        stack = local.stack
+        if stack or process.owner is not None:
+            target = self._target if self._initialized else None
+            code = target.__code__ if target.__class__ is FunctionType else getattr(target, "__code__", None)
+            caller = sys._getframe(1)
+            key = self.__class__, id(code), id(caller.f_code), caller.f_lasti
+            judged = stack.judged
+            if (  # as verdict.judged_here does it: a thread is started with cold caches, where every call counts
+                judged is not None
+                and judged.top is (stack[-1] if stack else None)
+                and judged.era is process.era
+                and (known := judged.starts.get(key)) is not None
+                and not stack.changes
+            ):
+                begin, row, _ = known
+                if row is not None:
+                    grow(row, 0)
+            else:
+                begin = takeover.safely(takeover.plan_thread, self, key, code)
             if begin is not None:
-                self.__dict__[_KEPT] = begin
+                planned[id(self)] = begin
+                try:
+                    start(self)
+                except BaseException:
+                    planned.pop(id(self), None)
+                    raise
+                return
         start(self)
 
     def bootstrap_within(self: Any) -> None:
-        begin = self.__dict__.pop(_KEPT, None)
-        if begin is not None:
-            begun[get_ident()] = begin
-            if begin.observed:
-                self.__dict__[_KEPT] = begin
-            elif begin.device >= 0:
-                takeover.safely(set_device, begin.device)
-        elif begun:
-            begun.pop(get_ident(), None)  # numbers come again, after a fork too
-        bootstrap(self)
-
-    def settle_and_delete(self: Any) -> None:
-        if begun:
-            if _KEPT in self.__dict__:
-                takeover.safely(takeover.judge_end, self.__dict__.pop(_KEPT))
-            if begun.pop(get_ident(), self) is None:
-                takeover.settle()
-        delete(self)
+        begin = planned.pop(id(self), None) if planned else None
+        if begin is None:
+            if begun:
+                begun.pop(get_ident(), None)  # in a forked child numbers come again
+            bootstrap(self)
+            return
+        ident = get_ident()
+        begun[ident] = begin
+        if begin.observed:
+            takeover.at_end(self, functools.partial(takeover.end, begin))
+        elif begin.device >= 0:
+            try:
+                set_device(begin.device)
+            except Exception as error:  # noqa: BLE001 - as takeover.safely does it
+                takeover.note(error)
+        try:
+            bootstrap(self)
+        finally:
+            begun.pop(ident, None)
 
     def submit_in_scope(self: Any, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if scope.local.stack:
-            begin = takeover.safely(_plan_task, fn, self)  # before the pool takes its locks
-            if begin is not None and begin.observed:
-                fn, begin = _Task(fn, begin), None  # judged before its result is known
-            outer, _submitted.start = _submitted.start, begin
-            try:
-                return submit(self, fn, *args, **kwargs)
-            finally:
-                _submitted.start = outer
+        if local.stack or process.owner is not None:
+            fn = _task(fn, self)  # before the pool takes its locks
         return submit(self, fn, *args, **kwargs)
-
-    def keep_start(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        if _submitted.start is not None:
-            self.__dict__[_KEPT] = _submitted.start
-
-    def run_within(self: Any, *args: Any) -> None:
-        begin = self.__dict__.pop(_KEPT, None)
-        if begin is None and process.owner is None:
-            run(self, *args)
-            return
-        try:
-            left = None if begin is None else takeover.safely(takeover.enter, begin)
-        except (StrayDeviceError, StrayDeviceWarning) as error:
-            if self.future.set_running_or_notify_cancel():
-                self.future.set_exception(error)
-            return
-        try:
-            run(self, *args)
-        finally:
-            takeover.safely(takeover.leave, left)
 
     _patches.replace(threading.Thread, "start", start_with_scopes)
     _patches.replace(threading.Thread, "_bootstrap_inner", bootstrap_within)
-    _patches.replace(threading.Thread, "_delete", settle_and_delete)
     _patches.replace(futures.ThreadPoolExecutor, "submit", submit_in_scope)
-    _patches.replace(futures._WorkItem, "__init__", keep_start)
-    _patches.replace(futures._WorkItem, "run", run_within)
     for name in _POOL_METHODS:
         original = _find(multiprocessing.pool.Pool, name)
         _patches.replace(multiprocessing.pool.Pool, name, _in_scope(original))
@@ -140,6 +133,7 @@ def install() -> None:
 def uninstall() -> list[str]:
     """Put Python's own methods back."""
     scope.inherit = scope._inherit_nothing
+    takeover.planned.clear()
     takeover.begun.clear()
     return _patches.restore()
 
@@ -158,23 +152,11 @@ def _find(owner: Any, name: str) -> Callable[..., Any]:
     return original
 
 
-class _Submitted(threading.local):
-    start: Start | None = None
-
-
-_submitted = _Submitted()
-
-
-def _plan_thread(thread: threading.Thread) -> Start | None:
-    """Decide with what `thread` starts."""
-    work: Any = type(thread).run
-    if work is threading.Thread.run:
-        work = getattr(thread, "_target", None)
-        if work is futures._worker or work is multiprocessing.pool.worker:  # type: ignore[attr-defined]
-            return takeover.plan_worker()  # it outlives the scope that happens to start it
-    elif work is threading.Timer.run:
-        work = thread.function  # type: ignore[attr-defined]
-    return takeover.plan(work, 0)
+def _task(work: Any, pool: Any) -> Any:
+    """Return `work` as a task of `pool`: in the scopes of this thread, if it has any, and settled at its end."""
+    if _INTERPRETERS in [base.__name__ for base in type(pool).__mro__]:
+        return work  # it would have to be pickled, and the other interpreter has a devguard of its own
+    return _Task(work, takeover.safely(_plan_task, work, pool) if scope.local.stack else None)
 
 
 def _plan_task(work: Any, pool: Any) -> Start | None:
@@ -189,26 +171,25 @@ def _in_scope(original: Callable[..., Any]) -> Callable[..., Any]:
     """Return a method of ``multiprocessing.pool.Pool`` that gives the tasks of a pool of threads their scopes."""
 
     def method(self: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
-        if scope.local.stack and isinstance(self, multiprocessing.pool.ThreadPool):
-            begin = takeover.safely(_plan_task, func, self)
-            if begin is not None:
-                func = _Task(func, begin)
+        guarded = scope.local.stack or scope.process.owner is not None
+        if guarded and isinstance(self, multiprocessing.pool.ThreadPool):
+            func = _task(func, self)
         return original(self, func, *args, **kwargs)
 
     return method
 
 
 class _Task:
-    """A task within the scopes of who submitted it."""
+    """A task within the scopes of who submitted it; None for one that was submitted outside of scopes."""
 
     __slots__ = ("begin", "function")
 
-    def __init__(self, function: Callable[..., Any], begin: Start) -> None:
+    def __init__(self, function: Callable[..., Any], begin: Start | None) -> None:
         self.function = function
         self.begin = begin
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        left = takeover.safely(takeover.enter, self.begin)
+        left = None if self.begin is None else takeover.safely(takeover.enter, self.begin)
         try:
             return self.function(*args, **kwargs)
         finally:

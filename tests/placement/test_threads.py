@@ -20,6 +20,7 @@ import torch
 import devguard
 from devguard import guard, takeover
 from devguard.doors import threads as door
+from devguard.journal import journal
 from devguard.patching import DoorError
 from tests.placement.test_load import child
 
@@ -205,6 +206,60 @@ def test_the_call_site_is_the_line_that_starts_it():
     assert (stray.site.line, stray.count) == (line, 3)
 
 
+class TestTheSameLineAgain:
+    """A start that is known is not planned anew: what it depends on may have changed."""
+
+    def test_each_start_counts_and_follows_the_scope(self):
+        with guard(1):
+            assert [in_thread() for _ in range(3)] == [(1, "cuda:1")] * 3
+            with guard(2):
+                assert [in_thread() for _ in range(2)] == [(2, "cuda:2")] * 2
+            with devguard.unguarded():
+                assert in_thread() == (0, "None")
+            with guard("cpu"):
+                assert in_thread() == (0, "cpu")
+            assert in_thread() == (1, "cuda:1")
+        assert in_thread() == (0, "None")
+        assert sorted((s.target, s.count, s.site.function) for s in devguard.strays()) == [
+            ("cuda:1", 4, "in_thread"),
+            ("cuda:2", 2, "in_thread"),
+        ]
+
+    def test_a_cleared_journal_counts_from_the_beginning(self):
+        with guard(1):
+            in_thread(), in_thread()
+            journal.clear()
+            in_thread()
+        assert [s.count for s in devguard.strays()] == [1]
+
+    def test_what_is_allowed_meanwhile_is_left_alone(self):
+        with guard(1):
+            in_thread(), in_thread()
+            devguard.allow("cuda:0")
+            assert in_thread() == (0, "cuda:1")
+        assert [s.count for s in devguard.strays()] == [2]
+
+    def test_the_line_does_not_say_what_it_starts(self):
+        works = [threading.main_thread, seen, functools.partial(seen), Overriding().run, threading.main_thread]
+        threads = [threading.Thread(target=work) for work in works] + [threading.Timer(0, work) for work in works]
+        with guard(1):
+            for thread in (*threads, Overriding(), threading.Thread()):
+                thread.start()
+                thread.join()
+        assert [s.count for s in devguard.strays()] == [7]
+
+    def test_a_thread_that_cannot_be_started_leaves_nothing(self, monkeypatch):
+        def none_left(*_: Any, **__: Any) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with guard(1):
+            for name in ("_start_new_thread", "_start_joinable_thread"):  # Python 3.13 has the second
+                monkeypatch.setattr(threading, name, none_left, raising=False)
+            with pytest.raises(RuntimeError, match="can't start"):
+                in_thread()
+        assert takeover.planned == takeover.begun == {}
+
+
 class TestThreads:
     def test_a_refused_thread_is_not_started(self):
         thread = Overriding()
@@ -317,7 +372,7 @@ class TestThreads:
         finally:
             gc.enable()
             threading.excepthook = hook
-        assert takeover.begun == {}
+        assert takeover.planned == takeover.begun == {}
 
     def test_starting_twice_is_pythons_error(self):
         with guard(1):
@@ -430,8 +485,7 @@ class TestEvidence:
             thread.start()
             thread.join()
         assert [stray.count for stray in devguard.strays()] == [1]
-        assert not any(name.startswith("_devguard") for name in vars(thread))
-        assert takeover.begun == {}
+        assert takeover.planned == takeover.begun == {}
 
     @pytest.mark.filterwarnings("error")
     def test_a_warning_at_the_end_costs_no_thread_its_life(self, on_device_0):
@@ -524,6 +578,22 @@ class TestPools:
             with guard(1):
                 assert executor.submit(seen).result() == pool.apply(seen) == (1, "cuda:1")
 
+    def test_what_a_library_leaves_behind_at_the_end_of_a_task_is_settled_where_only_the_process_has_an_owner(self):
+        devguard.install(device=1)
+        with futures.ThreadPoolExecutor(1) as executor, ThreadPool(1) as pool:
+            executor.submit(clobber).result()
+            pool.apply(clobber)
+            assert executor.submit(current).result() == pool.apply(current) == 1
+        assert sum(stray.count for stray in devguard.strays()) == 2
+
+    def test_tasks_for_other_interpreters_are_left_as_they_are(self):
+        class InterpreterPoolExecutor(futures.ThreadPoolExecutor):  # as Python 3.14 has one, which pickles tasks
+            pass
+
+        with guard(1), InterpreterPoolExecutor(1) as executor:
+            assert executor.submit(current).result() == 0
+        assert devguard.strays() == ()
+
     def test_the_pin_thread_of_a_loader_takes_the_device_of_the_thread_that_iterates(self, monkeypatch):
         from torch.utils.data import DataLoader, TensorDataset, _utils
 
@@ -550,9 +620,8 @@ class TestPools:
 
 
 HOOKED = [
-    (threading.Thread, ("start", "_bootstrap_inner", "_delete")),
+    (threading.Thread, ("start", "_bootstrap_inner")),
     (futures.ThreadPoolExecutor, ("submit",)),
-    (futures.thread._WorkItem, ("__init__", "run")),
     (Pool, ("apply_async", "_map_async", "imap", "imap_unordered")),
 ]
 
@@ -571,11 +640,11 @@ class TestInstalling:
 
     def test_a_python_that_lacks_a_name_is_told(self, monkeypatch):
         found = hooked()
-        monkeypatch.delattr(futures.thread._WorkItem, "run")
+        monkeypatch.delattr(Pool, "imap_unordered")
         with guard(1):
             row = devguard.status()["doors"]["threads"]
         assert not row["open"]
-        assert "_WorkItem.run is not in Python" in row["problem"]
+        assert "Pool.imap_unordered is not in Python" in row["problem"]
         monkeypatch.undo()
         assert hooked() == found
         with pytest.raises(DoorError):
