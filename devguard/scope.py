@@ -11,15 +11,15 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from devguard import accelerator, owners
 from devguard.owners import Owner
+from devguard.process import process
 from devguard.settings import DEFAULT_MODE, DoorMode, Mode
 
 if TYPE_CHECKING:
-    from devguard.adoption import Adoption
     from devguard.scopes import Scope
 
 __all__ = [
@@ -131,48 +131,6 @@ local = _Local()
 
 # devices on which unguarded code opened contexts, on purpose
 unguarded_contexts: set[int] = set()
-
-
-class _Process:
-    """What holds where no scope does: the owner and the modes given to ``install``, or by the environment.
-
-    Attributes
-    ----------
-    owner, mode, doors, adoption
-        To be replaced, not to be changed in place.
-    era : object
-        Another one whenever one of them is set, or `renew` is called: what was judged before may be judged otherwise.
-    """
-
-    __slots__ = ("adoption", "doors", "era", "mode", "owner", "restart", "said_by")
-    era: object
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-        self.renew()
-
-    def renew(self) -> None:
-        """Begin another era."""
-        object.__setattr__(self, "era", object())
-
-    def reset(self) -> None:
-        self.owner: Owner | None = None
-        self.mode: Mode | None = None
-        self.doors: Mapping[str, DoorMode] = {}
-        self.said_by = ""  # who said so: "install", "environment", "parent", or the role that an integration knows
-        self.adoption: Adoption | None = None  # how the environment found the owner
-        self.restart: Callable[[], None] | None = None  # finds the owner anew, in a forked child
-
-    def mode_of(self, door: str, default: Mode = DEFAULT_MODE) -> DoorMode:
-        """Return the mode of `door` where no scope is in force."""
-        mode = self.doors.get(door) or self.mode or default
-        return mode if self.adoption is None else self.adoption.mode(mode)
-
-
-process = _Process()
 
 
 def _unbound(index: int) -> int:
@@ -294,6 +252,22 @@ def mode_of(door: str, *, default: Mode = DEFAULT_MODE) -> DoorMode:
 
     ``unguarded()`` says ``off``, and only for what runs directly in it: a guard inside names an owner again.
     """
+    _, mode, guarded = _said_by(door)
+    if mode is not None:
+        return mode
+    if guarded:  # by an owner that is no guess
+        return process.doors.get(door) or process.mode or default
+    return process.mode_of(door, default)
+
+
+def named(door: str) -> bool:
+    """Tell whether the mode of `door` on this thread was set for this door by its name."""
+    scope = _said_by(door)[0]
+    return door in process.doors if scope is None else scope.names(door)
+
+
+def _said_by(door: str) -> tuple[Scope | None, DoorMode | None, bool]:
+    """Return the innermost scope that says a mode for `door`, that mode, and whether a scope inside it has an owner."""
     guarded = False
     for scope, owner, _ in reversed(local.stack):
         if owner is not None:
@@ -302,23 +276,8 @@ def mode_of(door: str, *, default: Mode = DEFAULT_MODE) -> DoorMode:
             continue
         mode = scope.mode_of(door)
         if mode is not None:
-            return mode
-    if guarded:  # by an owner that is no guess
-        return process.doors.get(door) or process.mode or default
-    return process.mode_of(door, default)
-
-
-def named(door: str) -> bool:
-    """Tell whether the mode of `door` on this thread was set for this door by its name."""
-    guarded = False
-    for scope, owner, _ in reversed(local.stack):
-        if owner is not None:
-            guarded = True
-        elif guarded:
-            continue
-        if scope.mode_of(door) is not None:
-            return scope.names(door)
-    return door in process.doors
+            return scope, mode, guarded
+    return None, None, guarded
 
 
 def asked(door: str) -> bool:

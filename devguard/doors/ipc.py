@@ -21,12 +21,12 @@ Memory on the owner: nothing changes. Memory elsewhere:
 An index is taken as torch takes it: of this process's own list. Between processes with different lists the sender says
 ``doors={"ipc": "uuid"}`` (a mode of this door only: ``repair``, and what is sent carries the GPU's UUID in place of its
 index). The spelling is that of SGLang's ``monkey_patch_torch_reductions``; the receiver needs devguard's doors open, in
-any mode, or SGLang's patch, because torch alone raises a ``TypeError`` for a UUID. Without that mode the bytes stay
-torch's. A queue of ``torch.multiprocessing`` pickles on a thread of its own, which has the scopes that the first
-``put()`` was made in: say it of the process (``devguard.install``) or around all of the sender's work.
+any mode, or, for tensors, SGLang's patch, because torch alone raises a ``TypeError`` for a UUID. Without that mode the
+bytes stay torch's. A queue of ``torch.multiprocessing`` pickles on a thread of its own, which has the scopes that the
+first ``put()`` was made in: say it of the process (``devguard.install``) or around all of the sender's work.
 
 Not seen here: code that calls ``UntypedStorage._new_shared_cuda`` itself, and CUDA storages, which torch does not
-send. An event is always identified by its index.
+send.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from devguard import accelerator, opened, scope
 from devguard.errors import DeviceResolutionError
 from devguard.owners import Owner
-from devguard.patching import DoorError, Patches
+from devguard.patching import DoorError, Parameters, Patches
 from devguard.settings import REPAIRING
 from devguard.verdict import judge
 
@@ -66,43 +67,6 @@ _ADVICE = "Share memory of this process's own GPU, send CPU tensors, or let devg
 _UUIDS = "If sender and receiver see different lists of devices, guard the sender with doors={'ipc': 'uuid'}."
 
 
-class _Parameters:
-    """Where the parameters of one of torch's functions are: found by name, whatever their order.
-
-    Raises
-    ------
-    DoorError
-        If one of `names` is not there.
-    """
-
-    def __init__(self, function: Callable[..., Any], *names: str) -> None:
-        self.signature = inspect.signature(function)
-        order = list(self.signature.parameters)
-        missing = [name for name in names if name not in order]
-        if missing:
-            raise DoorError(
-                f"{function.__module__}.{function.__qualname__} of torch {sys.modules['torch'].__version__} has no "
-                f"parameter {', '.join(missing)}; this version of devguard does not know it."
-            )
-        self.count = len(order)
-        self.at = {name: order.index(name) for name in names}
-
-    def positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """Return all arguments of a call, in order."""
-        bound = self.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return bound.args
-
-    def value(self, args: tuple[Any, ...], name: str) -> Any:
-        """Return the argument `name`."""
-        return args[self.at[name]]
-
-    def changed(self, args: tuple[Any, ...], name: str, value: Any) -> tuple[Any, ...]:
-        """Return the arguments with another value of `name`."""
-        at = self.at[name]
-        return (*args[:at], value, *args[at + 1 :])
-
-
 def install() -> None:
     """Replace torch's functions that open a handle, and the one that makes it."""
     import torch
@@ -115,6 +79,7 @@ def install() -> None:
     for name in present:
         _patch_event(reductions, name)
     _patch_sending(torch.storage.TypedStorage, reductions)
+    _patch_sending_events(torch.cuda.Event, reductions)
     scope.on_prepare.append(_owner_known)
 
 
@@ -154,7 +119,7 @@ def _patch_tensors(reductions: Any) -> None:
             f"torch.multiprocessing.reductions.{name} was replaced by {original.__module__}.{original.__qualname__}, "
             "which devguard does not know. Enter the first guard, or call devguard.install(), before that."
         )
-    parameters = _Parameters(original, "tensor_size", "dtype", *_STORAGE)
+    parameters = Parameters(original, "tensor_size", "dtype", *_STORAGE)
     at, count = parameters.at["storage_device"], parameters.count
     local, process = scope.local, scope.process
 
@@ -185,7 +150,7 @@ def _patch_tensors(reductions: Any) -> None:
     _patches.replace(reductions, name, rebuild_cuda_tensor)
 
 
-def _receive(reductions: Any, original: Any, parameters: _Parameters, args: tuple[Any, ...], owner: Owner) -> Any:
+def _receive(reductions: Any, original: Any, parameters: Parameters, args: tuple[Any, ...], owner: Owner) -> Any:
     """Receive a tensor that is not on the owner, or may be open under another owner's device."""
     sent, handle = parameters.value(args, "storage_device"), parameters.value(args, "storage_handle")
     nbytes = parameters.value(args, "storage_size_bytes")
@@ -270,22 +235,26 @@ def _visible(sent: int | str) -> int:
 
 def _patch_event(reductions: Any, name: str) -> None:
     original = _patches.find(reductions, name)
-    parameters = _Parameters(original, "device", "handle")
+    parameters = Parameters(original, "device", "handle")
 
     def rebuild_event(*args: Any, **kwargs: Any) -> Any:
         owner = scope.owner_in_force()
-        if owner is None:
-            return original(*args, **kwargs)
         args = parameters.positional(args, kwargs)
-        device = parameters.value(args, "device")
-        if getattr(device, "type", None) != "cuda" or device.index in (None, owner.index):
-            return original(*args)
-        reason = _hindrance(owner, device.index, False)
-        advice = _ADVICE if reason is None else f"{reason} {_ADVICE}"
-        target = owner.tag if reason is None else None
-        if judge(NAME, str(device), owner, 0, advice, target=target, note=reason):
-            args = parameters.changed(args, "device", owner.device)
-        return original(*args)
+        sent = parameters.value(args, "device")
+        if not isinstance(sent, str):
+            if owner is None or getattr(sent, "type", None) != "cuda" or sent.index in (None, owner.index):
+                return original(*args)
+            sent = sent.index
+        index = _index(sent) if owner is not None and owner.index >= 0 else sent
+        if owner is not None and index != owner.index:
+            reason = _hindrance(owner, index, False)
+            advice = _ADVICE if reason is None else f"{reason} {_ADVICE}"
+            source = f"cuda:{index}" if isinstance(index, int) else f"GPU {sent}"
+            target = owner.tag if reason is None else None
+            if judge(NAME, source, owner, 0, advice, target=target, note=reason):
+                return original(*parameters.changed(args, "device", owner.device))
+        device = accelerator.torch_module().device("cuda", _visible(sent))
+        return original(*parameters.changed(args, "device", device))
 
     _patches.replace(reductions, name, rebuild_event)
 
@@ -304,3 +273,17 @@ def _patch_sending(typed_storage: Any, reductions: Any) -> None:
         return shared
 
     _patches.replace(typed_storage, "_share_cuda_", _share_cuda_)
+
+
+def _patch_sending_events(kind: type, reductions: Any) -> None:
+    original = _patches.find(reductions, "reduce_event")
+
+    def reduce_event(event: Any) -> Any:
+        rebuild, args = original(event)
+        if scope.mode_of(NAME) == "uuid":
+            parameters = Parameters(rebuild, "device", "handle")
+            args = parameters.changed(args, "device", accelerator.uuid_of(event.device.index))
+        return rebuild, args
+
+    _patches.replace(reductions, "reduce_event", reduce_event)  # SGLang's patch registers it anew
+    _patches.replace(ForkingPickler._extra_reducers, kind, reduce_event)  # type: ignore[attr-defined]

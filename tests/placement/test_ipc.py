@@ -502,7 +502,8 @@ class TestDifferentVisibleLists:
         with guard(1, mode="error"):
             assert pickle.loads(turned.share("cuda:0", shape=(0,))).device.index == 1
 
-    def test_a_uuid_that_the_receiver_does_not_see(self, turned, uuids):
+    @pytest.mark.parametrize("how", ["tensor", "event"])
+    def test_a_uuid_that_the_receiver_does_not_see(self, turned, uuids, how):
         code = (
             "for mode in ('repair', 'error', 'off'):\n"
             "    with devguard.guard(0, mode=mode):\n"
@@ -512,9 +513,23 @@ class TestDifferentVisibleLists:
             "try: pickle.loads(data)\n"
             "except devguard.DeviceResolutionError: print('and without an owner')"
         )
-        lines = child(code, turned.share("cuda:0"), CUDA_VISIBLE_DEVICES="0").splitlines()
+        lines = child(code, turned.share("cuda:0", how=how), CUDA_VISIBLE_DEVICES="0").splitlines()
         kinds = ["DeviceResolutionError", "StrayDeviceError", "DeviceResolutionError"]
         assert lines == [*(f"{kind} True True" for kind in kinds), "and without an owner"]
+
+    def test_with_uuids_events_are_of_the_gpu_that_they_are_of(self, turned, uuids):
+        assert child(self.GUARDED.format(1), turned.share("cuda:0", how="event")) == "cuda:1 [1] 0"
+        assert child(self.GUARDED.format(0), turned.share("cuda:0", how="event")) == "cuda:0 [0] 1"
+        with guard(0):
+            pass
+        assert pickle.loads(turned.share("cuda:0", how="event")).device.index == 1
+        with guard("cpu"):
+            assert pickle.loads(turned.share("cuda:0", how="event")).device.index == 1
+        with guard("cpu", mode="error"), pytest.raises(devguard.StrayDeviceError, match="GPU"):
+            pickle.loads(turned.share("cuda:0", how="event"))
+
+    def test_without_them_an_event_is_taken_for_one_of_another_gpu(self, turned):
+        assert child(self.GUARDED.format(1), turned.share("cuda:0", how="event")).endswith(" 1")
 
     def test_a_reduction_that_is_not_a_message_keeps_the_index(self):
         devguard.install(device=1, doors={"ipc": "uuid"})
@@ -604,6 +619,7 @@ class TestPatches:
     def test_everything_is_put_back(self):
         names = [name for name in vars(reductions) if name.startswith(("re", "_re", "storage_"))]
         before = [getattr(reductions, name) for name in names], vars(torch.storage.TypedStorage).copy()
+        reducers = ForkingPickler._extra_reducers.copy()
         devguard.install(device=1)
         assert reductions.rebuild_cuda_tensor is not dict(zip(names, before[0], strict=True))["rebuild_cuda_tensor"]
         assert reductions.rebuild_cuda_tensor.__qualname__ == "rebuild_cuda_tensor"
@@ -611,6 +627,7 @@ class TestPatches:
         assert devguard.uninstall() == []
         assert [getattr(reductions, name) for name in names] == before[0]
         assert vars(torch.storage.TypedStorage) == before[1]
+        assert ForkingPickler._extra_reducers == reducers
 
     def test_arguments_may_come_by_name(self, producer):
         devguard.install(device=1)
