@@ -13,7 +13,7 @@ __all__ = ["HELP", "configure", "run"]
 
 HELP = "run any program guarded, without a change to it; or print who opens which context, with --trace-contexts"
 USAGE = """devguard run [--mode MODE] [--device DEVICE] [--doors DOOR=MODE,...] [--log DIR] -- COMMAND [ARGUMENT ...]
-       devguard run --trace-contexts [--output FILE] [--json] [--mode MODE ...] -- COMMAND [ARGUMENT ...]"""
+       devguard run --trace-contexts [--output FILE] [--json] [--mode MODE] [...] -- COMMAND [ARGUMENT ...]"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     tracing.add_argument(
         "--trace-contexts",
         action="store_true",
-        help="report each CUDA context that the program or a child of it opens; it is guarded only if --mode is given",
+        help="report each CUDA context that the program or a child of it opens; it is guarded too only if one of the "
+        "options above is given",
     )
     tracing.add_argument("--output", metavar="FILE", help="append the reports to this file (default: standard error)")
     tracing.add_argument("--json", action="store_true", help="report one JSON object a line")
@@ -51,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.trace_contexts and (arguments.output or arguments.json):
         raise ConfigError("--output and --json say where --trace-contexts reports; give that too, or leave them out")
     environment = dict(os.environ)
-    if not arguments.trace_contexts or arguments.mode is not None:
+    asked = (arguments.mode, arguments.device, arguments.doors, arguments.log)
+    if not arguments.trace_contexts or any(said is not None for said in asked):
         _guard(arguments, environment)
     path = executing.find("run", program[0])
     if path is None:

@@ -14,9 +14,11 @@ guard, where 0 was current anyway. Name the device in the call there.
 A ``cpu`` owner has no device to act on: ``synchronize`` and ``empty_cache`` are left out; a question that opens a
 context is let through and recorded.
 
-Not here, because they open nothing (seen one by one, torch 2.6 to 2.15): ``current_stream``, ``default_stream``,
-``ipc_collect``, ``get_device_properties`` and its kin, the random number generators. Not here either, because they
-begin work on the current device: ``caching_allocator_alloc``, ``current_blas_handle``.
+Not here, because they open nothing (seen one by one, torch 2.6 to 2.15): ``ipc_collect``, ``get_device_properties`` and
+its kin, the random number generators. Not here either, because they begin work on the current device:
+``caching_allocator_alloc``, ``current_blas_handle``. Nor are ``current_stream`` and ``default_stream``, which
+``torch.compile`` knows by identity: the first of all such calls in a process asks the current device for the range of
+its priorities, which opens it. On a thread that no door has placed that is device 0; the door ``native`` finds it.
 """
 
 from __future__ import annotations

@@ -59,6 +59,24 @@ def test_without_options_the_mode_is_what_the_environment_says_or_repair(
     assert become == {"DEVGUARD": "error"}
 
 
+@pytest.mark.parametrize("option", ["--mode=observe", "--device=cuda:1", "--doors=ipc=error", "--log=logs"])
+def test_tracing_alone_guards_nothing_and_every_option_for_guarding_guards(
+    become: dict[str, str], monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    from devguard import tracing
+
+    def traced(output: str | None, *, json: bool, base: dict[str, str]) -> dict[str, str]:
+        return {**base, "DEVGUARD_TRACED": "yes"}
+
+    monkeypatch.setattr(tracing, "environment", traced)
+    assert cli.main(["run", "--trace-contexts", "--", "true"]) == 0
+    assert become == {"DEVGUARD_TRACED": "yes"}
+    assert cli.main(["run", "--trace-contexts", option, "--", "true"]) == 0
+    assert become["DEVGUARD"] == ("observe" if "mode" in option else "repair")
+    name = option.partition("=")[0].removeprefix("--").upper()
+    assert name == "MODE" or become[f"DEVGUARD_{name}"].endswith(option.partition("=")[2])
+
+
 @pytest.mark.parametrize(
     ("options", "environ", "said"),
     [
