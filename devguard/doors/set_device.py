@@ -114,7 +114,9 @@ def _watched(original: Callable[..., Any], get_device: Callable[[], int]) -> Cal
         stack.moved = bool(stack)  # outside of scopes nobody has a device to give back
         owner = stack[-1][1] if stack else process.owner
         adoption = None if stack else process.adoption
-        follows = adoption is not None and adoption.watches() and not _is_ours(sys._getframe(1))
+        follows = False
+        if adoption is not None and adoption.watches():
+            follows = not _is_ours(sys._getframe(1)) and not _is_block(sys._getframe(1))
         if (owner is None or owner.index < 0) and not stack.changes and not follows:
             return original(*args, **kwargs)
         before = get_device()
@@ -168,6 +170,16 @@ def _is_ours(start: FrameType) -> bool:
         for frame in (start, start.f_back)
         if frame is not None
     )
+
+
+def _is_block(start: FrameType) -> bool:
+    """Tell whether a ``with torch.cuda.stream(...)`` calls, which is no choice: it puts the device back by itself."""
+    frame: FrameType | None = start
+    while frame is not None and frame.f_globals.get("__name__") == "torch.cuda":
+        if frame.f_code.co_name in ("__enter__", "__exit__"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _author(start: FrameType) -> tuple[str, FrameType] | None:

@@ -102,6 +102,19 @@ def test_a_local_rank_alone_says_nothing_of_several_processes() -> None:
     assert answer["out"] == "cuda:0"
 
 
+def test_a_stream_of_another_device_is_entered_for_a_while_and_is_no_choice() -> None:
+    code = """
+torch.cuda.set_device(1)
+with torch.cuda.stream(torch.cuda.Stream(2)):
+    print(devguard.owner(), loads('cuda:0'))
+print(devguard.owner(), torch.cuda.current_device())
+"""
+    answer = run(code, **SEVERAL)
+    assert answer["out"] == "cuda:1 cuda:1\ncuda:1 1"
+    code = "torch.cuda.set_stream(torch.cuda.Stream(2)); print(devguard.owner())"
+    assert out(code, **SEVERAL) == "cuda:2"
+
+
 def test_a_loop_over_the_devices_is_followed_to_its_end() -> None:
     code = """
 for index in range(4):
