@@ -6,15 +6,17 @@ times that. It is formatted when somebody reads it.
 
 from __future__ import annotations
 
+import contextvars
+import functools
 import linecache
 import os
 import sys
 import sysconfig
 from dataclasses import dataclass
 from types import CodeType, FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-__all__ = ["Frame", "Origin", "Site", "find", "is_user", "module", "origin", "stack"]
+__all__ = ["Frame", "Origin", "Site", "find", "is_user", "module", "origin", "runs_users", "stack"]
 
 STACK_DEPTH = 12
 MAX_KINDS = 1 << 16
@@ -99,6 +101,20 @@ def _kind(code: CodeType) -> int | str:
 def is_user(code: CodeType) -> bool:
     """Tell whether `code` belongs to the user: not to torch, devguard, the standard library or a transport."""
     return _kind(code) == _USER
+
+
+def runs_users(work: Any) -> bool:
+    """Tell whether a callable is the user's own: not of torch, of the standard library, or decorated by devguard."""
+    code = getattr(work, "__code__", None)
+    if code is not None:  # a function, or a method
+        return is_user(code)
+    while isinstance(work, functools.partial):
+        in_context = isinstance(getattr(work.func, "__self__", None), contextvars.Context)  # asyncio.to_thread
+        work = work.args[0] if in_context and work.args else work.func
+    work = getattr(work, "__func__", work)
+    call = work if hasattr(work, "__code__") else vars(type(work)).get("__call__")
+    code = getattr(call, "__code__", None)
+    return work is not None and (code is None or is_user(code))
 
 
 def find(start: FrameType) -> tuple[CodeType | None, int, str | None]:

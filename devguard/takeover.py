@@ -8,7 +8,6 @@ it as torch starts it, it is judged as it ends (`judge_end`), by the context tha
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import multiprocessing.pool
 import sys
@@ -108,8 +107,10 @@ def at_end(thread: Any, function: Callable[[], None]) -> None:
 
     def end_and_delete() -> None:
         del thread._delete
-        function()
-        thread._delete()
+        try:
+            function()
+        finally:
+            thread._delete()
 
     thread._delete = end_and_delete
 
@@ -168,7 +169,7 @@ def plan_thread(thread: threading.Thread, key: Any, code: Any) -> Start | None:
     if not sure or adopts or begin is None or begin is not known.start or owner is None:
         return begin
     row = known.rows.get((NAME, "cuda:0", owner.tag, owner.tag, *key[2:]))
-    if row is not None or owner.index <= 0 or not _is_users(work):
+    if row is not None or owner.index <= 0 or not callsite.runs_users(work):
         if len(known.starts) >= MAX_ROWS:
             known.starts.clear()
         known.starts[key] = begin, row and row[0], code
@@ -205,12 +206,12 @@ def plan(work: Any, default: int | None) -> Start | None:
     if index < 0:
         return start
     if mode not in ("repair", "error"):
-        if index == default or not _is_users(work):
+        if index == default or not callsite.runs_users(work):
             return Start(start.entries, -1)
         return Start(start.entries, -1, callsite.origin(sys._getframe(1)), True)
     if default is None:
         return Start(start.entries, index, callsite.origin(sys._getframe(1)))
-    if index == default or not _is_users(work) or _places(owner, default):
+    if index == default or not callsite.runs_users(work) or _places(owner, default):
         return start
     return Start(start.entries, -1)
 
@@ -227,20 +228,6 @@ def plan_worker() -> Start | None:
         return None
     mode = process.mode_of(NAME)
     return Start((), process.owner.index) if mode in ("repair", "error") else None
-
-
-def _is_users(work: Any) -> bool:
-    """Tell whether a callable is the user's own: not of torch, of the standard library, or decorated by devguard."""
-    code = getattr(work, "__code__", None)
-    if code is not None:  # a function, or a method
-        return callsite.is_user(code)
-    while isinstance(work, functools.partial):
-        in_context = isinstance(getattr(work.func, "__self__", None), contextvars.Context)  # asyncio.to_thread
-        work = work.args[0] if in_context and work.args else work.func
-    work = getattr(work, "__func__", work)
-    call = work if hasattr(work, "__code__") else vars(type(work)).get("__call__")
-    code = getattr(call, "__code__", None)
-    return work is not None and (code is None or callsite.is_user(code))
 
 
 def enter(begin: Start) -> tuple[int, int, Start | None]:

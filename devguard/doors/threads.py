@@ -68,7 +68,7 @@ def install() -> None:
     def start_with_scopes(self: Any) -> None:
         stack = local.stack
         if stack or process.owner is not None:
-            target = self._target if self._initialized else None
+            target = getattr(self, "_target", None)  # a thread that has run has none any more
             code = target.__code__ if target.__class__ is FunctionType else getattr(target, "__code__", None)
             caller = sys._getframe(1)
             key = self.__class__, id(code), id(caller.f_code), caller.f_lasti

@@ -374,13 +374,20 @@ class TestThreads:
             threading.excepthook = hook
         assert takeover.planned == takeover.begun == {}
 
-    def test_starting_twice_is_pythons_error(self):
+    @pytest.mark.parametrize(
+        "make", [Overriding, lambda: threading.Thread(target=seen), lambda: threading.Timer(0, seen)]
+    )
+    def test_starting_twice_is_pythons_error(self, make):
         with guard(1):
-            thread = Overriding()
+            thread = make()
             thread.start()
             thread.join()
             with pytest.raises(RuntimeError, match="once"):
                 thread.start()
+
+    def test_starting_without_init_is_pythons_error(self):
+        with guard(1), pytest.raises(RuntimeError, match="__init__"):
+            threading.Thread.__new__(threading.Thread).start()
 
     def test_a_failure_of_devguard_costs_no_thread_its_life(self, monkeypatch):
         with guard(1):
