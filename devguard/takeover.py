@@ -29,8 +29,10 @@ __all__ = [
     "Start",
     "at_end",
     "begun",
+    "ended",
     "enter",
     "failures",
+    "forget_threads",
     "inherit",
     "leave",
     "note",
@@ -85,6 +87,7 @@ class Start:
     observed: bool = False
 
 
+_DELETE = "_delete"
 # id of a thread that is about to run -> what it is to start with
 planned: dict[int, Start] = {}
 # thread number -> what it was started with, until that is on its stack, which most threads never need
@@ -102,17 +105,35 @@ def inherit(stack: scope.Stack) -> None:
             at_end(thread, settle)
 
 
+def forget_threads() -> None:
+    """Forget all threads but this one: after a fork there are no others, and their numbers come again."""
+    ident = threading.get_ident()
+    mine = begun.get(ident)
+    planned.clear()
+    begun.clear()
+    if mine is not None:
+        begun[ident] = mine
+
+
 def at_end(thread: Any, function: Callable[[], None]) -> None:
     """Call `function` on a thread as it ends, while Python still knows it as that: before its ``_delete``."""
+    own = vars(thread)  # not by setattr, which its class may have changed
 
     def end_and_delete() -> None:
-        del thread._delete
+        own.pop(_DELETE, None)
         try:
             function()
         finally:
             thread._delete()
 
-    thread._delete = end_and_delete
+    own[_DELETE] = end_and_delete
+
+
+def ended(thread: Any) -> None:
+    """Do what `at_end` wants done if Python has not: 3.10 forgets a thread without calling its ``_delete``."""
+    if _DELETE in vars(thread):
+        threading._active[threading.get_ident()] = thread  # type: ignore[attr-defined]
+        thread._delete()
 
 
 def safely(function: Callable[..., Any], *args: Any) -> Any:
@@ -142,8 +163,9 @@ def plan_thread(thread: threading.Thread, key: Any, code: Any) -> Start | None:
     ----------
     thread : threading.Thread
         The thread.
-    key : tuple
-        Its class, its target's code object by its identity, and the code object and instruction of whoever starts it.
+    key : tuple or None
+        Its class, its target's code object by its identity, and the code object and instruction of whoever starts it;
+        None where that cannot be told.
     code : code object or None
         Its target's, to keep that identity.
 
@@ -166,10 +188,11 @@ def plan_thread(thread: threading.Thread, key: Any, code: Any) -> Start | None:
     begin = plan(work, 0)
     owner = scope.current_owner()
     adopts = not scope.local.stack and scope.process.adoption is not None  # each stray is told to it
-    if not sure or adopts or begin is None or begin is not known.start or owner is None:
+    if not sure or key is None or adopts or begin is None or begin is not known.start or owner is None:
         return begin
-    row = known.rows.get((NAME, "cuda:0", owner.tag, owner.tag, *key[2:]))
-    if row is not None or owner.index <= 0 or not callsite.runs_users(work):
+    recorded = owner.index > 0 and callsite.runs_users(work)
+    row = known.rows.get((NAME, "cuda:0", owner.tag, owner.tag, *key[2:])) if recorded else None
+    if row is not None or not recorded:
         if len(known.starts) >= MAX_ROWS:
             known.starts.clear()
         known.starts[key] = begin, row and row[0], code

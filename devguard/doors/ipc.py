@@ -52,7 +52,7 @@ NAME = "ipc"
 _patches = Patches()
 _known_owners: set[int] = set()  # the indices of all that this process ever had: memory may stay open for good
 _several = False  # whether two of them have a GPU, one of which may open what the other receives
-_only = -1  # the index of the only one; -1 if there are more, or it is the host: what lies there is where it belongs
+_only = -1  # the index of the only one; -1 if there are more, or it is the host
 _opening = threading.RLock()  # from the look at what is open to the opening; only where there are several owners
 _indices: dict[str, int] = {}  # UUID -> index here; the list of a process does not change
 
@@ -124,12 +124,15 @@ def _patch_tensors(reductions: Any) -> None:
     local, process = scope.local, scope.process
 
     def rebuild_cuda_tensor(*args: Any, **kwargs: Any) -> Any:
-        if len(args) == count and args[at] == _only:  # nothing to do whatever scope this is, unguarded or not
-            return original(*args)
         stack = local.stack  # as scope.owner_in_force does it
         if stack.changes:
             scope.settle(stack)
         owner = stack[-1][1] if stack else process.owner
+        if owner is not None:
+            if len(args) == count and args[at] == owner.index == _only:
+                return original(*args)
+            if owner.index not in _known_owners:  # the environment's is prepared at its first stray
+                _owner_known(owner, scope.mode_of)
         if len(args) != count:  # pickle passes all of them by position
             args = parameters.positional(args, kwargs)
         index = args[at]
@@ -227,7 +230,7 @@ def _visible(sent: int | str) -> int:
     index = _index(sent)
     if index is None:
         raise DeviceResolutionError(
-            f"ipc: a tensor arrived that lies on the GPU {sent}, which this process does not see "
+            f"ipc: a tensor or event arrived that is on the GPU {sent}, which this process does not see "
             f"({accelerator.device_count()} devices are visible; see CUDA_VISIBLE_DEVICES)."
         )
     return index

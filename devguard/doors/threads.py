@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing.pool
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -46,6 +47,7 @@ NAME = "threads"
 
 _patches = Patches()
 _before: list[str] = []
+_watches_forks = False
 _OUT_OF_REACH = "threads that ran before the door opened, _thread.start_new_thread, threads of C++ code"
 _INTERPRETERS = "InterpreterPoolExecutor"  # Python 3.14
 _POOL_METHODS = ("apply_async", "_map_async", "imap", "imap_unordered")
@@ -59,19 +61,25 @@ def install() -> None:
     known = (threading.main_thread(), threading.current_thread())
     _before[:] = sorted(thread.name for thread in threading.enumerate() if thread not in known)
     start, bootstrap, _ = (_find(threading.Thread, name) for name in ("start", "_bootstrap_inner", "_delete"))
-    submit = _find(futures.ThreadPoolExecutor, "submit")
+    submit, run = _find(futures.ThreadPoolExecutor, "submit"), _find(futures._WorkItem, "run")
     local, process, get_ident = scope.local, scope.process, threading.get_ident
     planned, begun, grow = takeover.planned, takeover.begun, journal.grow
+    limbo = threading._limbo  # type: ignore[attr-defined]
+    _watch_forks()
     set_device: Any = getattr(torch._C, "_cuda_setDevice", None)
     set_device = getattr(set_device, "__wrapped__", set_device)  # devguard's own change is nobody's to judge
 
     def start_with_scopes(self: Any) -> None:
         stack = local.stack
         if stack or process.owner is not None:
-            target = getattr(self, "_target", None)  # a thread that has run has none any more
-            code = target.__code__ if target.__class__ is FunctionType else getattr(target, "__code__", None)
-            caller = sys._getframe(1)
-            key = self.__class__, id(code), id(caller.f_code), caller.f_lasti
+            key: Any = None
+            try:
+                target = getattr(self, "_target", None)  # a thread that has run has none any more
+                code = target.__code__ if target.__class__ is FunctionType else getattr(target, "__code__", None)
+                caller = sys._getframe(1)
+                key = self.__class__, id(code), id(caller.f_code), caller.f_lasti
+            except Exception:  # noqa: BLE001 - C code starts it, or the target's own __getattr__ fails
+                code = None
             judged = stack.judged
             if (  # as verdict.judged_here does it: a thread is started with cold caches, where every call counts
                 judged is not None
@@ -90,7 +98,8 @@ def install() -> None:
                 try:
                     start(self)
                 except BaseException:
-                    planned.pop(id(self), None)
+                    if self not in limbo:  # else it was only the waiting for it that was interrupted
+                        planned.pop(id(self), None)
                     raise
                 return
         start(self)
@@ -98,14 +107,12 @@ def install() -> None:
     def bootstrap_within(self: Any) -> None:
         begin = planned.pop(id(self), None) if planned else None
         if begin is None:
-            if begun:
-                begun.pop(get_ident(), None)  # in a forked child numbers come again
             bootstrap(self)
             return
         ident = get_ident()
         begun[ident] = begin
         if begin.observed:
-            takeover.at_end(self, functools.partial(takeover.end, begin))
+            takeover.safely(takeover.at_end, self, functools.partial(takeover.end, begin))
         elif begin.device >= 0:
             try:
                 set_device(begin.device)
@@ -114,16 +121,27 @@ def install() -> None:
         try:
             bootstrap(self)
         finally:
+            takeover.ended(self)
             begun.pop(ident, None)
 
     def submit_in_scope(self: Any, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
         if local.stack or process.owner is not None:
-            fn = _task(fn, self)  # before the pool takes its locks
+            fn = _task(fn, self, leaves=False)  # before the pool takes its locks
         return submit(self, fn, *args, **kwargs)
+
+    def run_and_leave(self: Any, *args: Any) -> None:
+        try:
+            run(self, *args)
+        finally:
+            left = _entered.left
+            if left is not None:
+                _entered.left = None
+                takeover.safely(takeover.leave, left)
 
     _patches.replace(threading.Thread, "start", start_with_scopes)
     _patches.replace(threading.Thread, "_bootstrap_inner", bootstrap_within)
     _patches.replace(futures.ThreadPoolExecutor, "submit", submit_in_scope)
+    _patches.replace(futures._WorkItem, "run", run_and_leave)
     for name in _POOL_METHODS:
         original = _find(multiprocessing.pool.Pool, name)
         _patches.replace(multiprocessing.pool.Pool, name, _in_scope(original))
@@ -143,6 +161,13 @@ def status() -> dict[str, Any]:
     return {"threads_before": list(_before), "out_of_reach": _OUT_OF_REACH, "failures": list(takeover.failures)}
 
 
+def _watch_forks() -> None:
+    global _watches_forks
+    if not _watches_forks:
+        _watches_forks = True
+        os.register_at_fork(after_in_child=takeover.forget_threads)
+
+
 def _find(owner: Any, name: str) -> Callable[..., Any]:
     original: Callable[..., Any] | None = vars(owner).get(name)
     if original is None:
@@ -152,11 +177,11 @@ def _find(owner: Any, name: str) -> Callable[..., Any]:
     return original
 
 
-def _task(work: Any, pool: Any) -> Any:
+def _task(work: Any, pool: Any, *, leaves: bool = True) -> Any:
     """Return `work` as a task of `pool`: in the scopes of this thread, if it has any, and settled at its end."""
     if _INTERPRETERS in [base.__name__ for base in type(pool).__mro__]:
         return work  # it would have to be pickled, and the other interpreter has a devguard of its own
-    return _Task(work, takeover.safely(_plan_task, work, pool) if scope.local.stack else None)
+    return _Task(work, takeover.safely(_plan_task, work, pool) if scope.local.stack else None, leaves)
 
 
 def _plan_task(work: Any, pool: Any) -> Start | None:
@@ -179,17 +204,39 @@ def _in_scope(original: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
+class _Entered(threading.local):
+    """What the task that a worker runs now has entered and left to `run_and_leave` to leave."""
+
+    left: Any = None
+
+
+_entered = _Entered()
+
+
 class _Task:
-    """A task within the scopes of who submitted it; None for one that was submitted outside of scopes."""
+    """A task within the scopes of who submitted it.
 
-    __slots__ = ("begin", "function")
+    Attributes
+    ----------
+    begin : Start or None
+        The scopes; None for a task that was submitted outside of any.
+    leaves : bool
+        Whether it leaves them by itself. Those of an executor are left after the callbacks of the future, unless the
+        task is only observed: that is judged before its result is known.
+    """
 
-    def __init__(self, function: Callable[..., Any], begin: Start | None) -> None:
+    __slots__ = ("begin", "function", "leaves")
+
+    def __init__(self, function: Callable[..., Any], begin: Start | None, leaves: bool) -> None:
         self.function = function
         self.begin = begin
+        self.leaves = leaves or begin is None or begin.observed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         left = None if self.begin is None else takeover.safely(takeover.enter, self.begin)
+        if not self.leaves:
+            _entered.left = left
+            return self.function(*args, **kwargs)
         try:
             return self.function(*args, **kwargs)
         finally:

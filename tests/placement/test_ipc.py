@@ -155,6 +155,28 @@ class TestContexts:
         assert lines[3] == "[('cuda:3', 'observed'), ('cuda:3', 'refused')]"
 
 
+class TestInAProcessThatHasHadOneOwner:
+    """Each in a process of its own: what lies on the only owner passes without a look at the rest."""
+
+    def test_an_owner_that_nobody_has_entered_yet_is_another(self, producer):
+        code = (
+            "from devguard import owners, scope\n"
+            "with devguard.guard(1): pass\n"
+            "scope.process.owner = owners.of_index(2)  # as the environment says it\n"
+            "x = pickle.loads(data); print(x.device, [s.door for s in devguard.strays()][0])"
+        )
+        assert child(code, producer.share("cuda:1")) == "cuda:2 ipc"
+
+    def test_it_is_the_next_door_for_whoever_moved_the_device(self, producer):
+        code = (
+            "library = {'__name__': 'some_library'}\n"
+            "exec(compile('import torch\\ndef take(): torch.cuda.set_device(0)', 'some_library.py', 'exec'), library)\n"
+            "with devguard.guard(1):\n"
+            "    library['take'](); x = pickle.loads(data); print(x.device, torch.cuda.current_device())"
+        )
+        assert child(code, producer.share("cuda:1")) == "cuda:1 1"
+
+
 class TestModes:
     def test_memory_on_the_owner_is_no_stray_in_any_mode(self, producer):
         for scope in (guard(2, mode="error"), devguard.remap(2, mode="error"), guard(2, doors={"ipc": "copy"})):

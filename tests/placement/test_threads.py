@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import functools
 import gc
+import os
 import pickle
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -247,6 +250,70 @@ class TestTheSameLineAgain:
                 thread.start()
                 thread.join()
         assert [s.count for s in devguard.strays()] == [7]
+
+    def test_nor_does_it_say_whose_that_is(self):
+        with guard(1):
+            for work in [seen] * 3 + [threading.main_thread] * 5 + [seen]:
+                thread = threading.Thread(target=work)
+                thread.start()
+                thread.join()
+        assert [s.count for s in devguard.strays()] == [4]
+
+    def test_it_may_not_be_a_line_of_python(self):
+        got: list[Any] = []
+        thread = threading.Thread(target=lambda: got.append(current()))
+        devguard.install(device=1)
+        _thread.start_new_thread(thread.start, ())  # its stack is empty
+        while not got:
+            thread.is_alive() and thread.join()
+        assert got == [1]
+
+    def test_the_work_may_refuse_to_be_asked(self):
+        class Work:
+            __name__ = "work"
+
+            def __getattr__(self, name: str) -> Any:
+                raise RuntimeError(name)
+
+            def __call__(self) -> None:
+                got.append(current())
+
+        got: list[int] = []
+        with guard(1):
+            thread = threading.Thread(target=Work())
+            thread.start()
+            thread.join()
+        assert len(got) == 1
+
+    def test_an_interrupted_start_is_a_start(self, monkeypatch):
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        got: list[Any] = []
+        go, bootstrap = threading.Event(), threading.Thread._bootstrap
+        monkeypatch.setattr(threading.Thread, "_bootstrap", lambda self: (go.wait(), bootstrap(self)))
+        thread = threading.Thread(target=lambda: got.append(seen()))
+        monkeypatch.setattr(thread._started, "wait", interrupted)
+        with guard(1), pytest.raises(KeyboardInterrupt):
+            thread.start()
+        go.set()
+        while not got:
+            time.sleep(0.01)
+        assert got == [(1, "cuda:1")]
+
+    def test_a_class_that_refuses_attributes_still_runs(self):
+        class Closed(threading.Thread):
+            def __setattr__(self, name: str, value: Any) -> None:
+                if name == "_delete":
+                    raise AttributeError(name)
+                super().__setattr__(name, value)
+
+        for mode in ("observe", "repair"):
+            with guard(1, mode=mode):
+                thread = Closed(target=seen)
+                thread.start()
+                thread.join()
+        assert not thread.is_alive()
 
     def test_a_thread_that_cannot_be_started_leaves_nothing(self, monkeypatch):
         def none_left(*_: Any, **__: Any) -> None:
@@ -601,6 +668,34 @@ class TestPools:
             assert executor.submit(current).result() == 0
         assert devguard.strays() == ()
 
+    def test_callbacks_of_a_future_run_in_the_scopes_of_its_task(self):
+        got: list[Any] = []
+        go = threading.Event()
+        with futures.ThreadPoolExecutor(1) as executor:
+            with guard(1):
+                future = executor.submit(go.wait)
+                future.add_done_callback(lambda _: got.append(seen()))
+                go.set()
+            executor.submit(seen).result()
+            assert executor.submit(seen).result() == (0, "None")
+        assert got == [(1, "cuda:1")]
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    def test_a_forked_child_has_no_threads_to_take_over_from(self):
+        go = threading.Event()
+        with guard(1):
+            threads = [threading.Thread(target=go.wait) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+        assert len(takeover.begun) == 4
+        pid = os.fork()
+        if pid == 0:
+            os._exit(len(takeover.begun) + len(takeover.planned))
+        go.set()
+        for thread in threads:
+            thread.join()
+        assert os.waitpid(pid, 0)[1] == 0
+
     def test_the_pin_thread_of_a_loader_takes_the_device_of_the_thread_that_iterates(self, monkeypatch):
         from torch.utils.data import DataLoader, TensorDataset, _utils
 
@@ -629,6 +724,7 @@ class TestPools:
 HOOKED = [
     (threading.Thread, ("start", "_bootstrap_inner")),
     (futures.ThreadPoolExecutor, ("submit",)),
+    (futures.thread._WorkItem, ("run",)),
     (Pool, ("apply_async", "_map_async", "imap", "imap_unordered")),
 ]
 
