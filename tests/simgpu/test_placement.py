@@ -253,6 +253,24 @@ def test_a_fork_after_initialising_gets_errors_and_a_fork_before_does_not(run_si
     )
 
 
+def test_forked_siblings_that_initialise_at_once_have_a_record_each(run_simulated: Run) -> None:
+    done = run_simulated(
+        python("""
+        waits, go = os.pipe()
+        children = []
+        for _ in range(12):
+            children.append(os.fork())
+            if not children[-1]:
+                os.read(waits, 1)
+                torch.ones(3).to("cuda:1")
+                os._exit(0)
+        os.write(go, bytes(12))
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 12
+        """)
+    )
+    assert len({process.pid for process in done.state}) == 12
+
+
 def test_each_thread_has_the_context_it_worked_in_current(run_simulated: Run) -> None:
     """By which devguard tells, as a thread ends, where it worked (``accelerator.bound_device``)."""
     run_simulated(

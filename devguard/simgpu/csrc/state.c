@@ -9,7 +9,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
-#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -58,11 +57,18 @@ static void complain(const char *what, const char *path)
 
 /* ---- the file ---- */
 
+/* Locks or unlocks the file, against forked siblings too: flock would not, it belongs to the open file that they share. */
+static void set_lock(int fd, short type)
+{
+    struct flock whole = { .l_type = type, .l_whence = SEEK_SET };
+    while (fcntl(fd, F_SETLKW, &whole) && errno == EINTR) {}
+}
+
 static int prepare_state_file(int fd, const char *path)
 {
     struct stat info;
     int usable = 0;
-    flock(fd, LOCK_EX);
+    set_lock(fd, F_WRLCK);
     if (fstat(fd, &info)) {
         complain(strerror(errno), path);
     } else if (info.st_size == 0) {
@@ -85,7 +91,7 @@ static int prepare_state_file(int fd, const char *path)
                  header.slots == MAX_PROCESSES && header.slot_size == sizeof(struct sim_process);
         if (!usable) complain("is no state file of this version; name another in DEVGUARD_SIM_STATE", path);
     }
-    flock(fd, LOCK_UN);
+    set_lock(fd, F_UNLCK);
     return usable;
 }
 
@@ -261,9 +267,9 @@ cudaError_t sim_initialise(void)
     pthread_mutex_lock(&sim_lock);
     if (!initialised_by) {
         read_visible_devices(); /* once: later changes of the variable are not seen, as with the driver */
-        if (state_fd >= 0) flock(state_fd, LOCK_EX);
+        if (state_fd >= 0) set_lock(state_fd, F_WRLCK);
         sim_me = take_slot();
-        if (state_fd >= 0) flock(state_fd, LOCK_UN);
+        if (state_fd >= 0) set_lock(state_fd, F_UNLCK);
         if (sim_me) {
             initialised_by = getpid();
             sim_log("- cuInit visible=%d", sim_visible_count);
