@@ -126,7 +126,7 @@ class Judged:
         self.modes: dict[str, DoorMode] = {}
         # what threads take over that are started here, and which did; takeover.py keeps both
         self.start: Any = None
-        self.starts: dict[tuple[int, int, int], tuple[Any, Row | None, Any]] = {}
+        self.starts: dict[tuple[type, int, int, int], tuple[Any, Row | None, Any]] = {}
         # door, source, owner, target, code object and instruction of the call site -> row, and whether to repair it
         self.rows: dict[tuple[str, str, str, str | None, int, int], tuple[Row, bool]] = {}
 

@@ -50,9 +50,9 @@ __all__ = ["install", "status", "uninstall"]
 NAME = "ipc"
 
 _patches = Patches()
-_known_owners: set[int] = set()  # the indices of all that this process ever had: memory may stay open for good
-_several = False  # whether two of them have a GPU, one of which may open what the other receives
-_only = -1  # the index of the only one; -1 if there are more, or it is the host
+_known_owners: set[int] = set()  # the GPUs of all that this process ever had: memory may stay open for good
+_several = False  # whether there are two, one of which may open what the other receives
+_only = -1  # the only one; -1 if there are more, or none
 _opening = threading.RLock()  # from the look at what is open to the opening; only where there are several owners
 _indices: dict[str, int] = {}  # UUID -> index here; the list of a process does not change
 
@@ -102,11 +102,12 @@ def status() -> dict[str, Any]:
 
 
 def _owner_known(owner: Owner, says: Callable[[str], Any]) -> None:
-    """Note how many owners this process has, before the next one is entered."""
+    """Note how many owners with a GPU this process has, before the next one is entered."""
     global _only, _several
-    _known_owners.add(owner.index)
-    _several = len(_known_owners - {-1}) > 1
-    _only = owner.index if len(_known_owners) == 1 else -1
+    if owner.index >= 0:
+        _known_owners.add(owner.index)
+        _several = len(_known_owners) > 1
+        _only = -1 if _several else owner.index
 
 
 def _patch_tensors(reductions: Any) -> None:
@@ -138,8 +139,6 @@ def _patch_tensors(reductions: Any) -> None:
         index = args[at]
         if index.__class__ is int:
             if owner is None:
-                return original(*args)
-            if index == owner.index and not _several:
                 return original(*args)
         elif not isinstance(index, str):
             return original(*args)  # nothing that this version of devguard knows
