@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from devguard.adoption import Adoption
     from devguard.owners import Owner
 
-__all__ = ["Process", "process"]
+__all__ = ["Process", "on_owner", "process"]
+
+# called with what becomes the owner of the process
+on_owner: list[Callable[[Owner | None], None]] = []
 
 
 class Process:
@@ -32,6 +35,9 @@ class Process:
         self.reset()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "owner":
+            for look in tuple(on_owner):
+                look(value)
         object.__setattr__(self, name, value)
         self.renew()
 

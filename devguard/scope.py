@@ -129,6 +129,9 @@ class _Local(threading.local):
 
 local = _Local()
 
+# the stacks, by identity, that may have changes: for a door that cannot afford a look at the stack of its thread
+changing: set[int] = set()
+
 # devices on which unguarded code opened contexts, on purpose
 unguarded_contexts: set[int] = set()
 
@@ -185,6 +188,7 @@ def forget() -> None:
         stack.take = _take_first
         stack.moved = True
         stack.changes.clear()
+    changing.clear()
 
 
 def forget_past_owners() -> None:

@@ -42,6 +42,7 @@ from devguard import accelerator, opened, scope
 from devguard.errors import DeviceResolutionError
 from devguard.owners import Owner
 from devguard.patching import DoorError, Parameters, Patches
+from devguard.process import on_owner
 from devguard.settings import REPAIRING
 from devguard.verdict import judge
 
@@ -50,9 +51,9 @@ __all__ = ["install", "status", "uninstall"]
 NAME = "ipc"
 
 _patches = Patches()
-_known_owners: set[int] = set()  # the GPUs of all that this process ever had: memory may stay open for good
-_several = False  # whether there are two, one of which may open what the other receives
-_only = -1  # the only one; -1 if there are more, or none
+_entered: set[int] = set()  # the indices of the owners that ever were: memory may stay open for good
+_several = False  # whether two of them are GPUs, one of which may open what the other receives
+_only = -1  # the only one that any thread may have; -1 if there are more, or none
 _opening = threading.RLock()  # from the look at what is open to the opening; only where there are several owners
 _indices: dict[str, int] = {}  # UUID -> index here; the list of a process does not change
 
@@ -80,7 +81,9 @@ def install() -> None:
         _patch_event(reductions, name)
     _patch_sending(torch.storage.TypedStorage, reductions)
     _patch_sending_events(torch.cuda.Event, reductions)
-    scope.on_prepare.append(_owner_known)
+    scope.on_prepare.append(_note_entry)
+    on_owner.append(_note_process_owner)
+    _note_process_owner(scope.process.owner)
 
 
 def uninstall() -> list[str]:
@@ -91,8 +94,9 @@ def uninstall() -> list[str]:
         if name != _KEPT and reductions is not None and vars(reductions).get(_KEPT) is ours:
             setattr(reductions, _KEPT, original)
             _patches.replaced.remove(row)
-    if _owner_known in scope.on_prepare:
-        scope.on_prepare.remove(_owner_known)
+    if _note_entry in scope.on_prepare:
+        scope.on_prepare.remove(_note_entry)
+        on_owner.remove(_note_process_owner)
     return _patches.restore()
 
 
@@ -101,13 +105,19 @@ def status() -> dict[str, Any]:
     return {"early_copies": _patches.early_copies(), "sends_uuids": scope.mode_of(NAME) == "uuid"}
 
 
-def _owner_known(owner: Owner, says: Callable[[str], Any]) -> None:
-    """Note how many owners with a GPU this process has, before the next one is entered."""
-    global _only, _several
-    if owner.index >= 0:
-        _known_owners.add(owner.index)
-        _several = len(_known_owners) > 1
-        _only = -1 if _several else owner.index
+def _note_entry(owner: Owner, says: Callable[[str], Any]) -> None:
+    """Note which owners there were, before the next one is entered."""
+    global _several
+    _entered.add(owner.index)
+    _several = len(_entered - {-1}) > 1
+    _note_process_owner(scope.process.owner)
+
+
+def _note_process_owner(owner: Owner | None) -> None:
+    """Note whose memory may pass: an owner that the environment names is entered at its first stray only."""
+    global _only
+    indices = _entered if owner is None else _entered | {owner.index}
+    _only = min(indices) if len(indices) == 1 else -1
 
 
 def _patch_tensors(reductions: Any) -> None:
@@ -122,18 +132,16 @@ def _patch_tensors(reductions: Any) -> None:
         )
     parameters = Parameters(original, "tensor_size", "dtype", *_STORAGE)
     at, count = parameters.at["storage_device"], parameters.count
-    local, process = scope.local, scope.process
+    changing = scope.changing
 
     def rebuild_cuda_tensor(*args: Any, **kwargs: Any) -> Any:
-        stack = local.stack  # as scope.owner_in_force does it
-        if stack.changes:
-            scope.settle(stack)
-        owner = stack[-1][1] if stack else process.owner
-        if owner is not None:
-            if len(args) == count and args[at] == owner.index == _only:
-                return original(*args)
-            if owner.index not in _known_owners:  # the environment's is prepared at its first stray
-                _owner_known(owner, scope.mode_of)
+        if len(args) == count and args[at] == _only and not changing:  # whoever asks owns it, or nobody
+            return original(*args)
+        owner = scope.owner_in_force()
+        if owner is not None and owner.index not in _entered:
+            _note_entry(owner, scope.mode_of)
+        if changing and not scope.local.stack.changes:
+            changing.discard(id(scope.local.stack))  # others than the door set_device take changes away, too
         if len(args) != count:  # pickle passes all of them by position
             args = parameters.positional(args, kwargs)
         index = args[at]

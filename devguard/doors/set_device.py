@@ -129,6 +129,7 @@ def _watched(original: Callable[..., Any], get_device: Callable[[], int]) -> Cal
                 return result  # a process that is still choosing its device strays from none
         if after != before:
             _note(stack, owner, before, after, sys._getframe(1))
+            _mark(stack)
         return result
 
     return move
@@ -247,6 +248,12 @@ def _settle(stack: Stack, *, leaving: bool = False, failing: bool = False) -> No
     finally:
         if leaving:
             _drop(changes, depth)
+        _mark(stack)
+
+
+def _mark(stack: Stack) -> None:
+    """Say whether this thread has changes, after they were looked through."""
+    (scope.changing.add if stack.changes else scope.changing.discard)(id(stack))
 
 
 def _drop(changes: list[Change], depth: int) -> None:

@@ -167,6 +167,38 @@ class TestInAProcessThatHasHadOneOwner:
         )
         assert child(code, producer.share("cuda:1")) == "cuda:2 ipc"
 
+    @pytest.mark.parametrize("how", ["guard('cpu').__enter__()", "install(device='cpu')"])
+    def test_the_host_is_another_owner(self, producer, how):
+        code = (
+            "with devguard.guard(1): pickle.loads(data)\n"
+            f"devguard.{how}\n"
+            "x = pickle.loads(data); print(x.device, [s.owner for s in devguard.strays()])"
+        )
+        assert child(code, producer.share("cuda:1")) == "cuda:1 ['cpu']"
+
+    def test_that_of_the_process_is_another_since_before_the_door_opened(self, producer):
+        code = (
+            "from devguard import owners, scope\n"
+            "scope.process.owner = owners.of_index(1)  # as the environment says it\n"
+            "with devguard.guard(2): pass\n"
+            "x = pickle.loads(data); print(x.device, [s.door for s in devguard.strays()][0])"
+        )
+        assert child(code, producer.share("cuda:2")) == "cuda:1 ipc"
+
+    def test_a_device_that_was_put_back_is_forgotten(self):
+        code = (
+            "from devguard import scope\n"
+            "source = 'import torch\\ndef take(i): torch.cuda.set_device(i)\\ndef both(): take(0); take(1)'\n"
+            "library = {'__name__': 'some_library'}\n"
+            "exec(compile(source, 'some_library.py', 'exec'), library)\n"
+            "with devguard.guard(1):\n"
+            "    library['take'](0); print(len(scope.changing)); library['take'](1); print(len(scope.changing))\n"
+            "    library['both'](); print(len(scope.changing))\n"
+            "    library['take'](0); print(len(scope.changing))\n"
+            "print(len(scope.changing))"
+        )
+        assert child(code, b"").split() == ["1", "0", "0", "1", "0"]
+
     def test_it_is_the_next_door_for_whoever_moved_the_device(self, producer):
         code = (
             "library = {'__name__': 'some_library'}\n"
