@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from devguard import callsite
 from devguard.callsite import Frame, Origin, Site
 from devguard.errors import StrayDeviceError, StrayDeviceWarning
-from devguard.stray import Action, Key, Row, Stray, format_row
+from devguard.stray import Action, Key, Row, Stray, Tally, format_row
 
 __all__ = ["Mark", "journal", "refused"]
 
@@ -56,8 +56,8 @@ class Journal:
     ----------
     life : object
         Another one after a fork or a clearing: rows from before count no more.
-    restarted : callable
-        Is called then.
+    renewed : callable
+        Is called then, and when a log is to be told of every stray: what `tally` gave is to be used no more.
     """
 
     life: object
@@ -66,7 +66,7 @@ class Journal:
         self._max_rows = max_rows
         self._watches_forks = False
         self.log: Log | None = None
-        self.restarted: Callable[[], None] = lambda: None
+        self.renewed: Callable[[], None] = lambda: None
         self._start()
 
     def _start(self) -> None:
@@ -75,7 +75,7 @@ class Journal:
         self._lock = threading.RLock()  # a finalizer may stray while a row is written to the log
         self._rows: dict[Key, Row] = {}
         self._dropped = 0
-        self.restarted()
+        self.renewed()
         if self.log is not None:
             self.log.restart()
 
@@ -158,10 +158,7 @@ class Journal:
         with self._lock:
             row = self._rows.get(key)
             if row is not None:
-                row.count += 1
-                row.bytes += nbytes
-                if self.log is not None:
-                    self.log.note(key, row)
+                self.grow(row, nbytes)
                 return row.site, row
             site = None if code is None else Frame(code, line)
             if len(self._rows) >= self._max_rows:
@@ -178,12 +175,25 @@ class Journal:
         return site, row
 
     def grow(self, row: Row, nbytes: int) -> None:
-        """Count one more stray of a call site that `enter` gave a row; not after `restarted`."""
+        """Count one more stray of a call site that `enter` gave a row; not after `renewed`."""
         with self._lock:
-            row.count += 1
-            row.bytes += nbytes
+            row.own.count += 1
+            row.own.bytes += nbytes
             if self.log is not None:
                 self.log.note(row.key, row)
+
+    def tally(self, row: Row, thread: int) -> Tally | None:
+        """Return where one thread counts strays of that row without a lock; None if a log is to be told of each.
+
+        Parameters
+        ----------
+        row : Row
+            What `enter` gave; not after `renewed`.
+        thread : int
+            The identity of that thread's stack.
+        """
+        with self._lock:
+            return None if self.log is not None else row.tallies.setdefault(thread, Tally())
 
     def strays(self) -> tuple[Stray, ...]:
         """Return one record per call site, in the order of their first time."""
@@ -228,6 +238,13 @@ class Journal:
         """How many of them the journal had no room for."""
         self._same_process()
         return self._dropped
+
+    def keep_log(self, log: Log) -> None:
+        """Tell `log` of every row from here on."""
+        with self._lock:
+            self.log = log
+        self.watch_forks()
+        self.renewed()
 
     def stop_log(self) -> None:
         """Tell the log of no row any more, after what has grown."""

@@ -133,6 +133,5 @@ def start(folder: Path) -> None:
     """Write the journal of this process to a file in `folder` from now on, until it ends."""
     log = _Log(folder)
     log.open()
-    journal.log = log
-    journal.watch_forks()
+    journal.keep_log(log)
     ending.at_end(log.stop)

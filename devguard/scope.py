@@ -76,15 +76,18 @@ class Stack(list[Entry]):
     judged : Judged or None
         Strays that were judged under the innermost entry; verdict.py keeps them. Whoever puts entries on a stack that
         were on one before, or takes one out of the middle, forgets them.
+    starts : dict
+        The threads that were started under them; takeover.py keeps it. It counts only while `judged` is not None.
     """
 
-    __slots__ = ("__weakref__", "changes", "judged", "moved", "take")
+    __slots__ = ("__weakref__", "changes", "judged", "moved", "starts", "take")
 
     def __init__(self) -> None:
         super().__init__()
         self.moved = True
         self.changes: list[Any] = []
         self.judged: Any = None
+        self.starts: dict[Any, Any] = {}
         self.take: Callable[[int], int] = _take_first
 
     def __hash__(self) -> int:  # type: ignore[override]

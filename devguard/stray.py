@@ -96,11 +96,30 @@ class Stray:
 Key = tuple[int, int, str, str, str, str, Action]
 
 
+class Tally:
+    """A part of a row's count. One thread alone adds to it, or whoever holds the journal's lock."""
+
+    __slots__ = ("bytes", "count")
+
+    def __init__(self, count: int = 0, nbytes: int = 0) -> None:
+        self.count = count
+        self.bytes = nbytes
+
+
 class Row:
-    """The mutable twin of `Stray`, whose stack is not formatted."""
+    """The mutable twin of `Stray`, whose stack is not formatted.
+
+    Attributes
+    ----------
+    own : Tally
+        What is counted under the journal's lock.
+    tallies : dict
+        All tallies. Those of threads by the identity of their stacks: a thread that takes over the identity of one
+        that is gone adds to its tally.
+    """
 
     __slots__ = (
-        "bytes", "count", "dtype", "key", "note", "pid", "rank", "shape", "site", "stack", "thread", "time", "via",
+        "dtype", "key", "note", "own", "pid", "rank", "shape", "site", "stack", "tallies", "thread", "time", "via",
     )  # fmt: skip
 
     def __init__(
@@ -114,8 +133,8 @@ class Row:
         shape: Any,
     ) -> None:
         self.key = key
-        self.count = 1
-        self.bytes = nbytes
+        self.own = Tally(1, nbytes)
+        self.tallies = {0: self.own}
         self.dtype = dtype
         self.shape = None if shape is None else tuple(shape)
         self.pid = os.getpid()
@@ -126,6 +145,16 @@ class Row:
         self.via = via
         self.note: str | None = None
         self.stack = stack
+
+    @property
+    def count(self) -> int:
+        """How many strays there were."""
+        return sum(tally.count for tally in self.tallies.values())
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes they had."""
+        return sum(tally.bytes for tally in self.tallies.values())
 
 
 def format_row(key: Key, row: Row, count: int, total: int) -> Stray:

@@ -28,7 +28,6 @@ __all__ = [
     "Inherited",
     "Start",
     "at_end",
-    "begun",
     "ended",
     "enter",
     "failures",
@@ -40,6 +39,7 @@ __all__ = [
     "plan_thread",
     "plan_worker",
     "planned",
+    "runs",
     "safely",
     "settle",
 ]
@@ -88,31 +88,34 @@ class Start:
 
 
 _DELETE = "_delete"
-# id of a thread that is about to run -> what it is to start with
+# id of a thread that runs, or is about to -> what it starts with
 planned: dict[int, Start] = {}
-# thread number -> what it was started with, until that is on its stack, which most threads never need
-begun: dict[int, Start] = {}
 
 
 def inherit(stack: scope.Stack) -> None:
-    """Put the scopes that this thread was started with on its stack."""
+    """Put the scopes that this thread was started with on its stack, which most threads never need."""
     ident = threading.get_ident()
-    begin = begun.pop(ident, None)
-    if begin is not None:
-        stack.extend(begin.entries)
-        thread = threading._active.get(ident)  # type: ignore[attr-defined]
-        if thread is not None and not begin.observed:
-            at_end(thread, settle)
+    waiting = list(threading._limbo)  # type: ignore[attr-defined]
+    # Python does not know a thread yet that has just begun; what it knows by the number may be one that is gone
+    for thread in (threading._active.get(ident), *waiting):  # type: ignore[attr-defined]
+        if thread is not None and thread._ident == ident and id(thread) in planned:
+            begin = planned[id(thread)]
+            stack.extend(begin.entries)
+            if not begin.observed:
+                at_end(thread, settle)
+            return
+
+
+def runs(thread: Any) -> bool:
+    """Tell whether a thread has begun to run and has not ended."""
+    return threading._active.get(getattr(thread, "_ident", None)) is thread  # type: ignore[attr-defined]
 
 
 def forget_threads() -> None:
-    """Forget all threads but this one: after a fork there are no others, and their numbers come again."""
-    ident = threading.get_ident()
-    mine = begun.get(ident)
-    planned.clear()
-    begun.clear()
-    if mine is not None:
-        begun[ident] = mine
+    """Forget all threads but this one: after a fork there are no others, and their identities come again."""
+    mine = id(threading._active.get(threading.get_ident()))  # type: ignore[attr-defined]
+    for other in planned.keys() - {mine}:
+        del planned[other]
 
 
 def at_end(thread: Any, function: Callable[[], None]) -> None:
@@ -193,9 +196,10 @@ def plan_thread(thread: threading.Thread, key: Any, code: Any) -> Start | None:
     recorded = owner.index > 0 and callsite.runs_users(work)
     row = known.rows.get((NAME, "cuda:0", owner.tag, owner.tag, *key[2:])) if recorded else None
     if row is not None or not recorded:
-        if len(known.starts) >= MAX_ROWS:
-            known.starts.clear()
-        known.starts[key] = begin, row and row[0], code
+        starts = scope.local.stack.starts
+        if len(starts) >= MAX_ROWS:
+            starts.clear()
+        starts[key] = begin, known.top, known.era, row, code
     return begin
 
 

@@ -20,7 +20,7 @@ from devguard.journal import MAX_ROWS, journal, refused
 from devguard.owners import Owner
 from devguard.scope import local, process
 from devguard.settings import REPAIRING, DoorMode
-from devguard.stray import LEFT, Action, Row
+from devguard.stray import LEFT, Action, Row, Tally
 
 __all__ = [
     "Judged",
@@ -34,7 +34,7 @@ __all__ = [
     "take_over",
 ]
 
-journal.restarted = process.renew  # its rows are no more
+journal.renewed = process.renew
 
 # device tag -> module patterns whose code may use it; None: any code
 _allowed: dict[str, set[str] | None] = {}
@@ -118,17 +118,16 @@ class Judged:
     of the key.
     """
 
-    __slots__ = ("era", "modes", "rows", "start", "starts", "top")
+    __slots__ = ("era", "modes", "rows", "start", "top")
 
     def __init__(self, top: scope.Entry | None, era: object) -> None:
         self.top = top
         self.era = era
         self.modes: dict[str, DoorMode] = {}
-        # what threads take over that are started here, and which did; takeover.py keeps both
-        self.start: Any = None
-        self.starts: dict[tuple[type, int, int, int], tuple[Any, Row | None, Any]] = {}
-        # door, source, owner, target, code object and instruction of the call site -> row, and whether to repair it
-        self.rows: dict[tuple[str, str, str, str | None, int, int], tuple[Row, bool]] = {}
+        self.start: Any = None  # what threads take over that are started here; takeover.py keeps it
+        # door, source, owner, target, code object and instruction of the call site -> whether to repair it, where this
+        # thread counts it, and the row for where it does not
+        self.rows: dict[tuple[str, str, str, str | None, int, int], tuple[bool, Tally | None, Row]] = {}
 
     def mode_of(self, door: str) -> DoorMode:
         """Return what `scope.mode_of` does."""
@@ -146,6 +145,7 @@ def judged_here() -> Judged:
     judged: Judged | None = stack.judged
     if judged is None or judged.top is not top or judged.era is not era:
         judged = stack.judged = Judged(top, era)
+        stack.starts = {}
     return judged
 
 
@@ -213,8 +213,13 @@ def judge(
     key = (door, source, owner.tag, target, *place)
     known = judged.rows.get(key)
     if known is not None and origin is None:
-        journal.grow(known[0], nbytes)
-        return known[1]
+        repairs, tally, row = known
+        if tally is None:
+            journal.grow(row, nbytes)
+        else:
+            tally.count += 1
+            tally.bytes += nbytes
+        return repairs
 
     mode = judged.mode_of(door)
     if mode == "off" or (_allowed and all(map(allowed, source.split(",")))):
@@ -230,10 +235,10 @@ def judge(
     if repairs:
         action = "placed" if places else "repaired"
     lands = target if repairs and target is not None else source
-    _, row = journal.enter(door, source, lands, owner.tag, action, nbytes, dtype, shape, start, note, origin)
+    _, entered = journal.enter(door, source, lands, owner.tag, action, nbytes, dtype, shape, start, note, origin)
     # not where modules may be allowed: one code object may run in several
-    if row is not None and origin is None and not _allowed and frame is not None and callsite.is_user(frame.f_code):
+    if entered is not None and origin is None and not _allowed and frame is not None and callsite.is_user(frame.f_code):
         if len(judged.rows) >= MAX_ROWS:
             judged.rows.clear()  # one line can hold many instructions
-        judged.rows[key] = (row, repairs)
+        judged.rows[key] = repairs, journal.tally(entered, id(stack)), entered
     return repairs

@@ -62,8 +62,8 @@ def install() -> None:
     _before[:] = sorted(thread.name for thread in threading.enumerate() if thread not in known)
     start, bootstrap, _ = (_find(threading.Thread, name) for name in ("start", "_bootstrap_inner", "_delete"))
     submit, run = _find(futures.ThreadPoolExecutor, "submit"), _find(futures._WorkItem, "run")
-    local, process, get_ident = scope.local, scope.process, threading.get_ident
-    planned, begun, grow = takeover.planned, takeover.begun, journal.grow
+    local, process = scope.local, scope.process
+    planned, grow, get_frame = takeover.planned, journal.grow, sys._getframe
     limbo = threading._limbo  # type: ignore[attr-defined]
     forgets = sys.version_info < (3, 11)  # looking at the names of each thread costs
     _watch_forks()
@@ -75,43 +75,46 @@ def install() -> None:
         if stack or process.owner is not None:
             key: Any = None
             try:
-                target = getattr(self, "_target", None)  # a thread that has run has none any more
-                code = target.__code__ if target.__class__ is FunctionType else getattr(target, "__code__", None)
-                caller = sys._getframe(1)
-                key = self.__class__, id(code), id(caller.f_code), caller.f_lasti
-            except Exception:  # noqa: BLE001 - C code starts it, or the target's own __getattr__ fails
+                target = self._target
+                code = target.__code__ if type(target) is FunctionType else getattr(target, "__code__", None)
+                caller = get_frame(1)
+                key = type(self), id(code), id(caller.f_code), caller.f_lasti
+            except Exception:  # noqa: BLE001 - it has run, C code starts it, or the target's own __getattr__ fails
                 code = None
-            judged = stack.judged
-            if (  # as verdict.judged_here does it: a thread is started with cold caches, where every call counts
-                judged is not None
-                and judged.top is (stack[-1] if stack else None)
-                and judged.era is process.era
-                and (known := judged.starts.get(key)) is not None
+            known = stack.starts.get(key)  # a thread is started with cold caches, where every object counts
+            if (
+                known is not None
+                and known[1] is (stack[-1] if stack else None)
+                and known[2] is process.era
+                and stack.judged is not None
                 and not stack.changes
             ):
-                begin, row, _ = known
-                if row is not None:
-                    grow(row, 0)
+                begin, _, _, recorded, _ = known
+                if recorded is not None:  # as verdict.judge does it
+                    _, tally, row = recorded
+                    if tally is None:
+                        grow(row, 0)
+                    else:
+                        tally.count += 1
             else:
                 begin = takeover.safely(takeover.plan_thread, self, key, code)
             if begin is not None:
-                planned[id(self)] = begin
+                if planned.setdefault(id(self), begin) is not begin and not takeover.runs(self):
+                    planned[id(self)] = begin
                 try:
                     start(self)
-                except BaseException:
-                    if self not in limbo:  # else it was only the waiting for it that was interrupted
+                except BaseException:  # perhaps only the waiting for it was interrupted, or it runs already
+                    if self not in limbo and not takeover.runs(self):
                         planned.pop(id(self), None)
                     raise
                 return
         start(self)
 
     def bootstrap_within(self: Any) -> None:
-        begin = planned.pop(id(self), None) if planned else None
+        begin = planned.get(id(self))
         if begin is None:
             bootstrap(self)
             return
-        ident = get_ident()
-        begun[ident] = begin
         if begin.observed:
             takeover.safely(takeover.at_end, self, functools.partial(takeover.end, begin))
         elif begin.device >= 0:
@@ -124,7 +127,7 @@ def install() -> None:
         finally:
             if forgets:
                 takeover.ended(self)
-            begun.pop(ident, None)
+            planned.pop(id(self), None)
 
     def submit_in_scope(self: Any, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
         if local.stack or process.owner is not None:
@@ -154,7 +157,6 @@ def uninstall() -> list[str]:
     """Put Python's own methods back."""
     scope.inherit = scope._inherit_nothing
     takeover.planned.clear()
-    takeover.begun.clear()
     return _patches.restore()
 
 

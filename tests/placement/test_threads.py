@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import devguard
-from devguard import guard, takeover
+from devguard import guard, scope, takeover
 from devguard.doors import threads as door
 from devguard.journal import journal
 from devguard.patching import DoorError
@@ -324,7 +324,7 @@ class TestTheSameLineAgain:
                 monkeypatch.setattr(threading, name, none_left, raising=False)
             with pytest.raises(RuntimeError, match="can't start"):
                 in_thread()
-        assert takeover.planned == takeover.begun == {}
+        assert takeover.planned == {}
 
 
 class TestThreads:
@@ -439,7 +439,7 @@ class TestThreads:
         finally:
             gc.enable()
             threading.excepthook = hook
-        assert takeover.planned == takeover.begun == {}
+        assert takeover.planned == {}
 
     @pytest.mark.parametrize(
         "make", [Overriding, lambda: threading.Thread(target=seen), lambda: threading.Timer(0, seen)]
@@ -451,6 +451,49 @@ class TestThreads:
             thread.join()
             with pytest.raises(RuntimeError, match="once"):
                 thread.start()
+
+    @pytest.mark.parametrize("again", [1, 2])
+    def test_starting_it_again_while_it_runs_takes_nothing_from_it(self, again):
+        go, got = threading.Event(), []
+        thread = threading.Thread(target=lambda: (go.wait(), got.append(seen())))
+        with guard(1):
+            thread.start()
+        with guard(again), pytest.raises(RuntimeError, match="once"):
+            thread.start()
+        go.set()
+        thread.join()
+        assert got == [(1, "cuda:1")]
+        assert takeover.planned == {}
+
+    def test_what_one_left_that_is_gone_is_not_taken_for_another(self):
+        thread = Overriding()
+        takeover.planned[id(thread)] = takeover.Start((), 3)
+        with guard(1):
+            thread.start()
+        thread.join()
+        assert thread.result == (1, "cuda:1")
+        assert takeover.planned == {}
+
+    def test_it_has_its_scopes_before_python_knows_it(self, monkeypatch):
+        got: list[Any] = []
+        thread = threading.Thread(target=seen)
+        tell = thread._started.set
+        monkeypatch.setattr(thread._started, "set", lambda: (got.append(seen()), tell()))
+        with guard(1):
+            thread.start()
+        thread.join()
+        assert got == [(1, "cuda:1")]
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    def test_it_has_them_in_a_child_that_it_forks(self):
+        def fork() -> int:
+            pid = os.fork()
+            if pid == 0:
+                os._exit(len(takeover.planned) + 10 * (len(scope.local.stack) == 1))
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+        with guard("cpu"):
+            assert in_thread(fork) == 11
 
     def test_starting_without_init_is_pythons_error(self):
         with guard(1), pytest.raises(RuntimeError, match="__init__"):
@@ -559,7 +602,7 @@ class TestEvidence:
             thread.start()
             thread.join()
         assert [stray.count for stray in devguard.strays()] == [1]
-        assert takeover.planned == takeover.begun == {}
+        assert takeover.planned == {}
 
     @pytest.mark.filterwarnings("error")
     def test_a_warning_at_the_end_costs_no_thread_its_life(self, on_device_0):
@@ -687,10 +730,10 @@ class TestPools:
             threads = [threading.Thread(target=go.wait) for _ in range(4)]
             for thread in threads:
                 thread.start()
-        assert len(takeover.begun) == 4
+        assert len(takeover.planned) == 4
         pid = os.fork()
         if pid == 0:
-            os._exit(len(takeover.begun) + len(takeover.planned))
+            os._exit(len(takeover.planned))
         go.set()
         for thread in threads:
             thread.join()
