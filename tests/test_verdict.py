@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import devguard
-from devguard import ConfigError, DeviceResolutionError, owners, scope, verdict
+from devguard import ConfigError, DeviceResolutionError, logs, owners, scope, verdict
 from devguard.journal import journal
 from tests import tagging
 
@@ -202,6 +204,42 @@ def test_threads_that_stray_at_one_line_lose_no_count() -> None:
     for thread in threads:
         thread.join()
     assert actions() == {"repaired": (4000, 32000)}
+
+
+def test_a_log_that_begins_later_is_told_of_each_from_then_on(tmp_path: Path) -> None:
+    def written() -> list[int]:
+        (file,) = tmp_path.iterdir()
+        return [line["count"] for line in map(json.loads, file.read_text().splitlines()) if "stray" in line]
+
+    with devguard.guard("cpu"):
+        for number in range(9):
+            if number == 5:
+                logs.start(tmp_path)
+            stray()
+    try:
+        assert written()[:2] == [6, 7]  # as it became known, and grown
+        assert journal.log is not None
+        journal.log.flush()
+        assert written()[-1] == 9
+        assert journal.total == 9
+    finally:
+        assert journal.log is not None
+        journal.log.stop()
+
+
+def test_a_row_has_no_more_tallies_than_threads_at_a_time() -> None:
+    def work() -> None:
+        for _ in range(3):
+            with devguard.guard("cpu"):
+                stray(), stray()
+
+    for _ in range(20):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    (row,) = [row for row in journal._rows.values() if row.key[2] != "threads"]
+    assert row.count == 20 * 3 * 2
+    assert len(row.tallies) <= 5
 
 
 def test_a_forked_child_counts_its_own() -> None:

@@ -50,6 +50,8 @@ _before: list[str] = []
 _watches_forks = False
 _OUT_OF_REACH = "threads that ran before the door opened, _thread.start_new_thread, threads of C++ code"
 _INTERPRETERS = "InterpreterPoolExecutor"  # Python 3.14
+# thread number -> what the task that it runs has entered, and left to its worker to leave
+_entered: dict[int, tuple[int, int, Start | None]] = {}
 _POOL_METHODS = ("apply_async", "_map_async", "imap", "imap_unordered")
 
 
@@ -63,7 +65,8 @@ def install() -> None:
     start, bootstrap, _ = (_find(threading.Thread, name) for name in ("start", "_bootstrap_inner", "_delete"))
     submit, run = _find(futures.ThreadPoolExecutor, "submit"), _find(futures._WorkItem, "run")
     local, process = scope.local, scope.process
-    planned, grow, get_frame = takeover.planned, journal.grow, sys._getframe
+    planned, entered = takeover.planned, _entered
+    grow, get_frame = journal.grow, sys._getframe
     limbo = threading._limbo  # type: ignore[attr-defined]
     forgets = sys.version_info < (3, 11)  # looking at the names of each thread costs
     _watch_forks()
@@ -138,9 +141,7 @@ def install() -> None:
         try:
             run(self, *args)
         finally:
-            left = _entered.left
-            if left is not None:
-                _entered.left = None
+            if entered and (left := entered.pop(threading.get_ident(), None)) is not None:
                 takeover.safely(takeover.leave, left)
 
     _patches.replace(threading.Thread, "start", start_with_scopes)
@@ -208,15 +209,6 @@ def _in_scope(original: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-class _Entered(threading.local):
-    """What the task that a worker runs now has entered and left to `run_and_leave` to leave."""
-
-    left: Any = None
-
-
-_entered = _Entered()
-
-
 class _Task:
     """A task within the scopes of who submitted it.
 
@@ -239,7 +231,8 @@ class _Task:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         left = None if self.begin is None else takeover.safely(takeover.enter, self.begin)
         if not self.leaves:
-            _entered.left = left
+            if left is not None:
+                _entered[threading.get_ident()] = left
             return self.function(*args, **kwargs)
         try:
             return self.function(*args, **kwargs)
