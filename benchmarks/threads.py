@@ -54,6 +54,18 @@ def _submit(times: int) -> None:
             pool.submit(_nothing).result()
 
 
+def _nothing_on_the_owner() -> None:
+    with torch.cuda.device(OWNER):
+        _nothing()
+
+
+def _submit_by_hand(times: int) -> None:
+    """Do by hand what the guard does: the task takes the device and gives it back."""
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(times):
+            pool.submit(_nothing_on_the_owner).result()
+
+
 def _guarded(run: Run, mode: devguard.settings.Mode) -> Run:
     def guarded(times: int) -> None:
         with devguard.guard(OWNER, mode=mode):
@@ -87,6 +99,7 @@ def threads() -> list[Row]:
         against("the same, a thread of the user's, which is recorded", by_hand, _guarded(bare, "repair"), 1.05),
         against("a pool's task, doors open, no owner", _submit, _open(_submit), 1.05),
         against("a pool's task under a guard", _submit, _guarded(_submit, "repair"), None),
+        against("the same, against one that takes the device", _submit_by_hand, _guarded(_submit, "repair"), None),
     ]
     devguard.uninstall()
     return rows
