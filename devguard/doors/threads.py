@@ -36,7 +36,7 @@ from concurrent.futures import thread as futures
 from types import FunctionType
 from typing import Any
 
-from devguard import scope, takeover
+from devguard import running, scope, takeover
 from devguard.journal import journal
 from devguard.patching import DoorError, Patches
 from devguard.takeover import Start
@@ -102,12 +102,12 @@ def install() -> None:
             else:
                 begin = takeover.safely(takeover.plan_thread, self, key, code)
             if begin is not None:
-                if planned.setdefault(id(self), begin) is not begin and not takeover.runs(self):
+                if planned.setdefault(id(self), begin) is not begin and not running.runs(self):
                     planned[id(self)] = begin
                 try:
                     start(self)
                 except BaseException:  # perhaps only the waiting for it was interrupted, or it runs already
-                    if self not in limbo and not takeover.runs(self):
+                    if self not in limbo and not running.runs(self):
                         planned.pop(id(self), None)
                     raise
                 return
@@ -119,7 +119,7 @@ def install() -> None:
             bootstrap(self)
             return
         if begin.observed:
-            takeover.safely(takeover.at_end, self, functools.partial(takeover.end, begin))
+            takeover.safely(running.at_end, self, functools.partial(running.end, begin))
         elif begin.device >= 0:
             try:
                 set_device(begin.device)
@@ -129,7 +129,7 @@ def install() -> None:
             bootstrap(self)
         finally:
             if forgets:
-                takeover.ended(self)
+                running.ended(self)
             planned.pop(id(self), None)
 
     def submit_in_scope(self: Any, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -142,7 +142,7 @@ def install() -> None:
             run(self, *args)
         finally:
             if entered and (left := entered.pop(threading.get_ident(), None)) is not None:
-                takeover.safely(takeover.leave, left)
+                takeover.safely(running.leave, left)
 
     _patches.replace(threading.Thread, "start", start_with_scopes)
     _patches.replace(threading.Thread, "_bootstrap_inner", bootstrap_within)
@@ -151,7 +151,7 @@ def install() -> None:
     for name in _POOL_METHODS:
         original = _find(multiprocessing.pool.Pool, name)
         _patches.replace(multiprocessing.pool.Pool, name, _in_scope(original))
-    scope.inherit = takeover.inherit
+    scope.inherit = running.inherit
 
 
 def uninstall() -> list[str]:
@@ -170,7 +170,7 @@ def _watch_forks() -> None:
     global _watches_forks
     if not _watches_forks:
         _watches_forks = True
-        os.register_at_fork(after_in_child=takeover.forget_threads)
+        os.register_at_fork(after_in_child=running.forget_threads)
 
 
 def _find(owner: Any, name: str) -> Callable[..., Any]:
@@ -229,7 +229,7 @@ class _Task:
         self.leaves = leaves or begin is None or begin.observed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        left = None if self.begin is None else takeover.safely(takeover.enter, self.begin)
+        left = None if self.begin is None else takeover.safely(running.enter, self.begin)
         if not self.leaves:
             if left is not None:
                 _entered[threading.get_ident()] = left
@@ -237,4 +237,4 @@ class _Task:
         try:
             return self.function(*args, **kwargs)
         finally:
-            takeover.safely(takeover.leave, left)
+            takeover.safely(running.leave, left)

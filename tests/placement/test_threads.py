@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import devguard
-from devguard import guard, scope, takeover
+from devguard import guard, running, scope, takeover
 from devguard.doors import threads as door
 from devguard.journal import journal
 from devguard.patching import DoorError
@@ -506,7 +506,7 @@ class TestThreads:
             assert {way() for way in WAYS} == {(0, "None")}
             assert devguard.status()["doors"]["threads"]["failures"][0] == "ZeroDivisionError: division by zero"
             monkeypatch.undo()
-            monkeypatch.setattr(takeover, "enter", lambda *args: 1 / 0)
+            monkeypatch.setattr(running, "enter", lambda *args: 1 / 0)
             assert submit() == pool_map() == (0, "None")
 
     def test_a_device_that_cannot_be_set_costs_no_thread_its_life(self, monkeypatch):
