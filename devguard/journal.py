@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -182,31 +182,37 @@ class Journal:
             if self.log is not None:
                 self.log.note(row.key, row)
 
-    def tally(self, row: Row, thread: int) -> Tally | None:
+    def tally(self, row: Row, stack: int, living: Callable[[], Set[int]]) -> Tally | None:
         """Return where one thread counts strays of that row without a lock; None if a log is to be told of each.
 
         Parameters
         ----------
         row : Row
             What `enter` gave; not after `renewed`.
-        thread : int
+        stack : int
             The identity of that thread's stack.
+        living : callable
+            Returns the identities of all stacks.
         """
         with self._lock:
-            return None if self.log is not None else row.tallies.setdefault(thread, Tally())
+            if self.log is not None:
+                return None
+            if len(row.tallies) >= row.room and stack not in row.tallies:
+                row.fold(living())
+            return row.tallies.setdefault(stack, Tally())
 
     def strays(self) -> tuple[Stray, ...]:
         """Return one record per call site, in the order of their first time."""
         self._same_process()
         with self._lock:
-            rows = [(key, row, row.count, row.bytes) for key, row in self._rows.items()]
+            rows = [(key, row, *row.total()) for key, row in self._rows.items()]
         return tuple(format_row(key, row, count, total) for key, row, count, total in rows)
 
     def mark(self) -> Mark:
         """Return how much each call site strayed until now."""
         self._same_process()
         with self._lock:
-            rows = {key: (row.count, row.bytes) for key, row in self._rows.items()}
+            rows = {key: row.total() for key, row in self._rows.items()}
             return Mark(self.life, self._dropped, rows)
 
     def since(self, mark: Mark) -> tuple[Stray, ...]:
@@ -217,9 +223,9 @@ class Journal:
         grown = []
         with self._lock:
             for key, row in self._rows.items():
-                count, total = mark.rows.get(key, (0, 0))
-                if row.count > count:
-                    grown.append((key, row, row.count - count, row.bytes - total))
+                (count, total), (before, total_before) = row.total(), mark.rows.get(key, (0, 0))
+                if count > before:
+                    grown.append((key, row, count - before, total - total_before))
         return tuple(format_row(key, row, count, total) for key, row, count, total in grown)
 
     def dropped_since(self, mark: Mark) -> int:
@@ -231,7 +237,7 @@ class Journal:
         """How many strays there were in this process."""
         self._same_process()
         with self._lock:
-            return self._dropped + sum(row.count for row in self._rows.values())
+            return self._dropped + sum(row.total()[0] for row in self._rows.values())
 
     @property
     def dropped(self) -> int:

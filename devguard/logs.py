@@ -77,7 +77,7 @@ class _Log:
             self._write_row(key, row)
 
     def _write_row(self, key: Key, row: Row) -> None:
-        self._write({"stray": self._numbers[row], **format_row(key, row, row.count, row.bytes).as_dict()})
+        self._write({"stray": self._numbers[row], **format_row(key, row, *row.total()).as_dict()})
 
     def open(self) -> None:
         """Make the file, with the line that says which process it is of."""

@@ -1,4 +1,4 @@
-"""Memory of another process that this process has open, and copies of it; for the door ``ipc``.
+"""Memory of another process that this process has open, who may have it, and copies of it; for the door ``ipc``.
 
 torch opens an allocation of another process once, for all storages in it, and remembers it by its handle alone,
 whatever the device under which it was opened.
@@ -6,12 +6,52 @@ whatever the device under which it was opened.
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from typing import Any
 
 from devguard.owners import Owner
+from devguard.process import process
 
-__all__ = ["copy", "copy_anew", "opened_on"]
+__all__ = ["Receivers", "copy", "copy_anew", "opened_on"]
+
+
+class Receivers:
+    """The owners under which this process may receive memory.
+
+    Attributes
+    ----------
+    only : int
+        The index of the only one that any thread may have: those that were ever entered, and the process's, which is
+        entered at its first stray if the environment named it. -1 if there are several, or none.
+    several : bool
+        Whether two that were entered are GPUs: one of them may have opened what the other receives, for good.
+    """
+
+    __slots__ = ("_entered", "_lock", "only", "several")
+
+    def __init__(self) -> None:
+        self._entered: set[int] = set()
+        self._lock = threading.RLock()
+        self.only = -1
+        self.several = False
+        release = self._lock.release
+        os.register_at_fork(before=self._lock.acquire, after_in_parent=release, after_in_child=release)
+
+    def enter(self, owner: Owner) -> None:
+        """Take notice of who is about to be entered."""
+        if owner.index not in self._entered:
+            with self._lock:
+                self._entered.add(owner.index)
+                self.several = len(self._entered - {-1}) > 1
+                self.give(process.owner)
+
+    def give(self, owner: Owner | None) -> None:
+        """Take notice of whom the process is given to: the one that it has may be in force as well."""
+        with self._lock:
+            indices = self._entered | {one.index for one in (owner, process.owner) if one is not None}
+            self.only = min(indices) if len(indices) == 1 else -1
 
 
 def opened_on(cache: Any, handle: Any) -> int | None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Process", "on_owner", "process"]
 
-# called with what becomes the owner of the process
+# called with what becomes the owner of the process, before that and after
 on_owner: list[Callable[[Owner | None], None]] = []
 
 
@@ -35,10 +35,12 @@ class Process:
         self.reset()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "owner":
-            for look in tuple(on_owner):
-                look(value)
+        looks = tuple(on_owner) if name == "owner" else ()
+        for look in looks:  # it may be in force from here on
+            look(value)
         object.__setattr__(self, name, value)
+        for look in looks:  # and the one before it is no more
+            look(value)
         self.renew()
 
     def renew(self) -> None:

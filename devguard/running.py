@@ -30,8 +30,8 @@ def inherit(stack: scope.Stack) -> None:
     waiting = list(threading._limbo)  # type: ignore[attr-defined]
     # Python does not know a thread yet that has just begun; what it knows by the number may be one that is gone
     for thread in (threading._active.get(ident), *waiting):  # type: ignore[attr-defined]
-        if thread is not None and thread._ident == ident and id(thread) in planned:
-            begin = planned[id(thread)]
+        begin = planned.get(id(thread)) if thread is not None and thread._ident == ident else None
+        if begin is not None:
             stack.extend(begin.entries)
             if not begin.observed:
                 at_end(thread, settle)

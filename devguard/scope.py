@@ -9,7 +9,6 @@ steps.py.
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -96,8 +95,13 @@ class Stack(list[Entry]):
     __eq__ = object.__eq__
 
 
-_stacks: weakref.WeakSet[Stack] = weakref.WeakSet()
-_stacks_lock = threading.Lock()
+_stacks: weakref.WeakValueDictionary[int, Stack] = weakref.WeakValueDictionary()  # by identity
+
+
+def stacks() -> list[Stack]:
+    """Return the stacks of all threads that have one. It takes no lock: a finalizer may ask."""
+    return [stack for reference in _stacks.valuerefs() if (stack := reference()) is not None]
+
 
 tracked = False  # whether the door set_device marks the stacks
 
@@ -125,8 +129,7 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.stack = Stack()
-        with _stacks_lock:  # a set that grows cannot be gone through
-            _stacks.add(self.stack)
+        _stacks[id(self.stack)] = self.stack
         inherit(self.stack)
 
 
@@ -185,9 +188,7 @@ def forget() -> None:
     """Make every owner and every thread be prepared again: the doors were closed."""
     for owner in list(owners.INTERNED.values()):
         owner.device = None
-    with _stacks_lock:
-        stacks = list(_stacks)
-    for stack in stacks:
+    for stack in stacks():
         stack.take = _take_first
         stack.moved = True
         stack.changes.clear()
@@ -196,9 +197,7 @@ def forget() -> None:
 
 def forget_past_owners() -> None:
     """Forget the owners that are in force nowhere any more: what they owned is not owned from here on."""
-    with _stacks_lock:
-        stacks = list(_stacks)
-    in_force = {owner for stack in stacks for _, owner, _ in tuple(stack)} | {process.owner}
+    in_force = {owner for stack in stacks() for _, owner, _ in tuple(stack)} | {process.owner}
     for owner in list(owners.INTERNED.values()):
         if owner not in in_force:
             owner.device = None
@@ -206,8 +205,6 @@ def forget_past_owners() -> None:
 
 def disown() -> None:
     """Forget every owner and scope, in a child that was forked: of all threads only this one came along."""
-    global _stacks_lock
-    _stacks_lock = threading.Lock()  # somebody who is not here may hold the old one
     local.stack.clear()
     process.owner = None
     unguarded_contexts.clear()
@@ -216,18 +213,10 @@ def disown() -> None:
         process.restart()
 
 
-INSPECT_EVERY_S = 0.1
-_last_inspection = 0.0
-
-
-def is_time() -> bool:
-    """Tell whether the last look at the contexts is long enough ago: decorated functions are called in hot loops."""
-    global _last_inspection
-    now = time.monotonic()
-    if now - _last_inspection < INSPECT_EVERY_S:
-        return False
-    _last_inspection = now
-    return True
+def look_for_changes() -> None:
+    """Find out anew which stacks have changes: not only the door ``set_device`` takes them away, and threads end."""
+    marked = changing.copy()  # before the look: what is marked meanwhile stays
+    changing.difference_update(marked - {id(stack) for stack in stacks() if stack.changes})
 
 
 def owner_in_force() -> Owner | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Set
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -106,6 +107,9 @@ class Tally:
         self.bytes = nbytes
 
 
+ROOM = 64  # tallies that a row has at most before those of threads that are gone are folded
+
+
 class Row:
     """The mutable twin of `Stray`, whose stack is not formatted.
 
@@ -114,12 +118,12 @@ class Row:
     own : Tally
         What is counted under the journal's lock.
     tallies : dict
-        All tallies. Those of threads by the identity of their stacks: a thread that takes over the identity of one
-        that is gone adds to its tally.
+        All tallies: that one, and those of threads by the identity of their stacks.
     """
 
     __slots__ = (
-        "dtype", "key", "note", "own", "pid", "rank", "shape", "site", "stack", "tallies", "thread", "time", "via",
+        "dtype", "key", "note", "own", "pid", "rank", "room", "shape", "site", "stack", "tallies", "thread", "time",
+        "via",
     )  # fmt: skip
 
     def __init__(
@@ -135,6 +139,7 @@ class Row:
         self.key = key
         self.own = Tally(1, nbytes)
         self.tallies = {0: self.own}
+        self.room = ROOM
         self.dtype = dtype
         self.shape = None if shape is None else tuple(shape)
         self.pid = os.getpid()
@@ -146,15 +151,20 @@ class Row:
         self.note: str | None = None
         self.stack = stack
 
-    @property
-    def count(self) -> int:
-        """How many strays there were."""
-        return sum(tally.count for tally in self.tallies.values())
+    def total(self) -> tuple[int, int]:
+        """Return how many strays there were, and how many bytes they had; under the journal's lock."""
+        count = nbytes = 0
+        for tally in self.tallies.values():
+            count, nbytes = count + tally.count, nbytes + tally.bytes
+        return count, nbytes
 
-    @property
-    def bytes(self) -> int:
-        """How many bytes they had."""
-        return sum(tally.bytes for tally in self.tallies.values())
+    def fold(self, living: Set[int]) -> None:
+        """Count under the journal's lock what those threads have counted whose stacks are gone."""
+        for stack in self.tallies.keys() - living - {0}:
+            tally = self.tallies.pop(stack)
+            self.own.count += tally.count
+            self.own.bytes += tally.bytes
+        self.room = max(ROOM, 2 * len(self.tallies))
 
 
 def format_row(key: Key, row: Row, count: int, total: int) -> Stray:

@@ -137,6 +137,10 @@ class Judged:
         return mode
 
 
+def _living() -> set[int]:
+    return set(map(id, scope.stacks()))
+
+
 def judged_here() -> Judged:
     """Return what this thread has judged under its innermost scope."""
     stack = local.stack
@@ -240,5 +244,5 @@ def judge(
     if entered is not None and origin is None and not _allowed and frame is not None and callsite.is_user(frame.f_code):
         if len(judged.rows) >= MAX_ROWS:
             judged.rows.clear()  # one line can hold many instructions
-        judged.rows[key] = repairs, journal.tally(entered, id(stack)), entered
+        judged.rows[key] = repairs, journal.tally(entered, id(stack), _living), entered
     return repairs

@@ -15,6 +15,7 @@ import torch
 
 import devguard
 from devguard import ConfigError, DeviceResolutionError, logs, owners, scope, verdict
+from devguard import stray as stray_module
 from devguard.journal import journal
 from tests import tagging
 
@@ -233,13 +234,35 @@ def test_a_row_has_no_more_tallies_than_threads_at_a_time() -> None:
             with devguard.guard("cpu"):
                 stray(), stray()
 
-    for _ in range(20):
+    addresses = []
+    for _ in range(200):
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
+        addresses.append(scope.Stack())  # so that no thread's stack is where one was before
     (row,) = [row for row in journal._rows.values() if row.key[2] != "threads"]
-    assert row.count == 20 * 3 * 2
-    assert len(row.tallies) <= 5
+    assert row.total() == (200 * 3 * 2, 200 * 3 * 2 * 8)
+    assert len(row.tallies) <= stray_module.ROOM
+    assert journal.total == 200 * 3 * 2
+
+
+def test_a_tally_of_a_thread_that_lives_is_not_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stray_module, "ROOM", 2)
+    go = threading.Barrier(9)
+
+    def work() -> None:
+        with devguard.guard("cpu"):
+            for _ in range(20):
+                stray()
+                go.wait()
+
+    threads = [threading.Thread(target=work) for _ in range(9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (row,) = [row for row in journal._rows.values() if row.key[2] != "threads"]
+    assert row.total() == (9 * 20, 9 * 20 * 8)
 
 
 def test_a_forked_child_counts_its_own() -> None:

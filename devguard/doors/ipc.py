@@ -51,9 +51,7 @@ __all__ = ["install", "status", "uninstall"]
 NAME = "ipc"
 
 _patches = Patches()
-_entered: set[int] = set()  # the indices of the owners that ever were: memory may stay open for good
-_several = False  # whether two of them are GPUs, one of which may open what the other receives
-_only = -1  # the only one that any thread may have; -1 if there are more, or none
+_receivers = opened.Receivers()
 _opening = threading.RLock()  # from the look at what is open to the opening; only where there are several owners
 _indices: dict[str, int] = {}  # UUID -> index here; the list of a process does not change
 
@@ -81,9 +79,9 @@ def install() -> None:
         _patch_event(reductions, name)
     _patch_sending(torch.storage.TypedStorage, reductions)
     _patch_sending_events(torch.cuda.Event, reductions)
-    scope.on_prepare.append(_note_entry)
-    on_owner.append(_note_process_owner)
-    _note_process_owner(scope.process.owner)
+    scope.on_prepare.append(_enter)
+    on_owner.append(_receivers.give)
+    _receivers.give(scope.process.owner)
 
 
 def uninstall() -> list[str]:
@@ -94,9 +92,9 @@ def uninstall() -> list[str]:
         if name != _KEPT and reductions is not None and vars(reductions).get(_KEPT) is ours:
             setattr(reductions, _KEPT, original)
             _patches.replaced.remove(row)
-    if _note_entry in scope.on_prepare:
-        scope.on_prepare.remove(_note_entry)
-        on_owner.remove(_note_process_owner)
+    if _enter in scope.on_prepare:
+        scope.on_prepare.remove(_enter)
+        on_owner.remove(_receivers.give)
     return _patches.restore()
 
 
@@ -105,19 +103,8 @@ def status() -> dict[str, Any]:
     return {"early_copies": _patches.early_copies(), "sends_uuids": scope.mode_of(NAME) == "uuid"}
 
 
-def _note_entry(owner: Owner, says: Callable[[str], Any]) -> None:
-    """Note which owners there were, before the next one is entered."""
-    global _several
-    _entered.add(owner.index)
-    _several = len(_entered - {-1}) > 1
-    _note_process_owner(scope.process.owner)
-
-
-def _note_process_owner(owner: Owner | None) -> None:
-    """Note whose memory may pass: an owner that the environment names is entered at its first stray only."""
-    global _only
-    indices = _entered if owner is None else _entered | {owner.index}
-    _only = min(indices) if len(indices) == 1 else -1
+def _enter(owner: Owner, says: Callable[[str], Any]) -> None:
+    _receivers.enter(owner)
 
 
 def _patch_tensors(reductions: Any) -> None:
@@ -132,16 +119,16 @@ def _patch_tensors(reductions: Any) -> None:
         )
     parameters = Parameters(original, "tensor_size", "dtype", *_STORAGE)
     at, count = parameters.at["storage_device"], parameters.count
-    changing = scope.changing
+    receivers, changing = _receivers, scope.changing
 
     def rebuild_cuda_tensor(*args: Any, **kwargs: Any) -> Any:
-        if len(args) == count and args[at] == _only and not changing:  # whoever asks owns it, or nobody
+        if len(args) == count and args[at] == receivers.only and not changing:  # whoever asks owns it, or nobody
             return original(*args)
         owner = scope.owner_in_force()
-        if owner is not None and owner.index not in _entered:
-            _note_entry(owner, scope.mode_of)
-        if changing and not scope.local.stack.changes:
-            changing.discard(id(scope.local.stack))  # others than the door set_device take changes away, too
+        if owner is not None:
+            receivers.enter(owner)
+        if changing:
+            scope.look_for_changes()
         if len(args) != count:  # pickle passes all of them by position
             args = parameters.positional(args, kwargs)
         index = args[at]
@@ -150,9 +137,9 @@ def _patch_tensors(reductions: Any) -> None:
                 return original(*args)
         elif not isinstance(index, str):
             return original(*args)  # nothing that this version of devguard knows
-        if owner is None or (owner.index >= 0 and _index(index) == owner.index and not _several):
+        if owner is None or (owner.index >= 0 and _index(index) == owner.index and not receivers.several):
             return original(*parameters.changed(args, "storage_device", _visible(index)))
-        if _several and owner.index >= 0:
+        if receivers.several and owner.index >= 0:
             with _opening:
                 return _receive(reductions, original, parameters, args, owner)
         return _receive(reductions, original, parameters, args, owner)

@@ -27,7 +27,9 @@ of C++ code. Pools of other makes start threads as anybody does: a worker keeps 
 from __future__ import annotations
 
 import functools
+import inspect
 import multiprocessing.pool
+import operator
 import os
 import sys
 import threading
@@ -50,8 +52,6 @@ _before: list[str] = []
 _watches_forks = False
 _OUT_OF_REACH = "threads that ran before the door opened, _thread.start_new_thread, threads of C++ code"
 _INTERPRETERS = "InterpreterPoolExecutor"  # Python 3.14
-# thread number -> what the task that it runs has entered, and left to its worker to leave
-_entered: dict[int, tuple[int, int, Start | None]] = {}
 _POOL_METHODS = ("apply_async", "_map_async", "imap", "imap_unordered")
 
 
@@ -65,8 +65,8 @@ def install() -> None:
     start, bootstrap, _ = (_find(threading.Thread, name) for name in ("start", "_bootstrap_inner", "_delete"))
     submit, run = _find(futures.ThreadPoolExecutor, "submit"), _find(futures._WorkItem, "run")
     local, process = scope.local, scope.process
-    planned, entered = takeover.planned, _entered
-    grow, get_frame = journal.grow, sys._getframe
+    work_of = _work_of(futures._WorkItem)
+    planned, grow, get_frame = takeover.planned, journal.grow, sys._getframe
     limbo = threading._limbo  # type: ignore[attr-defined]
     forgets = sys.version_info < (3, 11)  # looking at the names of each thread costs
     _watch_forks()
@@ -77,7 +77,9 @@ def install() -> None:
         stack = local.stack
         if stack or process.owner is not None:
             key: Any = None
+            ident: Any = None
             try:
+                ident = self._ident  # None: it has not been started before
                 target = self._target
                 code = target.__code__ if type(target) is FunctionType else getattr(target, "__code__", None)
                 caller = get_frame(1)
@@ -101,12 +103,11 @@ def install() -> None:
                         tally.count += 1
             else:
                 begin = takeover.safely(takeover.plan_thread, self, key, code)
-            if begin is not None:
-                if planned.setdefault(id(self), begin) is not begin and not running.runs(self):
-                    planned[id(self)] = begin
+            if begin is not None and ident is None:
+                planned[id(self)] = begin
                 try:
                     start(self)
-                except BaseException:  # perhaps only the waiting for it was interrupted, or it runs already
+                except BaseException:  # perhaps only the waiting for it was interrupted
                     if self not in limbo and not running.runs(self):
                         planned.pop(id(self), None)
                     raise
@@ -134,15 +135,20 @@ def install() -> None:
 
     def submit_in_scope(self: Any, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
         if local.stack or process.owner is not None:
-            fn = _task(fn, self, leaves=False)  # before the pool takes its locks
+            fn = _task(fn, self)  # before the pool takes its locks
         return submit(self, fn, *args, **kwargs)
 
     def run_and_leave(self: Any, *args: Any) -> None:
+        task = work_of(self)
+        if type(task) is not _Task or task.begin is None or task.begin.observed:
+            run(self, *args)
+            return
+        task.leaves = False
         try:
             run(self, *args)
         finally:
-            if entered and (left := entered.pop(threading.get_ident(), None)) is not None:
-                takeover.safely(running.leave, left)
+            if task.left is not None:
+                takeover.safely(running.leave, task.left)
 
     _patches.replace(threading.Thread, "start", start_with_scopes)
     _patches.replace(threading.Thread, "_bootstrap_inner", bootstrap_within)
@@ -173,20 +179,33 @@ def _watch_forks() -> None:
         os.register_at_fork(after_in_child=running.forget_threads)
 
 
+def _unknown(what: str, whether: str) -> DoorError:
+    version = sys.version.partition(" ")[0]
+    return DoorError(f"{what} {whether} Python {version}; this version of devguard does not know it.")
+
+
 def _find(owner: Any, name: str) -> Callable[..., Any]:
     original: Callable[..., Any] | None = vars(owner).get(name)
     if original is None:
-        version = sys.version.partition(" ")[0]
-        where = f"{owner.__module__}.{owner.__qualname__}.{name}"
-        raise DoorError(f"{where} is not in Python {version}; this version of devguard does not know it.")
+        raise _unknown(f"{owner.__module__}.{owner.__qualname__}.{name}", "is not in")
     return original
 
 
-def _task(work: Any, pool: Any, *, leaves: bool = True) -> Any:
+def _work_of(item: type) -> Callable[[Any], Any]:
+    """Return what gets the function out of an item of an executor's queue."""
+    parameters = inspect.signature(item).parameters
+    if "fn" in parameters:
+        return operator.attrgetter("fn")
+    if "task" in parameters:  # Python 3.14: with its arguments
+        return lambda item: item.task[0]
+    raise _unknown(f"{item.__module__}.{item.__qualname__}({', '.join(parameters)})", "is in")
+
+
+def _task(work: Any, pool: Any) -> Any:
     """Return `work` as a task of `pool`: in the scopes of this thread, if it has any, and settled at its end."""
     if _INTERPRETERS in [base.__name__ for base in type(pool).__mro__]:
         return work  # it would have to be pickled, and the other interpreter has a devguard of its own
-    return _Task(work, takeover.safely(_plan_task, work, pool) if scope.local.stack else None, leaves)
+    return _Task(work, takeover.safely(_plan_task, work, pool) if scope.local.stack else None)
 
 
 def _plan_task(work: Any, pool: Any) -> Start | None:
@@ -217,22 +236,24 @@ class _Task:
     begin : Start or None
         The scopes; None for a task that was submitted outside of any.
     leaves : bool
-        Whether it leaves them by itself. Those of an executor are left after the callbacks of the future, unless the
-        task is only observed: that is judged before its result is known.
+        Whether it leaves them by itself. The worker of an executor leaves them after the callbacks of the future,
+        unless the task is only observed: that is judged before its result is known.
+    left : tuple or None
+        What it left to the worker.
     """
 
-    __slots__ = ("begin", "function", "leaves")
+    __slots__ = ("begin", "function", "leaves", "left")
 
-    def __init__(self, function: Callable[..., Any], begin: Start | None, leaves: bool) -> None:
+    def __init__(self, function: Callable[..., Any], begin: Start | None) -> None:
         self.function = function
         self.begin = begin
-        self.leaves = leaves or begin is None or begin.observed
+        self.leaves = True
+        self.left: tuple[int, int, Start | None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         left = None if self.begin is None else takeover.safely(running.enter, self.begin)
         if not self.leaves:
-            if left is not None:
-                _entered[threading.get_ident()] = left
+            self.left = left
             return self.function(*args, **kwargs)
         try:
             return self.function(*args, **kwargs)

@@ -199,6 +199,21 @@ class TestInAProcessThatHasHadOneOwner:
         )
         assert child(code, b"").split() == ["1", "0", "0", "1", "0"]
 
+    def test_a_thread_that_ended_with_another_device_is_forgotten(self, producer):
+        code = (
+            "import _thread, time\nfrom devguard import scope\n"
+            "library = {'__name__': 'some_library'}\n"
+            "exec(compile('import torch\\ndef take(): torch.cuda.set_device(0)', 'some_library.py', 'exec'), library)\n"
+            "devguard.install(device=1)\n"
+            "torch.cuda.set_device(1)\n"
+            "def run(): torch.cuda.set_device(1); library['take']()\n"
+            "_thread.start_new_thread(run, ())\n"
+            "while not scope.changing: time.sleep(0.01)\n"
+            "while len(scope.stacks()) > 1: time.sleep(0.01)\n"
+            "x = pickle.loads(data); print(x.device, len(scope.changing))"
+        )
+        assert child(code, producer.share("cuda:1")) == "cuda:1 0"
+
     def test_it_is_the_next_door_for_whoever_moved_the_device(self, producer):
         code = (
             "library = {'__name__': 'some_library'}\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import asyncio
+import contextlib
 import functools
 import gc
 import os
@@ -452,17 +453,22 @@ class TestThreads:
             with pytest.raises(RuntimeError, match="once"):
                 thread.start()
 
+    @pytest.mark.parametrize(
+        ("scope", "expected"), [(lambda: guard(1), (1, "cuda:1")), (contextlib.nullcontext, (0, "None"))]
+    )
     @pytest.mark.parametrize("again", [1, 2])
-    def test_starting_it_again_while_it_runs_takes_nothing_from_it(self, again):
+    def test_starting_it_again_while_it_runs_changes_nothing(self, scope, expected, again):
+        with guard(again):
+            pass  # opens the doors
         go, got = threading.Event(), []
         thread = threading.Thread(target=lambda: (go.wait(), got.append(seen())))
-        with guard(1):
+        with scope():
             thread.start()
         with guard(again), pytest.raises(RuntimeError, match="once"):
             thread.start()
         go.set()
         thread.join()
-        assert got == [(1, "cuda:1")]
+        assert got == [expected]
         assert takeover.planned == {}
 
     def test_what_one_left_that_is_gone_is_not_taken_for_another(self):
@@ -722,6 +728,67 @@ class TestPools:
             executor.submit(seen).result()
             assert executor.submit(seen).result() == (0, "None")
         assert got == [(1, "cuda:1")]
+
+    def test_a_task_that_was_submitted_while_the_door_was_open_leaves_its_scopes_when_it_is_closed(self):
+        go = threading.Event()
+        with futures.ThreadPoolExecutor(1) as executor:
+            executor.submit(go.wait)
+            with guard(1):
+                task = executor.submit(seen)
+            devguard.uninstall()
+            go.set()
+            assert task.result() == (1, "cuda:1")
+            assert executor.submit(seen).result() == (0, "None")
+        with guard(1):
+            pass
+        with futures.ThreadPoolExecutor(1, initializer=lambda: torch.cuda.set_device(2)) as executor:
+            assert [executor.submit(current).result() for _ in range(3)] == [2, 2, 2]
+
+    def test_python_3_14_keeps_a_task_in_one_piece(self, monkeypatch):
+        class Item:
+            def __init__(self, future: Any, task: Any) -> None:
+                self.task = task
+
+            def run(self, context: Any) -> None:
+                function, args, kwargs = self.task
+                function(*args, **kwargs)
+                works[0]()  # as the callbacks of the future
+
+        got: list[Any] = []
+        monkeypatch.setattr("tests.placement.test_threads.works", [lambda: got.append(str(devguard.owner()))])
+        devguard.uninstall()
+        monkeypatch.setattr(futures.thread, "_WorkItem", Item)
+        with guard("cpu"), futures.ThreadPoolExecutor(1) as executor:
+            item = Item(None, (door._task(seen, executor), (), {}))
+        in_thread(lambda: item.run(None))
+        assert got == ["cpu", "cpu"]
+        devguard.uninstall()
+
+    def test_a_python_whose_executor_nobody_knows_keeps_the_door_closed(self, monkeypatch):
+        class Item:
+            def __init__(self, future: Any) -> None: ...
+
+            def run(self) -> None: ...
+
+        monkeypatch.setattr(futures.thread, "_WorkItem", Item)
+        devguard.uninstall()
+        with pytest.raises(DoorError, match=r"Item\(future\) is in Python 3.*not know it"):
+            door.install()
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    def test_a_task_that_runs_as_its_process_forks_is_not_the_childs(self):
+        go, runs = threading.Event(), threading.Event()
+        with futures.ThreadPoolExecutor(1) as executor:
+            with guard("cpu"):
+                executor.submit(lambda: (runs.set(), go.wait()))
+            runs.wait()
+            pid = os.fork()
+            if pid == 0:
+                own = futures.ThreadPoolExecutor(1, initializer=guard("cpu").__enter__)
+                owners = [str(own.submit(devguard.owner).result()) for _ in range(3)]
+                os._exit(owners != ["cpu"] * 3)
+            go.set()
+            assert os.waitpid(pid, 0)[1] == 0
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
     def test_a_forked_child_has_no_threads_to_take_over_from(self):
