@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from devguard.errors import StrayDeviceError, StrayDeviceWarning
 from devguard.takeover import ADVICE, NAME, Start, planned, safely
 from devguard.verdict import judge
 
-__all__ = ["at_end", "end", "ended", "enter", "forget_threads", "inherit", "leave", "runs"]
+__all__ = ["at_end", "end", "ended", "enter", "inherit", "leave", "runs"]
 
 _DELETE = "_delete"
 
@@ -43,11 +44,14 @@ def runs(thread: Any) -> bool:
     return threading._active.get(getattr(thread, "_ident", None)) is thread  # type: ignore[attr-defined]
 
 
-def forget_threads() -> None:
+def _forget_threads() -> None:
     """Forget all threads but this one: after a fork there are no others, and their identities come again."""
     mine = id(threading._active.get(threading.get_ident()))  # type: ignore[attr-defined]
     for other in planned.keys() - {mine}:
         del planned[other]
+
+
+os.register_at_fork(after_in_child=_forget_threads)  # the door `threads` brings this module in as it opens
 
 
 def at_end(thread: Any, function: Callable[[], None]) -> None:

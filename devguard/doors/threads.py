@@ -30,7 +30,6 @@ import functools
 import inspect
 import multiprocessing.pool
 import operator
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -49,7 +48,6 @@ NAME = "threads"
 
 _patches = Patches()
 _before: list[str] = []
-_watches_forks = False
 _OUT_OF_REACH = "threads that ran before the door opened, _thread.start_new_thread, threads of C++ code"
 _INTERPRETERS = "InterpreterPoolExecutor"  # Python 3.14
 _POOL_METHODS = ("apply_async", "_map_async", "imap", "imap_unordered")
@@ -69,7 +67,6 @@ def install() -> None:
     planned, grow, get_frame = takeover.planned, journal.grow, sys._getframe
     limbo = threading._limbo  # type: ignore[attr-defined]
     forgets = sys.version_info < (3, 11)  # looking at the names of each thread costs
-    _watch_forks()
     set_device: Any = getattr(torch._C, "_cuda_setDevice", None)
     set_device = getattr(set_device, "__wrapped__", set_device)  # devguard's own change is nobody's to judge
 
@@ -170,13 +167,6 @@ def uninstall() -> list[str]:
 def status() -> dict[str, Any]:
     """Return which threads were there before, what is out of reach, and what went wrong in devguard itself."""
     return {"threads_before": list(_before), "out_of_reach": _OUT_OF_REACH, "failures": list(takeover.failures)}
-
-
-def _watch_forks() -> None:
-    global _watches_forks
-    if not _watches_forks:
-        _watches_forks = True
-        os.register_at_fork(after_in_child=running.forget_threads)
 
 
 def _unknown(what: str, whether: str) -> DoorError:

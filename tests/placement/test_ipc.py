@@ -26,6 +26,12 @@ from tests import sglang_reductions
 from tests.producer import Producer
 
 ROOT = Path(__file__).parents[2]
+# defines a library in which devguard sees somebody else's code
+LIBRARY = """
+library = {"__name__": "some_library"}
+source = "import torch\\ndef take(i): torch.cuda.set_device(i)\\ndef both(): take(0); take(1)"
+exec(compile(source, "some_library.py", "exec"), library)
+"""
 TURNED = {"CUDA_VISIBLE_DEVICES": "1,0,2,3"}
 
 
@@ -187,11 +193,7 @@ class TestInAProcessThatHasHadOneOwner:
 
     def test_a_device_that_was_put_back_is_forgotten(self):
         code = (
-            "from devguard import scope\n"
-            "source = 'import torch\\ndef take(i): torch.cuda.set_device(i)\\ndef both(): take(0); take(1)'\n"
-            "library = {'__name__': 'some_library'}\n"
-            "exec(compile(source, 'some_library.py', 'exec'), library)\n"
-            "with devguard.guard(1):\n"
+            "from devguard import scope\n" + LIBRARY + "with devguard.guard(1):\n"
             "    library['take'](0); print(len(scope.changing)); library['take'](1); print(len(scope.changing))\n"
             "    library['both'](); print(len(scope.changing))\n"
             "    library['take'](0); print(len(scope.changing))\n"
@@ -201,12 +203,9 @@ class TestInAProcessThatHasHadOneOwner:
 
     def test_a_thread_that_ended_with_another_device_is_forgotten(self, producer):
         code = (
-            "import _thread, time\nfrom devguard import scope\n"
-            "library = {'__name__': 'some_library'}\n"
-            "exec(compile('import torch\\ndef take(): torch.cuda.set_device(0)', 'some_library.py', 'exec'), library)\n"
-            "devguard.install(device=1)\n"
+            "import _thread, time\nfrom devguard import scope\n" + LIBRARY + "devguard.install(device=1)\n"
             "torch.cuda.set_device(1)\n"
-            "def run(): torch.cuda.set_device(1); library['take']()\n"
+            "def run(): torch.cuda.set_device(1); library['take'](0)\n"
             "_thread.start_new_thread(run, ())\n"
             "while not scope.changing: time.sleep(0.01)\n"
             "while len(scope.stacks()) > 1: time.sleep(0.01)\n"
@@ -216,10 +215,8 @@ class TestInAProcessThatHasHadOneOwner:
 
     def test_it_is_the_next_door_for_whoever_moved_the_device(self, producer):
         code = (
-            "library = {'__name__': 'some_library'}\n"
-            "exec(compile('import torch\\ndef take(): torch.cuda.set_device(0)', 'some_library.py', 'exec'), library)\n"
-            "with devguard.guard(1):\n"
-            "    library['take'](); x = pickle.loads(data); print(x.device, torch.cuda.current_device())"
+            LIBRARY + "with devguard.guard(1):\n"
+            "    library['take'](0); x = pickle.loads(data); print(x.device, torch.cuda.current_device())"
         )
         assert child(code, producer.share("cuda:1")) == "cuda:1 1"
 
