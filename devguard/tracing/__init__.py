@@ -1,8 +1,8 @@
-"""Tells who opened each CUDA context of a program, as it happens: ``devguard run --trace-contexts``.
+"""Report each CUDA context of a program as it is opened: ``devguard run --trace-contexts``.
 
-`environment` gives the environment of a child process whose contexts are reported: device, process, thread, the library
-and the C call, and the Python stack. It interposes the driver's functions with LD_PRELOAD (csrc/), so it shows contexts
-that no Python call explains, too; it guards nothing and changes no device. Linux with glibc only, with a C compiler.
+`environment` returns the environment that makes a child process report its contexts: device, process, thread, library,
+C call and Python stack. A library for LD_PRELOAD (csrc/) interposes the driver's functions, so contexts that no Python
+call explains are reported too. It guards nothing and changes no device. Needs Linux with glibc, and a C compiler.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ def environment(
     json: bool = False,
     base: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The complete environment for a child process whose contexts are reported, and those of its own children.
+    """Return the complete environment for a child process that reports its contexts and those of its children.
 
     The first call compiles a small library into the user's cache (a second or two); later calls reuse it.
 
     Parameters
     ----------
     output : path, optional
-        The file that records are appended to; by default they go to the standard error of whoever opens a context.
+        The file to which records are appended; the default is the standard error of the process that opens a context.
     json : bool
-        One JSON object a line for each context, in place of text.
+        Write one JSON object a line for each context, instead of text.
     base : mapping, optional
-        The environment to start from, ``os.environ`` by default. What it preloads already stays preloaded.
+        The environment to start from, ``os.environ`` by default. Libraries that it preloads stay preloaded.
 
     Returns
     -------
     dict of str to str
-        Pass it as ``env`` to `subprocess.run` and the like.
+        To be passed as ``env`` to `subprocess.run` and similar functions.
 
     Raises
     ------
     TracingError
-        Contexts cannot be traced here; the message says why, and what to do.
+        If contexts cannot be traced here; the message gives the reason and the remedy.
     """
     from devguard.tracing.library import library
 
@@ -60,9 +60,9 @@ def environment(
 
 
 def _writable(path: str) -> str:
-    """Make sure now that records can be appended: the library itself says nothing if they cannot."""
+    """Check that records can be appended to `path`, because the preloaded library reports no errors; return `path`."""
     try:
         with open(path, "ab"):
             return path
     except OSError as error:
-        raise TracingError(f"the records cannot be written to {path}: {error.strerror}") from error
+        raise TracingError(f"cannot write records to {path}: {error.strerror}") from error

@@ -1,7 +1,7 @@
-"""Compiles the library that is preloaded into traced processes, once for each version of its source.
+"""Compile the library that is preloaded into traced processes, once for each version of its source.
 
-It is built under a temporary name in the user's cache and then renamed, so that a half-made one is never loaded and two
-processes may build at once.
+It is built under a temporary name in the user's cache and then renamed, so that an incomplete library is never loaded
+and several processes can build at once.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from devguard.errors import TracingError
 __all__ = ["FLAGS", "library", "SOURCES"]
 
 SOURCES = Path(__file__).parent / "csrc"
-# driver.c needs -O2: dlsym must reach the real one by a tail call
+# driver.c needs -O2, so that its dlsym calls the real one by a tail call.
 FLAGS = ("-std=gnu11", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-shared")
 LIBRARIES = ("-ldl", "-lpthread")
 MACHINES = ("x86_64", "aarch64")
 
 
 def library() -> Path:
-    """Find the library, and compile it if there is none.
+    """Return the path of the library, and compile it if it does not exist yet.
 
     Raises
     ------
     TracingError
-        It cannot be had here; nothing half-made is left.
+        If it cannot be provided here; no incomplete file is left.
     """
     _check_platform()
     sources = sorted(SOURCES.glob("*.[ch]"))
@@ -41,14 +41,14 @@ def library() -> Path:
     target = _folder() / f"libdevguard-trace-{digest.hexdigest()[:12]}.so"
     if any(mark in str(target) for mark in " :"):
         raise TracingError(
-            f"LD_PRELOAD cannot name {target}, because of a space or a colon: name another folder in DEVGUARD_CACHE_DIR"
+            f"LD_PRELOAD cannot name {target} because of a space or a colon: set DEVGUARD_CACHE_DIR to another folder"
         )
     if not target.exists():
         try:
             _build([str(source) for source in sources if source.suffix == ".c"], target)
         except OSError as error:
             raise TracingError(
-                f"{target} cannot be made: {error.strerror}; name a folder that can be written in DEVGUARD_CACHE_DIR"
+                f"cannot create {target}: {error.strerror}; set DEVGUARD_CACHE_DIR to a writable folder"
             ) from error
     return target
 
@@ -57,13 +57,13 @@ def _check_platform() -> None:
     machine = platform.machine()
     if sys.platform != "linux" or machine not in MACHINES or platform.libc_ver()[0] != "glibc":
         raise TracingError(
-            f"contexts are traced on Linux with glibc on {' and '.join(MACHINES)} only, and this is {sys.platform} on "
-            f"{machine}"
+            f"contexts can be traced only on Linux with glibc ({' or '.join(MACHINES)}), "
+            f"not on {sys.platform} ({machine})"
         )
 
 
 def _folder() -> Path:
-    """The user's cache folder; where overlays of simulated GPUs are, one level up."""
+    """Return the tracer's folder in the user's cache, which also holds the overlays of simulated GPUs."""
     named = os.environ.get("DEVGUARD_CACHE_DIR")
     if named:
         return Path(os.path.abspath(named)) / "tracing"

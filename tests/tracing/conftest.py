@@ -24,13 +24,13 @@ class Traced:
     records: list[dict[str, Any]]
 
     def lines(self, record: dict[str, Any]) -> list[str]:
-        """The lines of the script that are on a record's stack, stripped, the innermost first."""
+        """Return the lines of the script on a record's stack, stripped, innermost first."""
         text = Path(self.script).read_text().splitlines()
         return [text[frame["line"] - 1].strip() for frame in record["stack"] if frame["file"] == self.script]
 
     @property
     def opened(self) -> list[tuple[int, int]]:
-        """What the simulation itself says: process and device of each context, in order."""
+        """Process and device of each context in the log of the simulation, in order."""
         fields = [line.split() for line in self.done.log]
         return [(int(words[0]), int(words[2])) for words in fields if words[3] == "ctx_create"]
 
@@ -54,7 +54,7 @@ def trace(
 
 @pytest.fixture(scope="session")
 def compile_c(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``compile_c(source, name, *options)``: a shared library, or a program with ``options`` of its own."""
+    """``compile_c(source, name, *options)``: compile a shared library, or with ``options`` a program."""
     folder = tmp_path_factory.mktemp("c")
 
     def compiled(source: str, name: str, *options: str) -> Path:

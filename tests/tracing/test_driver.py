@@ -1,6 +1,6 @@
-"""How the driver is interposed: by a stand-in for libcuda.so.1, reached in each way that programs have.
+"""Tests of the interposed driver: a stand-in for libcuda.so.1 is called in each way that programs use.
 
-The stand-in has the driver's functions and rules; that the real one is reached in just these ways needs a GPU to show.
+The stand-in has the driver's functions and rules. Whether the real driver is called in these ways needs a GPU to show.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CUresult cuDevicePrimaryCtxRetain(void **context, int device)
     *context = &contexts[device];
     return 0;
 }
-void meet(int threads) { awaited = threads; } /* as many calls meet inside before one of them opens the context */
+void meet(int threads) { awaited = threads; } /* waits until that many calls are inside before one opens the context */
 void open_inside(int device) { users[device]++; }
 CUresult cuDevicePrimaryCtxRelease_v2(int device) { users[device]--; return 0; }
 CUresult cuDevicePrimaryCtxReset_v2(int device) { users[device] = 0; return 0; }
@@ -68,7 +68,7 @@ CUresult cuGetProcAddress_v2(const char *name, void **found, int version, unsign
 }
 """
 
-# The ways to a driver function; `found` is how the program came by it.
+# Looks up a driver function in either way that a program can.
 LOOKUP = r"""
 #include <dlfcn.h>
 #include <stdio.h>
@@ -85,7 +85,7 @@ static void *find(const char *way, const char *name, int version)
     look_up = (proc)found;
     char plain[64];
     snprintf(plain, sizeof plain, "%s", name);
-    if (strstr(plain, "_v")) *strstr(plain, "_v") = 0; /* the version chooses */
+    if (strstr(plain, "_v")) *strstr(plain, "_v") = 0; /* the version selects */
     return look_up(plain, &found, version, 0, &status) ? 0 : found;
 }
 """
@@ -106,12 +106,12 @@ int main(int count, char **words)
     int errors = open_primary(retain, 1) + open_primary(retain, 1);
     if (open_primary(retain, 5) != 101) return 2;
     ((void (*)(int))dlsym(dlopen("libcuda.so.1", RTLD_NOW), "open_inside"))(0);
-    errors += open_primary(retain, 0); /* was open already, and opens nothing */
+    errors += open_primary(retain, 0); /* this context is open already */
     errors += create(find(words[1], "cuCtxCreate_v2", 12000), 0);
     errors += create_new(find(words[1], "cuCtxCreate_v4", 13000), 1);
     int (*reset)(int) = dlsym(dlopen("libcuda.so.1", RTLD_NOW), "cuDevicePrimaryCtxReset_v2");
     errors += reset(1) + open_primary(retain, 1);
-    if (!fork()) _exit(reset(1) + open_primary(retain, 1)); /* a child is a process of its own */
+    if (!fork()) _exit(reset(1) + open_primary(retain, 1)); /* the child opens a context of its own */
     return errors;
 }
 """
@@ -131,7 +131,7 @@ int main(void)
 
 @pytest.fixture(scope="module")
 def driver(compile_c: Callable[..., Path]) -> Path:
-    # -Bsymbolic: as in the real one, its own references to its functions are not interposed
+    # -Bsymbolic keeps references within the stand-in from being interposed, as in the real driver.
     return compile_c(DRIVER, "libcuda.so.1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1,-Bsymbolic")
 
 
@@ -151,7 +151,7 @@ def traced(driver: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("way", ["dlsym", "procaddress"])
-def test_a_function_that_is_looked_up_is_seen(
+def test_a_looked_up_function_is_traced(
     traced: Callable[..., list[dict[str, Any]]], compile_c: Callable[..., Path], way: str
 ) -> None:
     client = compile_c(CLIENT, "client", "-rdynamic", "-fno-optimize-sibling-calls")
@@ -167,15 +167,15 @@ def test_a_function_that_is_looked_up_is_seen(
     assert {r["no_stack"] for r in records} == {"this process has no Python"}
 
 
-def test_a_program_that_links_the_driver_is_seen(
+def test_a_program_that_links_the_driver_is_traced(
     traced: Callable[..., list[dict[str, Any]]], compile_c: Callable[..., Path], driver: Path
 ) -> None:
     records = traced(compile_c(LINKED, "linked", str(driver)))
     kinds = [(r["kind"], r["device"]) for r in records]
-    assert kinds == [("primary", 1), ("created", 0)]  # one user was left, so that the context stayed
+    assert kinds == [("primary", 1), ("created", 0)]  # one user was left, so the context stayed open
 
 
-def test_a_python_program_that_calls_the_driver_is_seen_with_its_line(
+def test_a_python_program_that_calls_the_driver_is_traced_with_its_line(
     traced: Callable[..., list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     script = tmp_path / "program.py"
@@ -206,10 +206,10 @@ def test_two_threads_that_open_one_context_together_make_one_record(
     assert (record["device"], record["python_thread"], record["stack"][0]["line"]) == (1, "opener", 4)
 
 
-def test_dlsym_is_the_real_one_for_everybody_else(
+def test_other_lookups_use_the_real_dlsym(
     traced: Callable[..., list[dict[str, Any]]], compile_c: Callable[..., Path]
 ) -> None:
-    """RTLD_NEXT must still mean: after the library that asks."""
+    """RTLD_NEXT must still start after the calling library."""
     shim = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -227,7 +227,7 @@ int main(void)
     if (getppid() != syscall(SYS_getppid) + 1) return 1;
     if (!dlsym(RTLD_DEFAULT, "getpid") || dlsym(RTLD_DEFAULT, "no_such_function")) return 2;
     dlerror();
-    if (dlsym(driver, "cuCtxCreate_v3") || !dlerror()) return 3; /* the stand-in has none */
+    if (dlsym(driver, "cuCtxCreate_v3") || !dlerror()) return 3; /* the stand-in lacks it */
     return 0;
 }
 """
@@ -235,10 +235,10 @@ int main(void)
     assert traced(compile_c(program, "plain", "-fno-builtin"), LD_PRELOAD=str(library)) == []
 
 
-def test_nothing_is_exported_but_what_is_interposed() -> None:
+def test_only_interposed_functions_are_exported() -> None:
     from devguard.tracing.library import library
 
     listed = subprocess.run(["nm", "-D", "--defined-only", library()], capture_output=True, text=True, check=True)
     names = {line.split()[-1] for line in listed.stdout.splitlines()}
     assert names - {"dlsym", "devguard_context_opened"} == {name for name in names if name.startswith("cu")}
-    assert ctypes.CDLL(str(library())).cuDevicePrimaryCtxRetain(None, 0) == 3  # without a driver: not initialised
+    assert ctypes.CDLL(str(library())).cuDevicePrimaryCtxRetain(None, 0) == 3  # no driver: not initialized

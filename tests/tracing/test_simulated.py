@@ -1,4 +1,4 @@
-"""Who opened each context of a program on simulated GPUs."""
+"""Tests of the records of programs that open contexts on simulated GPUs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tracing.conftest import Traced
 pytestmark = pytest.mark.skipif(not POSSIBLE, reason="simulated GPUs exist for Linux on x86-64 only")
 Trace = Callable[..., Traced]
 
-# cudaSetDevice of the libcudart that torch has loaded
+# Finds cudaSetDevice in the libcudart that torch has loaded.
 RUNTIME = """
 import ctypes, sys, torch
 torch.cuda.device_count()
@@ -44,7 +44,7 @@ int on_native_thread(int (*set_device)(int), int device)
     pthread_join(thread, 0);
     return work.error;
 }
-/* for two threads: one holds the GIL until the other, which has none, has opened a context */
+/* hold() keeps the GIL until open_and_release(), in a thread without it, has opened a context. */
 int hold(int held, int release)
 {
     char byte = 0;
@@ -127,7 +127,7 @@ def test_a_native_thread_is_named_with_its_library_and_has_no_python_stack(trace
     (record,) = run.records
     assert (record["device"], record["thread"], record["python_thread"]) == (1, "watchdog", None)
     assert (record["library"], record["call"]) == (str(native), "cudaSetDevice")
-    assert (record["stack"], record["no_stack"]) == ([], "this thread is none of Python's")
+    assert (record["stack"], record["no_stack"]) == ([], "this is not a Python thread")
     assert record["tid"] != record["pid"]
 
 
@@ -196,7 +196,7 @@ except KeyError as error:
     assert run.lines(record) == ["assert prototype(1) == 0  # with the GIL"]
 
 
-def test_a_thread_that_holds_the_gil_and_waits_for_the_opener_does_not_stop_it(trace: Trace, native: Path) -> None:
+def test_a_thread_that_waits_for_the_opener_with_the_gil_causes_no_deadlock(trace: Trace, native: Path) -> None:
     run = trace(
         RUNTIME
         + """
@@ -207,7 +207,7 @@ opener = threading.Thread(target=lambda: print(without.open_and_release(set_devi
 opener.start()
 assert with_gil.hold(held, freed) == 2
 opener.join()
-torch.empty(1, device="cuda:0")  # all is well after it
+torch.empty(1, device="cuda:0")  # not disturbed
 """,
         native,
         DEVGUARD_TRACE_WAIT_MS="100",
@@ -216,7 +216,7 @@ torch.empty(1, device="cuda:0")  # all is well after it
     lost, second = run.records
     assert (lost["device"], lost["stack"], lost["no_stack"]) == (1, [], "another thread holds the GIL")
     assert Path(lost["library"]) == native
-    assert run.lines(second) == ['torch.empty(1, device="cuda:0")  # all is well after it']
+    assert run.lines(second) == ['torch.empty(1, device="cuda:0")  # not disturbed']
 
 
 def test_a_deep_stack_and_a_strange_file_name_give_a_whole_record(trace: Trace) -> None:
@@ -246,7 +246,7 @@ torch.cuda.get_device_properties(1)
     assert run.records == [] == run.opened
 
 
-def test_the_programs_output_and_status_are_its_own(trace: Trace) -> None:
+def test_the_programs_output_and_status_are_unchanged(trace: Trace) -> None:
     source = "import sys, torch; torch.empty(1, device='cuda:0'); print('out', sys.argv[1:]); "
     source += "print('err', file=sys.stderr); sys.exit(7)"
     run = trace(source, "--output", "x", "--", "-y", check=False)
@@ -256,7 +256,7 @@ def test_the_programs_output_and_status_are_its_own(trace: Trace) -> None:
     assert len(run.records) == 1
 
 
-def test_the_text_is_for_people_and_goes_to_standard_error_by_default(
+def test_the_default_is_readable_text_on_standard_error(
     sim_environment: Callable[..., dict[str, str]], run_simulated: Callable[..., Finished], tmp_path: Path
 ) -> None:
     script = tmp_path / "program.py"

@@ -1,10 +1,10 @@
-/* driver.c - sees contexts being opened.
+/* driver.c - detects when a context is opened.
  *
- * The driver opens a context in cuDevicePrimaryCtxRetain and cuCtxCreate. Programs come by these functions in three ways, and
- * each gets a stub instead: by linking libcuda.so.1 (the functions exported here come first), by dlsym, and by
- * cuGetProcAddress, which libcudart itself takes by dlsym. What the driver does inside, without these functions, is not seen.
+ * The driver opens a context in cuDevicePrimaryCtxRetain and cuCtxCreate. Programs reach these functions in three ways, and
+ * each way leads to a stub: linking libcuda.so.1 (the functions exported here come first), dlsym, and cuGetProcAddress, which
+ * libcudart itself looks up with dlsym. Contexts that the driver opens internally, without these functions, are not detected.
  *
- * Simulated GPUs tell by themselves: they call devguard_context_opened, and from then on the stubs report nothing.
+ * Simulated GPUs report their own contexts: they call devguard_context_opened, and after that the stubs report nothing.
  */
 #include "trace.h"
 
@@ -12,8 +12,8 @@
 #include <string.h>
 #include <unistd.h>
 
-/* Every function here takes at most six integers or pointers, which registers hold on x86-64 and AArch64: forwarding all six as
- * they came suits any version of its signature. */
+/* Every function here takes at most six integers or pointers, which x86-64 and AArch64 pass in registers. Forwarding all six
+ * unchanged therefore works for every version of a signature. */
 #define PARAMETERS uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t e, uintptr_t f
 #define ARGUMENTS a, b, c, d, e, f
 typedef int (*function)(PARAMETERS);
@@ -24,35 +24,15 @@ enum kind { RETAIN, CREATE, CLOSE, LOOKUP, KINDS };
 #define MAX_DEVICES 64
 
 static int simulated;
-static pid_t known[MAX_DEVICES]; /* which process has reported its primary context on this device */
+static pid_t known[MAX_DEVICES]; /* the process that has reported its primary context on this device */
 
-/* ---- the real functions ---- */
-
-typedef void *(*dlsym_function)(void *, const char *);
-
-static dlsym_function real_dlsym(void)
-{
-    static dlsym_function found;
-    static const char *const versions[] = { "GLIBC_2.34", "GLIBC_2.17", "GLIBC_2.2.5" };
-    dlsym_function result = __atomic_load_n(&found, __ATOMIC_RELAXED);
-    for (size_t i = 0; !result && i < sizeof versions / sizeof *versions; i++)
-        result = (dlsym_function)dlvsym(RTLD_NEXT, "dlsym", versions[i]);
-    __atomic_store_n(&found, result, __ATOMIC_RELAXED);
-    return result;
-}
-
-void *trace_find(void *handle, const char *name)
-{
-    dlsym_function real = real_dlsym();
-    void *found = real ? real(handle, name) : NULL;
-    return found;
-}
+/* ---- the driver's own functions ---- */
 
 static void *in_driver(const char *name)
 {
     void *library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
     if (!library) library = dlopen("libcuda.so.1", RTLD_LAZY);
-    return library ? trace_find(library, name) : NULL; /* never closed: the driver stays anyway */
+    return library ? trace_find(library, name) : NULL; /* not closed: the driver stays loaded anyway */
 }
 
 static int call_driver(const char *name, uintptr_t a, uintptr_t b, uintptr_t c)
@@ -69,7 +49,7 @@ static int is_active(int device)
     return !error && active;
 }
 
-/* ---- what a stub does ---- */
+/* ---- the work of a stub ---- */
 
 static void report(const char *kind, int device, const char *call)
 {
@@ -86,7 +66,8 @@ static int retain(function real, PARAMETERS)
     int device = (int)b, traced = device >= 0 && device < MAX_DEVICES;
     int before = traced && is_active(device);
     int error = real(ARGUMENTS);
-    /* of two threads that meet here only one reports; the process: a fork child starts without contexts */
+    /* The exchange lets only one of several concurrent threads report. It compares process ids, because a forked child starts
+     * without contexts. */
     if (!error && traced && !before && !__atomic_load_n(&simulated, __ATOMIC_SEQ_CST) &&
         __atomic_exchange_n(&known[device], getpid(), __ATOMIC_SEQ_CST) != getpid())
         report("primary", device, "cuDevicePrimaryCtxRetain");
@@ -104,13 +85,13 @@ static int through(enum kind kind, void *target, PARAMETERS)
     if (kind == CLOSE && device >= 0 && device < MAX_DEVICES && !is_active(device))
         __atomic_store_n(&known[device], 0, __ATOMIC_SEQ_CST);
     if (kind == CREATE && !__atomic_load_n(&simulated, __ATOMIC_SEQ_CST)) {
-        device = -1; /* the new context is current now */
+        device = -1; /* read from the new context, which is current now */
         if (!call_driver("cuCtxGetDevice", (uintptr_t)&device, 0, 0)) report("created", device, "cuCtxCreate");
     }
     return error;
 }
 
-/* ---- stubs for the functions that are looked up: one for each real function ---- */
+/* ---- stubs for functions that are looked up: one for each real function ---- */
 
 static void *reals[KINDS][SLOTS];
 
@@ -129,7 +110,7 @@ STUBS(CLOSE)
 STUBS(LOOKUP)
 static const function stubs[KINDS][SLOTS] = { NAMES(RETAIN), NAMES(CREATE), NAMES(CLOSE), NAMES(LOOKUP) };
 
-/* The plain names, and what follows them in later versions (_v2). */
+/* Compares prefixes: later versions add a suffix to the plain name (_v2). */
 static int kind_of(const char *name)
 {
     static const char *const names[KINDS] = { "cuDevicePrimaryCtxRetain", "cuCtxCreate", "cuDevicePrimaryCtxRe",
@@ -160,15 +141,15 @@ static __attribute__((noinline)) void *look_up(void *handle, const char *name, c
     return found && !inside ? stub_for(name, found) : found;
 }
 
-/* The real one finds out who called it, for RTLD_NEXT and RTLD_DEFAULT: it must be reached by a tail call. */
+/* For RTLD_NEXT and RTLD_DEFAULT the real dlsym derives the caller from its return address, so it must be a tail call. */
 API void *dlsym(void *restrict handle, const char *restrict name)
 {
     if (handle != RTLD_NEXT && handle != RTLD_DEFAULT && name[0] == 'c' && name[1] == 'u' && kind_of(name) >= 0)
         return look_up(handle, name, __builtin_return_address(0));
-    return real_dlsym()(handle, name);
+    return trace_real_dlsym()(handle, name);
 }
 
-/* ---- the same for programs that link the driver ---- */
+/* ---- stubs for programs that link the driver ---- */
 
 #define EXPORT(kind, name)                                                           \
     API int name(PARAMETERS);                                                        \

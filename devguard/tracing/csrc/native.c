@@ -1,4 +1,4 @@
-/* native.c - which thread, which library and which C call opened the context. */
+/* native.c - finds the thread, the library and the C call that opened the context. */
 #include "trace.h"
 
 #include <dlfcn.h>
@@ -30,7 +30,7 @@ static int is_cuda(const char *path)
     return !strncmp(name, "libcuda.so", 10) || !strncmp(name, "libcudart", 9);
 }
 
-/* C++ names are made readable if the C++ library is there: it is wherever torch is. */
+/* Demangles C++ names if the C++ library is loaded, as it is wherever torch is. */
 static void copy_function(char *target, size_t size, const char *symbol)
 {
     char *readable = NULL;
@@ -54,10 +54,10 @@ static void walk(struct native_stack *stack)
     const char *last = "";
     for (int i = 0; i < count; i++) {
         Dl_info info;
-        char *address = (char *)frames[i] - 1; /* inside the call, not after it: that may be another function */
+        char *address = (char *)frames[i] - 1; /* inside the call: the return address may belong to the next function */
         if (!dladdr(address, &info) || !info.dli_fname || trace_is_own(address)) continue;
         const char *name = trace_file_name(info.dli_fname);
-        if (!found && is_cuda(info.dli_fname)) { /* the last of these is the call */
+        if (!found && is_cuda(info.dli_fname)) { /* the outermost CUDA frame is the call */
             if (info.dli_sname && !strncmp(info.dli_sname, "cu", 2))
                 snprintf(stack->call, sizeof stack->call, "%s", info.dli_sname);
             continue;
@@ -85,7 +85,7 @@ static void read_text(const char *path, char *text, size_t size)
     text[length] = 0;
     while (length > 0 && (!text[length - 1] || text[length - 1] == '\n')) text[--length] = 0;
     for (ssize_t i = 0; i < length; i++)
-        if (!text[i]) text[i] = ' '; /* between the words of a command line */
+        if (!text[i]) text[i] = ' '; /* the kernel separates the words of a command line with NUL */
 }
 
 void trace_native(struct native_stack *stack, const char *call)

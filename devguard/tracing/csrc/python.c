@@ -1,9 +1,9 @@
-/* python.c - the Python stack of the calling thread, by CPython's public C API, found at run time.
+/* python.c - reads the Python stack of the calling thread through CPython's public C API, which is looked up at run time.
  *
- * torch gives up the GIL around most of its work, and whoever opens a context may hold locks of the CUDA runtime. To wait for
- * the GIL here would invite a deadlock with a thread that holds the GIL and waits for such a lock. So a thread without the GIL
- * lets a helper thread take it, and waits for that one for a limited time only (DEVGUARD_TRACE_WAIT_MS): at worst a record
- * has no Python stack. The stack does not change meanwhile, since its thread waits right here.
+ * torch releases the GIL around most of its work, and a thread that opens a context may hold locks of the CUDA runtime. Waiting
+ * for the GIL here could deadlock with a thread that holds the GIL and waits for such a lock. A thread without the GIL
+ * therefore starts a helper thread to take it, and waits for the helper for a limited time (DEVGUARD_TRACE_WAIT_MS): at worst
+ * a record has no Python stack. The stack does not change meanwhile, because its thread is waiting here.
  */
 #include "trace.h"
 
@@ -22,7 +22,7 @@ struct api {
     void *(*PyGILState_GetThisThreadState)(void);
     int (*PyGILState_Ensure)(void);
     void (*PyGILState_Release)(int);
-    void *(*PyThreadState_GetFrame)(void *); /* these three return new references */
+    void *(*PyThreadState_GetFrame)(void *); /* this and the next two return new references */
     void *(*PyFrame_GetBack)(void *);
     void *(*PyFrame_GetCode)(void *);
     int (*PyFrame_GetLineNumber)(void *);
@@ -38,7 +38,7 @@ struct api {
     void (*PyErr_Restore)(void *, void *, void *);
     int (*PyGC_Disable)(void);
     int (*PyGC_Enable)(void);
-    void (*Py_DecRef)(void *); /* takes NULL, too */
+    void (*Py_DecRef)(void *); /* accepts NULL */
 };
 
 static int find_api(struct api *api)
@@ -53,8 +53,8 @@ static int find_api(struct api *api)
 #undef FIND
 }
 
-/* Whether this thread, whose state that is, holds the GIL. PyGILState_Check says yes to everybody once there was a
- * subinterpreter. */
+/* Returns whether this thread, which has the given state, holds the GIL. PyGILState_Check would return 1 in every thread once a
+ * subinterpreter has existed. */
 static int holds_gil(void *state)
 {
     void *(*attached)(void);
@@ -63,9 +63,9 @@ static int holds_gil(void *state)
     return attached && attached() == state;
 }
 
-/* ---- with the GIL; nothing here runs Python code, so nothing lets go of it ---- */
+/* ---- with the GIL: nothing here runs Python code, so it is not released ---- */
 
-/* Appends the text of a string object, which it takes, and a NUL. */
+/* Copies the text of a string object into the target and releases the object. */
 static void append(const struct api *api, void *object, char *target, size_t size)
 {
     void *bytes = object ? api->PyUnicode_AsEncodedString(object, "utf-8", "backslashreplace") : NULL;
@@ -99,11 +99,11 @@ static void add_frame(const struct api *api, void *frame, struct python_stack *s
 static void read_thread_name(const struct api *api, unsigned long ident, struct python_stack *stack)
 {
     void *name = api->PyUnicode_FromString("threading"), *found = NULL;
-    void *module = name ? api->PyImport_GetModule(name) : NULL; /* only if it was imported */
+    void *module = name ? api->PyImport_GetModule(name) : NULL; /* NULL unless it was imported */
     void *active = module ? api->PyObject_GetAttrString(module, "_active") : NULL;
     void *key = active ? api->PyLong_FromUnsignedLong(ident) : NULL;
     void *thread = key ? api->PyObject_GetItem(active, key) : NULL;
-    if (thread) found = api->PyObject_GetAttrString(thread, "_name"); /* `name` is a property: Python code */
+    if (thread) found = api->PyObject_GetAttrString(thread, "_name"); /* `name` is a property, which would run Python code */
     api->PyErr_Clear();
     if (found) append(api, found, stack->thread, sizeof stack->thread);
     void *taken[] = { name, module, active, key, thread };
@@ -113,7 +113,7 @@ static void read_thread_name(const struct api *api, unsigned long ident, struct 
 static void read_stack(const struct api *api, void *state, unsigned long ident, struct python_stack *stack)
 {
     void *error[3];
-    int collects = api->PyGC_Disable(); /* until 3.11 a frame object may start a collection, and that runs anything */
+    int collects = api->PyGC_Disable(); /* up to 3.11 a new frame object may start a collection, which runs any code */
     api->PyErr_Fetch(&error[0], &error[1], &error[2]);
     void *frame = api->PyThreadState_GetFrame(state);
     while (frame) {
@@ -125,24 +125,24 @@ static void read_stack(const struct api *api, void *state, unsigned long ident, 
     read_thread_name(api, ident, stack);
     api->PyErr_Restore(error[0], error[1], error[2]);
     if (collects) api->PyGC_Enable();
-    stack->missing = stack->frames ? NULL : "this thread runs no Python code now";
+    stack->missing = stack->frames ? NULL : "this thread is not running Python code";
 }
 
-/* ---- without the GIL: a helper ---- */
+/* ---- without the GIL: a helper thread ---- */
 
 enum stage { WAITING, READING, READ, ABANDONED };
 struct request {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     enum stage stage;
-    int holders; /* the last one frees it */
+    int holders; /* threads that use the request; the last one frees it */
     struct api api;
     void *state;
     unsigned long ident;
     struct python_stack stack;
 };
 
-/* One of the two, who has the lock, is done with the request. */
+/* Gives up the calling thread's use of the request. The caller holds the lock. */
 static void leave(struct request *request)
 {
     int left = --request->holders;
@@ -166,7 +166,7 @@ static int advance(struct request *request, enum stage from, enum stage to)
 static void *help(void *argument)
 {
     struct request *request = argument;
-    int held = request->api.PyGILState_Ensure(); /* never returns if the interpreter ends first */
+    int held = request->api.PyGILState_Ensure(); /* does not return if the interpreter shuts down first */
     if (advance(request, WAITING, READING)) {
         read_stack(&request->api, request->state, request->ident, &request->stack);
         advance(request, READING, READ);
@@ -184,7 +184,7 @@ static int start_helper(struct request *request)
     sigset_t all, before;
     pthread_attr_init(&attributes);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    sigfillset(&all); /* the program's signals are not for this thread */
+    sigfillset(&all); /* the program's own threads must handle its signals */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int error = pthread_create(&thread, &attributes, help, request);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -230,10 +230,10 @@ void trace_python(struct python_stack *stack)
     memset(stack, 0, offsetof(struct python_stack, text));
     stack->missing = "this process has no Python";
     if (!find_api(&api) || !api.Py_IsInitialized()) return;
-    stack->missing = "this thread is none of Python's";
+    stack->missing = "this is not a Python thread";
     void *state = api.PyGILState_GetThisThreadState();
     if (!state) return;
-    stack->missing = "there is no memory for it";
+    stack->missing = "out of memory";
     if (holds_gil(state)) read_stack(&api, state, (unsigned long)pthread_self(), stack);
     else ask_helper(&api, state, stack);
 }

@@ -1,7 +1,7 @@
-/* record.c - writes one record, as a block of text or as a line of JSON, with one call of write(2).
+/* record.c - writes one record, as a block of text or a line of JSON, with one call of write(2).
  *
- * DEVGUARD_TRACE_OUTPUT names the file, which is opened for each record: no descriptor of ours can be closed or inherited by
- * mistake. Without it the record goes to standard error. DEVGUARD_TRACE_FORMAT=json chooses JSON.
+ * DEVGUARD_TRACE_OUTPUT names the file; the default is standard error. The file is opened for each record, so that the program
+ * can neither close nor inherit a descriptor by mistake. DEVGUARD_TRACE_FORMAT=json selects JSON.
  */
 #include "trace.h"
 
@@ -16,7 +16,7 @@
 
 struct text {
     size_t used;
-    char data[128 << 10]; /* frames that do not fit are counted only: each_frame() */
+    char data[128 << 10]; /* frames that do not fit are only counted, by each_frame() */
 };
 
 static __thread int reporting;
@@ -58,7 +58,7 @@ static void format_uuid(const unsigned char *uuid, char result[48])
     for (int i = 0; i < 16; i++) result += sprintf(result, i == 4 || i == 6 || i == 8 || i == 10 ? "-%02x" : "%02x", uuid[i]);
 }
 
-/* Calls back for each frame that leaves room for the rest of the record. */
+/* Writes each frame that leaves room for the rest of the record, and returns the number of frames left out. */
 static int each_frame(struct text *text, const struct python_stack *stack,
                       void (*write_frame)(struct text *, int, const char *, const char *, const char *))
 {
@@ -143,7 +143,7 @@ static void write_text(struct text *text, const struct context *context, const c
     if (omitted) say(text, "    ... and %d more\n", omitted);
 }
 
-/* ---- out ---- */
+/* ---- output ---- */
 
 static void write_out(const char *data, size_t length)
 {
@@ -152,7 +152,7 @@ static void write_out(const char *data, size_t length)
     while (fd >= 0 && length) {
         ssize_t written = write(fd, data, length);
         if (written < 0 && errno == EINTR) continue;
-        if (written < 0 && errno == EAGAIN) { /* a pipe that does not block and is full: its reader gets a second */
+        if (written < 0 && errno == EAGAIN) { /* a full non-blocking pipe: give its reader a second */
             struct pollfd pipe = { fd, POLLOUT, 0 };
             if (poll(&pipe, 1, 1000) > 0) continue;
         }
