@@ -10,31 +10,35 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from devguard import (
     accelerator,
     adoption,
-    autoload,
     ending,
     environment,
-    integrations,
+    in_force,
     owners,
-    scope,
     settings,
     verdict,
 )
 from devguard import doors as door_table
 from devguard._version import __version__
+from devguard.adoption import Adoption
 from devguard.environment import Said
 from devguard.journal import journal
+from devguard.prepare import forget, prepare
+from devguard.process import process
 from devguard.settings import DEFAULT_MODE, DoorMode, Mode
+from devguard.stack import local
 from devguard.stray import Stray
 
-__all__ = ["activate", "assign", "contexts", "install", "owner", "status", "strays", "uninstall"]
+__all__ = ["activate", "assign", "contexts", "install", "on_uninstall", "owner", "status", "strays", "uninstall"]
 
 _lock = threading.RLock()  # importing torch inside it may activate devguard
+
+_undo: dict[Callable[[], list[str]], None] = {}  # what `uninstall` calls first
 
 INSTALLED = "install"  # who said what is in force
 BY_ENVIRONMENT = "environment"
@@ -69,7 +73,7 @@ def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str
         owner = owners.parse(device)
     else:
         found, looked = owners.from_environment()
-        owner_or_none = found or scope.current_owner()
+        owner_or_none = found or in_force.owner()
         if owner_or_none is None:
             raise owners.not_found(looked)
         owner = owner_or_none
@@ -99,29 +103,32 @@ def assign(device: Any, *, role: str) -> bool:
     DeviceResolutionError
         If this process does not see the device.
     """
-    process = scope.process
-    if process.said_by == INSTALLED and process.owner is not None:  # a forked child has left its owner behind
+    if process.source == INSTALLED and process.owner is not None:  # a forked child has left its owner behind
         return False
     said = environment.read()
     _own(owners.parse(device, role), process.mode or said.mode or DEFAULT_MODE, dict(process.doors) or said.doors, role)
     return True
 
 
-def _own(owner: owners.Owner, mode: Mode, doors: dict[str, DoorMode], said_by: str) -> None:
+def _own(owner: owners.Owner, mode: Mode, doors: dict[str, DoorMode], source: str) -> None:
     """Make `owner` the firm owner of this process."""
-    process = scope.process
     accelerator.torch_module()  # before the lock, which torch's own loading of devguard takes
     with _lock:
         door_table.open_all()
-        scope.prepare(owner, lambda door: doors.get(door, mode))
-        process.owner, process.mode, process.doors = owner, mode, doors
-        process.said_by, process.adoption = said_by, None
+        prepare(owner, lambda door: doors.get(door, mode))
+        process.configure(mode, doors, source)
+        process.own(owner)
         accelerator.set_torchs_own_check(mode)
-        if owner.index >= 0 and not scope.local.stack:
-            scope.local.stack.take(owner.index)
+        if owner.index >= 0 and not local.stack:
+            local.stack.take(owner.index)
 
 
-def activate(environ: Mapping[str, str] | None = None) -> None:
+def on_uninstall(undo: Callable[[], list[str]]) -> None:
+    """Call ``undo()`` once, at the next `uninstall`; it returns names as `uninstall` does. For integrations."""
+    _undo[undo] = None
+
+
+def activate(environ: Mapping[str, str] | None = None) -> bool:
     """Put in force what ``DEVGUARD``, ``DEVGUARD_DEVICE``, ``DEVGUARD_DOORS`` and ``DEVGUARD_LOG`` say.
 
     Without a device it waits for the owner to become known: from an integration that knows the process's role, or as
@@ -132,6 +139,11 @@ def activate(environ: Mapping[str, str] | None = None) -> None:
     environ : mapping, optional
         The environment; ``os.environ`` by default.
 
+    Returns
+    -------
+    bool
+        Whether the environment asks for a guard, and the program has not installed one itself.
+
     Raises
     ------
     ConfigError
@@ -141,47 +153,48 @@ def activate(environ: Mapping[str, str] | None = None) -> None:
     """
     environ = os.environ if environ is None else environ
     said = environment.read(environ)
-    process = scope.process
-    if said.mode in (None, "off") or process.said_by == INSTALLED:
-        return
+    if said.mode in (None, "off") or process.source == INSTALLED:
+        return False
     with _lock:
         try:
             door_table.open_all()
             if process.mode is None:  # else a parent that was told more has said it
-                process.mode, process.doors, process.said_by = said.mode, said.doors, BY_ENVIRONMENT
+                process.configure(said.mode, said.doors, BY_ENVIRONMENT)
             if process.owner is None:
-                process.adoption = _adopt(said, environ)
+                _adopt(said, environ)
                 process.restart = lambda: _adopt_again(said, environ)
             accelerator.set_torchs_own_check(process.mode_of(""))
-            integrations.arm()
         except Exception:
             uninstall()
             raise
     ending.at_end(_at_end)
+    return True
 
 
-def _adopt(said: Said, environ: Mapping[str, str], child: bool | None = None) -> adoption.Adoption:
-    """Find the owner of this process, or the first candidate for it, in the environment."""
+def _adopt(said: Said, environ: Mapping[str, str], child: bool | None = None) -> None:
+    """Let this process adopt the owner, or the first candidate for it, that the environment names."""
     several = owners.several(environ)
     if child is None:
         child = adoption.is_child()  # what a launcher says is said to its parent, and an owner is not inherited
     if said.owner is not None:
         owner, _ = owners.from_environment(environ)  # which checks that it is one device for one process
         _check_visible(owner)
-        return adoption.Adoption(owner, "DEVGUARD_DEVICE", firm=not child, pin=not child, several=several)
-    if accelerator.device_count() == 0:
-        return adoption.Adoption(None, "no GPU is visible", firm=False, pin=False, several=several)
+        process.own(owner, Adoption(process, "DEVGUARD_DEVICE", firm=not child, pin=not child, several=several))
+        return
     visible = environ.get("CUDA_VISIBLE_DEVICES", "").strip()
-    if visible and "," not in visible and visible != "-1":
-        return adoption.Adoption(owners.of_index(0), "CUDA_VISIBLE_DEVICES", firm=True, pin=False, several=several)
-    if several and not child:
+    owner, source, firm, pin = None, "nothing yet", False, False
+    if accelerator.device_count() == 0:
+        source = "no GPU is visible"
+    elif visible and "," not in visible and visible != "-1":
+        owner, source, firm = owners.of_index(0), "CUDA_VISIBLE_DEVICES", True
+    elif several and not child:
         owner, _ = owners.from_environment(environ)
-        return adoption.Adoption(owner, "the launcher's local rank", firm=False, pin=True, several=True)
-    return adoption.Adoption(None, "nothing yet", firm=False, pin=False, several=several)
+        source, pin = "the launcher's local rank", True
+    process.own(owner, Adoption(process, source, firm=firm, pin=pin, several=several))
 
 
 def _adopt_again(said: Said, environ: Mapping[str, str]) -> None:
-    scope.process.adoption = _adopt(said, environ, child=True)  # multiprocessing does not say so yet
+    _adopt(said, environ, child=True)  # multiprocessing does not say so yet
     ending.at_end(_at_end)
 
 
@@ -192,8 +205,8 @@ def _check_visible(owner: owners.Owner | None) -> None:
 
 def _at_end() -> None:
     """Look at the contexts a last time, for the log."""
-    if scope.process.adoption is not None:
-        _look("at the end of the process")
+    if process.adoption is not None:
+        door_table.look("at the end of the process")
 
 
 def uninstall() -> list[str]:
@@ -207,9 +220,12 @@ def uninstall() -> list[str]:
         The names that somebody else patched over devguard, which stay as they are; normally empty.
     """
     with _lock:
-        left = integrations.disarm() + door_table.close_all()
-        scope.forget()
-        scope.process.reset()
+        left: list[str] = []
+        while _undo:
+            left += _undo.popitem()[0]()
+        left += door_table.close_all()
+        forget()
+        process.reset()
         verdict.forget_allowed()
         accelerator.restore_torchs_own_check()
     return left
@@ -223,22 +239,15 @@ def owner() -> Any:
     torch.device or None
         None outside every guard, and inside ``unguarded()``.
     """
-    found = scope.current_owner()
+    found = in_force.owner()
     if found is None or found.device is not None:
         return found and found.device
     return accelerator.torch_module().device(found.tag)  # the environment named it, and nothing has entered it yet
 
 
-def _look(where: str) -> None:
-    """Look for contexts that nobody owns."""
-    if scope.process.adoption is not None:
-        scope.process.adoption.settle()
-    door_table.inspect(where)
-
-
 def strays() -> tuple[Stray, ...]:
     """Return what strayed in this process so far: one record per call site, in the order of their first time."""
-    _look("when strays() was asked")
+    door_table.look("when strays() was asked")
     return journal.strays()
 
 
@@ -273,24 +282,24 @@ def status() -> dict[str, Any]:
         ``strays_not_kept``.
     """
     torch = sys.modules.get("torch")
-    in_force = scope.current_owner()
-    _look("when status() was asked")
+    owned_by = in_force.owner()
+    door_table.look("when status() was asked")
     rows = door_table.status()
     for name, row in rows.items():
-        asked = name not in door_table.ON_REQUEST or scope.asked(name)
-        row["mode"] = scope.mode_of(name) if row["open"] and asked else "off"
+        asked = name not in door_table.ON_REQUEST or in_force.is_requested(name)
+        row["mode"] = in_force.mode_of(name) if row["open"] and asked else "off"
     return {
         "version": __version__,
         "pid": os.getpid(),
         "torch": getattr(torch, "__version__", None),
         "killed": settings.killed(),
-        "mode": scope.mode_of(""),
-        "owner": in_force and in_force.tag,
-        "process_owner": scope.process.owner and scope.process.owner.tag,
-        "problem": autoload.problem,
+        "mode": in_force.mode_of(""),
+        "owner": owned_by and owned_by.tag,
+        "process_owner": process.owner and process.owner.tag,
+        "problem": process.problem,
         "log": journal.log and journal.log.where,
-        "said_by": scope.process.said_by or None,
-        "adoption": scope.process.adoption and scope.process.adoption.as_dict(),
+        "said_by": process.source or None,
+        "adoption": process.adoption and process.adoption.as_dict(),
         "owned": owners.owned(),
         "contexts": [f"cuda:{index}" for index in accelerator.contexts()],
         "doors": rows,

@@ -19,14 +19,27 @@ import sys
 import threading
 import warnings
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, Protocol
 
-from devguard import accelerator, callsite, owners, scope
+from devguard import accelerator, callsite, owners
 from devguard.callsite import Site
 from devguard.owners import Owner
+from devguard.prepare import prepare
 from devguard.settings import DoorMode
+from devguard.stack import local
 
 __all__ = ["Adoption", "is_child"]
+
+
+class Holder(Protocol):
+    """The process whose owner an `Adoption` finds."""
+
+    @property
+    def owner(self) -> Owner | None: ...
+
+    def own(self, owner: Owner | None, adoption: Adoption | None = None) -> None: ...
+
+    def renew(self) -> None: ...
 
 
 def is_child() -> bool:
@@ -42,8 +55,8 @@ class Adoption:
 
     Parameters
     ----------
-    owner : Owner or None
-        The first candidate.
+    holder : Holder
+        The process. Its `own` puts an adoption in force, with the first candidate.
     source : str
         Where it came from, for ``status()``.
     firm : bool
@@ -54,10 +67,10 @@ class Adoption:
         Whether the launcher says that this process is one of several.
     """
 
-    __slots__ = ("_away", "_lock", "_several", "demoted", "firm", "frozen", "pin", "source")
+    __slots__ = ("_away", "_holder", "_lock", "_several", "demoted", "firm", "frozen", "pin", "source")
 
-    def __init__(self, owner: Owner | None, source: str, *, firm: bool, pin: bool, several: bool) -> None:
-        scope.process.owner = owner
+    def __init__(self, holder: Holder, source: str, *, firm: bool, pin: bool, several: bool) -> None:
+        self._holder = holder
         self.source = source
         self.firm = firm
         self.pin = pin
@@ -74,16 +87,17 @@ class Adoption:
     def moved(self, index: int, start: FrameType) -> None:
         """Follow the main thread, which has made the device `index` current for good, in the code at `start`."""
         if not self.frozen:
-            scope.process.owner, self.source = owners.of_index(index), "set_device"
-        elif scope.process.owner is not owners.of_index(index):
+            self.source = "set_device"
+            self._holder.own(owners.of_index(index), self)
+        elif self._holder.owner is not owners.of_index(index):
             self._away = callsite.find(start)[:2]
         else:
             self._away = None
 
     def touched(self) -> None:
         """Make the owner's device the current one of this thread, which initialises CUDA now; opens no context."""
-        owner = scope.process.owner
-        if self.pin and owner is not None and owner.index >= 0 and not scope.local.stack:
+        owner = self._holder.owner
+        if self.pin and owner is not None and owner.index >= 0 and not local.stack:
             back = accelerator.bind().back
             # as `torch.cuda._lazy_call`, whose lock torch holds now: any call into CUDA before its end waits for ever
             sys.modules["torch"].cuda._queued_calls.append((lambda: back(owner.index), []))
@@ -96,9 +110,9 @@ class Adoption:
         if self._away is not None and self.watches():
             self._judge()
 
-    def settle(self) -> None:
+    def check_contexts(self) -> None:
         """Look at the contexts of this process, at its end or when somebody asks: a foreign one is a stray."""
-        owner = scope.process.owner
+        owner = self._holder.owner
         if self.frozen or owner is None or owner.index < 0 or not (self.firm or self.one_of_several()):
             return
         if any(index != owner.index for index in accelerator.contexts()):
@@ -115,7 +129,7 @@ class Adoption:
         if not self._several:
             self._several = is_child()
             if self._several:
-                scope.process.renew()
+                self._holder.renew()
         return self._several
 
     def as_dict(self) -> dict[str, Any]:
@@ -129,22 +143,22 @@ class Adoption:
         }
 
     def _freeze(self) -> None:
-        owner = scope.process.owner
+        owner = self._holder.owner
         if self.frozen or owner is None:
             return
         self.frozen = True  # first: preparing may find a stray by itself
         if owner.device is None:
-            scope.prepare(owner)
+            prepare(owner)
 
     def _judge(self) -> None:
         """Demote the owner, if another device is current on the main thread."""
-        owner = scope.process.owner
+        owner = self._holder.owner
         torch = sys.modules["torch"]
         if owner is None or self._away is None or torch._C._cuda_getDevice() == owner.index:
             self._away = None
             return
         self.demoted = True
-        scope.process.renew()
+        self._holder.renew()
         code, line = self._away
         where = Site(code.co_filename, line, code.co_name) if code is not None else "no line of user code"
         text = (

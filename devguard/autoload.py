@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["activate", "problem"]
-
-problem: str | None = None  # why the guard is off in this process
+__all__ = ["activate"]
 
 
 def activate() -> None:
@@ -17,16 +15,21 @@ def activate() -> None:
     if not os.environ.get("DEVGUARD", "").strip():
         return
     try:
-        from devguard import activation
+        from devguard import activation, integrations
 
-        activation.activate()
+        if activation.activate():
+            try:
+                integrations.arm()
+            except Exception:
+                activation.uninstall()
+                raise
     except Exception as error:  # noqa: BLE001 - see above
         _say(f"{type(error).__name__}: {error}")
 
 
 def _say(what: str) -> None:
+    from devguard.process import process
     from devguard.telling import tell
 
-    global problem
-    problem = what
+    process.problem = what
     tell(f"devguard is off in this process, although DEVGUARD={os.environ.get('DEVGUARD')!r}: {what}")

@@ -1,7 +1,7 @@
 """The scopes with an owner: `guard`, and `remap` for deserialization.
 
 A scope object holds configuration only. It pickles, copies and compares by value, and threads may share one; what
-belongs to one entry lies on the thread's stack (scope.py). Entering sets the current device of the thread; modes and
+belongs to one entry lies on the thread's stack (stack.py). Entering sets the current device of the thread; modes and
 doors decide what happens to work that would land elsewhere.
 """
 
@@ -12,12 +12,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from devguard import doors as door_table
-from devguard import leaving, owners, scope, settings, wrapping
+from devguard import in_force, leaving, owners, settings, wrapping
 from devguard.errors import ConfigError
 from devguard.owners import UNKNOWN, Owner
-from devguard.scope import local
+from devguard.prepare import prepare
 from devguard.scopes import Scope
 from devguard.settings import DoorMode, Mode
+from devguard.stack import local
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -163,7 +164,7 @@ class guard(Scope):
 
     def _search(self, tried: str) -> Owner:
         found, looked = owners.from_environment()
-        found = found or scope.current_owner()
+        found = found or in_force.owner()
         if found is None:
             raise owners.not_found(looked, tried)
         return found
@@ -193,14 +194,14 @@ class guard(Scope):
         elif stack.moved:
             leaving.settle(entry, kind is not None)
         elif previous != owner.index:  # type: ignore[union-attr]  # only unguarded() enters without an owner
-            scope.give_back(previous)
+            stack.give_back(previous)
 
     def _prepare(self) -> Owner:
         """Find the owner if nobody named it, and make this process fit to enter it."""
         owner = self._find() if self._owner is UNKNOWN else self._owner
         if owner.device is None:
             door_table.open_all()
-            scope.prepare(owner, self.mode_of)
+            prepare(owner, self.mode_of)
         return owner
 
     @property
@@ -259,7 +260,7 @@ class remap(guard):
         return True
 
     def _search(self, tried: str) -> Owner:
-        return scope.current_owner() or super()._search(tried)
+        return in_force.owner() or super()._search(tried)
 
 
 class _Options:

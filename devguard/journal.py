@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from devguard import callsite
 from devguard.callsite import Frame, Origin, Site
 from devguard.errors import StrayDeviceError, StrayDeviceWarning
+from devguard.process import process
 from devguard.stray import Action, Key, Row, Stray, Tally, format_row
 
 __all__ = ["Mark", "journal", "refused"]
@@ -56,8 +57,6 @@ class Journal:
     ----------
     life : object
         Another one after a fork or a clearing: rows from before count no more.
-    renewed : callable
-        Is called then, and when a log is to be told of every stray: what `tally` gave is to be used no more.
     """
 
     life: object
@@ -66,7 +65,6 @@ class Journal:
         self._max_rows = max_rows
         self._watches_forks = False
         self.log: Log | None = None
-        self.renewed: Callable[[], None] = lambda: None
         self._start()
 
     def _start(self) -> None:
@@ -75,7 +73,7 @@ class Journal:
         self._lock = threading.RLock()  # a finalizer may stray while a row is written to the log
         self._rows: dict[Key, Row] = {}
         self._dropped = 0
-        self.renewed()
+        process.renew()  # tallies handed out earlier are invalid
         if self.log is not None:
             self.log.restart()
 
@@ -175,7 +173,7 @@ class Journal:
         return site, row
 
     def grow(self, row: Row, nbytes: int) -> None:
-        """Count one more stray of a call site that `enter` gave a row; not after `renewed`."""
+        """Count one more stray of a call site that `enter` gave a row; invalid in the next era of the process."""
         with self._lock:
             row.own.count += 1
             row.own.bytes += nbytes
@@ -188,7 +186,7 @@ class Journal:
         Parameters
         ----------
         row : Row
-            What `enter` gave; not after `renewed`.
+            What `enter` gave; invalid in the next era of the process.
         stack : int
             The identity of that thread's stack.
         living : callable
@@ -250,7 +248,7 @@ class Journal:
         with self._lock:
             self.log = log
         self.watch_forks()
-        self.renewed()
+        process.renew()  # from here on each stray is written to the log: tallies handed out earlier are invalid
 
     def stop_log(self) -> None:
         """Tell the log of no row any more, after what has grown."""

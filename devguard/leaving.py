@@ -9,17 +9,14 @@ from __future__ import annotations
 import sys
 import warnings
 from types import CodeType
-from typing import TYPE_CHECKING
 
-from devguard import callsite, scope
-
-if TYPE_CHECKING:
-    from devguard.scopes import Scope
+from devguard import callsite
+from devguard.stack import Entry, judge_pending, local, moves_are_watched
 
 __all__ = ["remove", "settle"]
 
 
-def settle(entry: scope.Entry, failing: bool) -> None:
+def settle(entry: Entry, failing: bool) -> None:
     """Give back the device of `entry`, which has just been taken off the stack, where the device was moved meanwhile.
 
     Parameters
@@ -29,28 +26,28 @@ def settle(entry: scope.Entry, failing: bool) -> None:
     failing : bool
         Whether an exception is on its way out of the scope.
     """
-    stack = scope.local.stack
+    stack = local.stack
     try:
         if stack.changes:
             stack.append(entry)
             try:
-                scope.settle(stack, leaving=True, failing=failing)
+                judge_pending(stack, leaving=True, failing=failing)
             finally:
                 stack.pop()
     finally:
         if entry[2] >= 0:
-            scope.give_back(entry[2])
-        if not stack and scope.tracked:
+            stack.give_back(entry[2])
+        if not stack and moves_are_watched():
             stack.moved = False
 
 
-def remove(left: Scope) -> None:
+def remove(left: object) -> None:
     """Take the newest entry of the scope `left` out of the middle of the stack, and report it.
 
     The current device belongs to the entries above: it stays, and the saved device goes to the entry above,
     which will give it back in its turn.
     """
-    stack = scope.local.stack
+    stack = local.stack
     for position in range(len(stack) - 1, -1, -1):
         if stack[position][0] is left:
             break
@@ -64,7 +61,7 @@ def remove(left: Scope) -> None:
         if above < len(stack):
             stack[above] = (*stack[above][:2], stack[position][2])
         else:
-            scope.give_back(stack[position][2])
+            stack.give_back(stack[position][2])
     del stack[position]
     stack.judged = None
     stack.changes.clear()  # who changed what within which scope can no longer be told

@@ -14,12 +14,14 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from devguard import ending
+from devguard import accelerator, ending, in_force, owners
 from devguard._version import __version__
 from devguard.journal import journal
+from devguard.process import process
 from devguard.stray import Key, Row, format_row
 from devguard.telling import tell
 
@@ -32,8 +34,9 @@ EVERY_S = 1.0
 class _Log:
     """The file of this process; `where` it is, or why it is not, once that was tried."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, last_look: Callable[[str], None]) -> None:
         self.folder = folder
+        self._last_look = last_look
         self._begin()
 
     def _begin(self) -> None:
@@ -108,16 +111,13 @@ class _Log:
         ending.forget(self.stop)
         if self._pid != os.getpid():
             return
-        from devguard import activation
-
-        kept = ("owner", "process_owner", "said_by", "mode", "owned", "contexts", "strays", "strays_not_kept")
-        end: dict[str, Any] = {"time": time.time()}
+        end: dict[str, Any] | None = None
         try:
-            status = activation.status()  # which may find a last stray
-            end |= {name: status[name] for name in kept}
+            self._last_look("at the end of the process")  # it may find a last stray
+            end = _end()
         finally:
             journal.stop_log()
-            if len(end) > 1:
+            if end is not None:
                 self._write({"end": end})
             if self._descriptor >= 0:
                 os.close(self._descriptor)
@@ -129,9 +129,33 @@ def _command() -> str:
     return " ".join(getattr(sys, "orig_argv", sys.argv))
 
 
-def start(folder: Path) -> None:
-    """Write the journal of this process to a file in `folder` from now on, until it ends."""
-    log = _Log(folder)
+def _end() -> dict[str, Any]:
+    """Return the state of this process at its end."""
+    owner = in_force.owner()
+    return {
+        "time": time.time(),
+        "owner": owner and owner.tag,
+        "process_owner": process.owner and process.owner.tag,
+        "said_by": process.source or None,
+        "mode": in_force.mode_of(""),
+        "owned": owners.owned(),
+        "contexts": [f"cuda:{index}" for index in accelerator.contexts()],
+        "strays": journal.total,
+        "strays_not_kept": journal.dropped,
+    }
+
+
+def start(folder: Path, last_look: Callable[[str], None]) -> None:
+    """Write the journal of this process to a file in `folder` from now on, until the process ends.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder; it is made if it does not exist.
+    last_look : callable
+        ``last_look(when)`` looks for strays that no door has reported yet; called once, at the end.
+    """
+    log = _Log(folder, last_look)
     log.open()
     journal.keep_log(log)
     ending.at_end(log.stop)

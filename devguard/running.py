@@ -15,8 +15,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from devguard import accelerator, callsite, owners, scope, takeover
+from devguard import accelerator, callsite, in_force, owners, takeover
 from devguard.errors import StrayDeviceError, StrayDeviceWarning
+from devguard.stack import Stack, judge_pending, local
 from devguard.takeover import ADVICE, NAME, Start, planned, safely
 from devguard.verdict import judge
 
@@ -25,7 +26,7 @@ __all__ = ["at_end", "end", "ended", "enter", "inherit", "leave", "runs"]
 _DELETE = "_delete"
 
 
-def inherit(stack: scope.Stack) -> None:
+def inherit(stack: Stack) -> None:
     """Put the scopes that this thread was started with on its stack, which most threads never need."""
     ident = threading.get_ident()
     waiting = list(threading._limbo)  # type: ignore[attr-defined]
@@ -83,7 +84,7 @@ def enter(begin: Start) -> tuple[int, int, Start | None]:
     tuple of int, int and Start or None
         How deep the stack was, the device to give back, and what `judge_end` is to judge.
     """
-    stack = scope.local.stack
+    stack = local.stack
     depth = len(stack)
     stack.extend(begin.entries)
     try:
@@ -100,7 +101,7 @@ def enter(begin: Start) -> tuple[int, int, Start | None]:
 
 def _may_move(origin: callsite.Origin) -> bool:
     """Judge a task whose worker chose its device by itself; tell whether it may be moved."""
-    owner = scope.current_owner()
+    owner = in_force.owner()
     if owner is None:
         return False
     current = sys.modules["torch"]._C._cuda_getDevice()
@@ -110,7 +111,7 @@ def _may_move(origin: callsite.Origin) -> bool:
 def _strayed_to() -> int | None:
     """Return the device whose context this thread has current, if nobody in this process has owned it."""
     device = accelerator.bound_device()
-    owner = scope.current_owner()  # an adopted one may not have been entered yet
+    owner = in_force.owner()  # an adopted one may not have been entered yet
     if device is None or (owner is not None and device == owner.index) or f"cuda:{device}" in owners.owned():
         return None
     return device
@@ -124,7 +125,7 @@ def end(begin: Start) -> None:
 
 def judge_end(begin: Start) -> None:
     """Judge what was left as torch starts it: a stray, if it has worked on a device that nobody owns, and is there."""
-    owner, device = scope.current_owner(), _strayed_to()
+    owner, device = in_force.owner(), _strayed_to()
     if owner is not None and owner.index >= 0 and device is not None:
         with contextlib.suppress(StrayDeviceError, StrayDeviceWarning):  # nobody is there to be told of it
             judge(NAME, f"cuda:{device}", owner, 0, ADVICE, origin=begin.origin, places=True)
@@ -137,14 +138,15 @@ def leave(left: tuple[int, int, Start | None] | None) -> None:
         depth, previous, begin = left
         if begin is not None:
             judge_end(begin)
-        del scope.local.stack[depth:]
+        stack = local.stack
+        del stack[depth:]
         if previous >= 0:
-            scope.give_back(previous)
+            stack.give_back(previous)
 
 
 def settle() -> None:
     """Let the door ``set_device`` judge what a thread or a task leaves behind; nobody is there to be told of it."""
-    stack = scope.local.stack
+    stack = local.stack
     if stack.changes:
         with contextlib.suppress(StrayDeviceWarning):
-            safely(functools.partial(scope.settle, stack, leaving=True, failing=True))
+            safely(functools.partial(judge_pending, stack, leaving=True, failing=True))

@@ -1,6 +1,6 @@
 """What every scope shares, and the scopes that own nothing: `unguarded` and `no_strays`.
 
-A scope is an entry on the thread's stack (scope.py) and a decorator (wrapping.py). `guard` and `remap`, the scopes with
+A scope is an entry on the thread's stack (stack.py) and a decorator (wrapping.py). `guard` and `remap`, the scopes with
 an owner, are in guards.py.
 """
 
@@ -11,11 +11,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
-from devguard import accelerator, doors, leaving, scope, wrapping
+from devguard import accelerator, doors, leaving, wrapping
 from devguard.errors import StrayDeviceError
 from devguard.journal import Mark, journal
-from devguard.scope import local
+from devguard.process import unguarded_contexts
 from devguard.settings import DoorMode
+from devguard.stack import local
 from devguard.steps import Steps
 
 __all__ = ["Bound", "Scope", "no_strays", "unguarded"]
@@ -66,7 +67,7 @@ class Scope:
 
     def ended(self, function: Callable[..., Any]) -> None:
         """Look for contexts that no door explains, after the outermost call of a decorated function; not often."""
-        if not scope.local.stack and _is_time():
+        if not local.stack and _is_time():
             doors.inspect(f"after {getattr(function, '__qualname__', function)} had returned")
 
     def steps(self, inner: Any) -> Steps:
@@ -163,7 +164,7 @@ class unguarded(Scope):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        scope.unguarded_contexts.update(accelerator.contexts())  # whatever it opened, it opened on purpose
+        unguarded_contexts.update(accelerator.contexts())  # whatever it opened, it opened on purpose
         super().__exit__(kind, error, traceback)
 
     def mode_of(self, door: str) -> DoorMode | None:

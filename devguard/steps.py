@@ -8,12 +8,10 @@ right.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any
 
-from devguard import scope
-
-if TYPE_CHECKING:
-    from devguard.scopes import Scope
+from devguard.stack import Entry, Stack, local
 
 __all__ = ["Steps", "unregistered"]
 
@@ -23,7 +21,7 @@ class Steps:
 
     Parameters
     ----------
-    within : Scope
+    within : context manager
         A scope whose owner is known.
     inner : generator, coroutine or iterator
         What to step. Scopes that `inner` itself holds across a suspend sleep and wake with it.
@@ -31,11 +29,11 @@ class Steps:
 
     __slots__ = ("_advance", "_held", "_inner", "_within")
 
-    def __init__(self, within: Scope, inner: Any) -> None:
+    def __init__(self, within: AbstractContextManager[Any], inner: Any) -> None:
         self._within = within
         self._inner = inner
         self._advance = getattr(inner, "__next__", None)  # a coroutine has only send
-        self._held: list[scope.Entry] = []
+        self._held: list[Entry] = []
 
     def __iter__(self) -> Steps:
         return self
@@ -65,7 +63,7 @@ class Steps:
 
     def _step(self, resume: Any, *arguments: Any) -> Any:
         within = self._within
-        stack = scope.local.stack
+        stack = local.stack
         depth = len(stack) + 1
         within.__enter__()
         if self._held:
@@ -80,16 +78,16 @@ class Steps:
                 self._sleep(stack, depth)
             within.__exit__(None, None, None)
 
-    def _sleep(self, stack: scope.Stack, depth: int) -> None:
+    def _sleep(self, stack: Stack, depth: int) -> None:
         """Take the entries above `depth` off the stack, and give back the device that the lowest of them took."""
         self._held = stack[depth:]
         del stack[depth:]
         for _, _, previous in self._held:
             if previous >= 0:
-                scope.give_back(previous)
+                stack.give_back(previous)
                 break
 
-    def _wake(self, stack: scope.Stack) -> None:
+    def _wake(self, stack: Stack) -> None:
         """Put them back: the innermost device is current again, and the lowest gives back what is current now."""
         held, self._held = self._held, []
         takers = [position for position, entry in enumerate(held) if entry[2] >= 0]

@@ -13,11 +13,12 @@ from concurrent.futures import thread as futures
 from dataclasses import dataclass
 from typing import Any
 
-from devguard import callsite, scope
+from devguard import callsite, in_force
 from devguard.errors import StrayDeviceError, StrayDeviceWarning
 from devguard.journal import MAX_ROWS
 from devguard.owners import Owner
-from devguard.scopes import Scope
+from devguard.process import process
+from devguard.stack import Entry, ScopePolicy, local
 from devguard.verdict import judge, judged_here
 
 __all__ = [
@@ -44,15 +45,15 @@ ADVICE = (
 )
 
 
-class Inherited(Scope):
-    """A scope that was taken over: it says what the original says, and is not for this thread to leave."""
+class Inherited:
+    """A scope that was taken over: the policy of the original, which this thread cannot leave."""
 
     __slots__ = ("asks_for", "mode_of", "names")
 
-    def __init__(self, original: Scope) -> None:
-        self.mode_of = original.mode_of  # type: ignore[method-assign]
-        self.asks_for = original.asks_for  # type: ignore[method-assign]
-        self.names = original.names  # type: ignore[method-assign]
+    def __init__(self, original: ScopePolicy) -> None:
+        self.mode_of = original.mode_of
+        self.asks_for = original.asks_for
+        self.names = original.names
 
 
 @dataclass(slots=True, eq=False)
@@ -72,7 +73,7 @@ class Start:
         Whether it is left as torch starts it, and judged by what it did.
     """
 
-    entries: tuple[scope.Entry, ...]
+    entries: tuple[Entry, ...]
     device: int
     origin: callsite.Origin | None = None
     observed: bool = False
@@ -132,14 +133,14 @@ def plan_thread(thread: threading.Thread, key: Any, code: Any) -> Start | None:
         sure = True
     known = judged_here()
     begin = plan(work, 0)
-    owner = scope.current_owner()
-    adopts = not scope.local.stack and scope.process.adoption is not None  # each stray is told to it
+    owner = in_force.owner()
+    adopts = not local.stack and process.adoption is not None  # each stray is told to it
     if not sure or key is None or adopts or begin is None or begin is not known.start or owner is None:
         return begin
     recorded = owner.index > 0 and callsite.runs_users(work)
     row = known.rows.get((NAME, "cuda:0", owner.tag, owner.tag, *key[2:])) if recorded else None
     if row is not None or not recorded:
-        starts = scope.local.stack.starts
+        starts = local.stack.starts
         if len(starts) >= MAX_ROWS:
             starts.clear()
         starts[key] = begin, known.top, known.era, row, code
@@ -161,17 +162,17 @@ def plan(work: Any, default: int | None) -> Start | None:
     Start or None
         None to leave it alone.
     """
-    owner = scope.owner_in_force()
+    owner = in_force.owner_at_door()
     known = judged_here()
     start: Start | None = known.start
     if start is None:
-        entries = tuple([(Inherited(within), its_owner, -1) for within, its_owner, _ in scope.local.stack])
+        entries = tuple([(Inherited(within), its_owner, -1) for within, its_owner, _ in local.stack])
         start = known.start = Start(entries, -1 if owner is None else owner.index)
     if owner is None:
         return start if start.entries else None
     mode = known.mode_of(NAME)
     if mode == "off":
-        return Start(start.entries, -1) if scope.mode_of("") == "off" else None
+        return Start(start.entries, -1) if in_force.mode_of("") == "off" else None
     index = owner.index
     if index < 0:
         return start
@@ -193,7 +194,6 @@ def places(owner: Owner, default: int, origin: callsite.Origin | None = None) ->
 
 def plan_worker() -> Start | None:
     """Decide with what the worker of a pool starts: with the process's owner alone."""
-    process = scope.process
     if process.owner is None or process.owner.index < 0:
         return None
     mode = process.mode_of(NAME)

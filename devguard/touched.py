@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from devguard.callsite import Origin, Site
 
-__all__ = ["Touch", "describe"]
+__all__ = ["describe", "door", "first", "record", "report_as", "Touch"]
 
 
 class Touch(NamedTuple):
@@ -47,14 +47,40 @@ class Touch(NamedTuple):
         return {"site": site, "via": via, "pid": self.pid, "thread": self.thread, "time": self.time, "stack": lines}
 
 
-first: Touch | None = None
+class _State:
+    """What is known in this process."""
 
-# the door that answers for CUDA being opened where the owner is cpu; loader workers have one of their own
-door = "first_touch"
+    def __init__(self) -> None:
+        self.first: Touch | None = None
+        self.door = "first_touch"
+
+
+_state = _State()
+
+
+def record(touch: Touch) -> None:
+    """Keep the record of the initialisation that has just been made."""
+    _state.first = touch
+
+
+def first() -> Touch | None:
+    """Return the record of the first initialisation; None if there was none while the doors were open."""
+    return _state.first
+
+
+def report_as(door: str) -> None:
+    """Let `door` report that CUDA is opened where the owner is ``cpu``; in loader workers that is ``children``."""
+    _state.door = door
+
+
+def door() -> str:
+    """Return the door that reports that CUDA is opened where the owner is ``cpu``."""
+    return _state.door
 
 
 def describe() -> str:
-    """Say who initialised CUDA, for a message."""
+    """Describe the first initialisation of CUDA, for a message."""
+    first = _state.first
     if first is None:
         return (
             "before devguard's doors were opened, or by a library; open them earlier (devguard.install) to learn where"

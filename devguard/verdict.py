@@ -13,13 +13,14 @@ from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
-from devguard import callsite, owners, scope
+from devguard import callsite, in_force, owners
 from devguard.callsite import INTERNAL, Origin
 from devguard.errors import ConfigError
 from devguard.journal import MAX_ROWS, journal, refused
 from devguard.owners import Owner
-from devguard.scope import local, process
+from devguard.process import process
 from devguard.settings import REPAIRING, DoorMode
+from devguard.stack import Entry, local, stacks
 from devguard.stray import LEFT, Action, Row, Tally
 
 __all__ = [
@@ -33,8 +34,6 @@ __all__ = [
     "scoped",
     "take_over",
 ]
-
-journal.renewed = process.renew
 
 # device tag -> module patterns whose code may use it; None: any code
 _allowed: dict[str, set[str] | None] = {}
@@ -120,7 +119,7 @@ class Judged:
 
     __slots__ = ("era", "modes", "rows", "start", "top")
 
-    def __init__(self, top: scope.Entry | None, era: object) -> None:
+    def __init__(self, top: Entry | None, era: object) -> None:
         self.top = top
         self.era = era
         self.modes: dict[str, DoorMode] = {}
@@ -130,15 +129,15 @@ class Judged:
         self.rows: dict[tuple[str, str, str, str | None, int, int], tuple[bool, Tally | None, Row]] = {}
 
     def mode_of(self, door: str) -> DoorMode:
-        """Return what `scope.mode_of` does."""
+        """Return what `in_force.mode_of` does."""
         mode = self.modes.get(door)
         if mode is None:
-            mode = self.modes[door] = scope.mode_of(door)
+            mode = self.modes[door] = in_force.mode_of(door)
         return mode
 
 
 def _living() -> set[int]:
-    return set(map(id, scope.stacks()))
+    return set(map(id, stacks()))
 
 
 def judged_here() -> Judged:
@@ -228,7 +227,7 @@ def judge(
     mode = judged.mode_of(door)
     if mode == "off" or (_allowed and all(map(allowed, source.split(",")))):
         return False
-    if mode == "error" and places and not scope.named(door):
+    if mode == "error" and places and not in_force.is_named(door):
         mode = "repair"
     if mode == "error":
         raise refused(

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 import devguard
-from devguard import scope
 from devguard.journal import journal
+from devguard.stack import local
 
 # What torch says on a CPU build to a tag that nobody repaired.
 REFUSAL = "deserialize object on a CUDA device"
@@ -146,8 +146,8 @@ def fresh() -> Iterator[None]:
     devguard.uninstall()
     journal.clear()
     yield
-    left_over = list(scope.local.stack)
-    scope.local.stack.clear()
+    left_over = list(local.stack)
+    local.stack.clear()
     devguard.uninstall()
     journal.clear()
     assert not left_over, f"the test left scopes on its thread: {left_over}"

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 import devguard
-from devguard import ConfigError, DeviceResolutionError, StrayDeviceError, StrayDeviceWarning, leaving, scope
+from devguard import ConfigError, DeviceResolutionError, StrayDeviceError, StrayDeviceWarning, in_force, leaving
 from devguard.scopes import Bound
 from devguard.settings import MODES
+from devguard.stack import local
 from tests import tagging
 from tests.fakecuda import FakeCuda
 
@@ -263,7 +264,7 @@ def test_an_exception_restores_device_and_owner(cuda: FakeCuda, kind: type[BaseE
     with pytest.raises(kind), devguard.guard(1), devguard.guard(2):
         raise kind
     assert cuda.current == 0
-    assert scope.local.stack == [] or not scope.local.stack
+    assert not local.stack
     assert devguard.owner() is None
 
 
@@ -415,7 +416,7 @@ def test_an_exception_of_resolve_comes_through_and_no_scope_is_left(cuda: FakeCu
 
 
 def mode(door: str = "load") -> str:
-    return scope.mode_of(door)
+    return in_force.mode_of(door)
 
 
 def test_repair_is_the_mode_where_nobody_says_anything() -> None:

@@ -21,7 +21,7 @@ def receivers() -> Iterator[Receivers]:
     mine = Receivers()
     on_owner.append(mine.give)
     yield mine
-    process.owner = None
+    process.own(None)
     on_owner.remove(mine.give)
 
 
@@ -40,18 +40,18 @@ def test_those_that_were_entered(receivers: Receivers, entered: list[owners.Owne
 
 
 def test_that_of_the_process_counts_while_it_has_the_process(receivers: Receivers) -> None:
-    process.owner = ONE
+    process.own(ONE)
     assert receivers.only == 1
-    process.owner = TWO
+    process.own(TWO)
     assert receivers.only == 2
     receivers.enter(ONE)
     assert (receivers.only, receivers.several) == (-1, False)  # the process's was not entered
-    process.owner = None
+    process.own(None)
     assert receivers.only == 1
 
 
 def test_while_the_process_changes_hands_both_count(receivers: Receivers) -> None:
-    process.owner = ONE
+    process.own(ONE)
     seen: list[int] = []
 
     def look(owner: owners.Owner | None) -> None:
@@ -59,7 +59,7 @@ def test_while_the_process_changes_hands_both_count(receivers: Receivers) -> Non
 
     on_owner.append(look)
     try:
-        process.owner = TWO
+        process.own(TWO)
     finally:
         on_owner.remove(look)
     assert seen == [-1, 2]

@@ -24,8 +24,19 @@ from devguard import accelerator, settings
 from devguard.callsite import Origin
 from devguard.journal import journal
 from devguard.patching import DoorError
+from devguard.process import process
 
-__all__ = ["EXTRA_MODES", "NAMES", "ON_REQUEST", "accept_contexts", "close_all", "inspect", "open_all", "status"]
+__all__ = [
+    "EXTRA_MODES",
+    "NAMES",
+    "ON_REQUEST",
+    "accept_contexts",
+    "close_all",
+    "inspect",
+    "look",
+    "open_all",
+    "status",
+]
 
 # name of the door = name of its module
 NAMES = (
@@ -85,7 +96,7 @@ def _start_log() -> None:
     if folder and journal.log is None:  # importing torch may have opened everything meanwhile
         from devguard import logs
 
-        logs.start(Path(os.path.abspath(folder)))
+        logs.start(Path(os.path.abspath(folder)), last_look=look)
 
 
 def close_all() -> list[str]:
@@ -121,6 +132,19 @@ def inspect(where: str, asked_by: Origin | None = None) -> None:
     native = _open.get("native")
     if native is not None:
         native.inspect(where, asked_by)
+
+
+def look(where: str) -> None:
+    """Look for contexts on devices that this process does not own: now, and not only at the next door.
+
+    Parameters
+    ----------
+    where : str
+        What has just happened, for the record.
+    """
+    if process.adoption is not None:
+        process.adoption.check_contexts()
+    inspect(where)
 
 
 def status() -> dict[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from devguard import scope
+from devguard import in_force
 from devguard.journal import journal
 from devguard.late import when_imported
 from devguard.owners import Owner
@@ -104,8 +104,8 @@ def install() -> None:
 
     def wrap_cpp_module(cpp_module: Any) -> Any:
         module = original(cpp_module)
-        owner = scope.owner_in_force()
-        if owner is not None and scope.mode_of(NAME) != "off":
+        owner = in_force.owner_at_door()
+        if owner is not None and in_force.mode_of(NAME) != "off":
             _look(_constants_of_script(cpp_module), owner)
         return module
 
@@ -147,8 +147,8 @@ def _patch_export(module: ModuleType) -> None:
         return
 
     def load(*args: Any, **kwargs: Any) -> Any:
-        owner = scope.owner_in_force()
-        if owner is None or (mode := scope.mode_of(NAME)) == "off":
+        owner = in_force.owner_at_door()
+        if owner is None or (mode := in_force.mode_of(NAME)) == "off":
             return original(*args, **kwargs)
         moves = mode in ("repair", "error") and owner.index >= 0
         program = _read_for(owner, mode, original, args, kwargs) if moves else None

@@ -23,7 +23,7 @@ import sys
 from types import ModuleType
 from typing import Any, NoReturn
 
-from devguard import scope
+from devguard import in_force
 from devguard.journal import journal, refused
 from devguard.late import when_imported
 from devguard.owners import Owner
@@ -55,7 +55,7 @@ class _Opener(type):
     original: Any
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        owner = scope.owner_in_force() if _open else None
+        owner = in_force.owner_at_door() if _open else None
         if owner is not None:
             args, kwargs = _settled(owner, args, kwargs)
         return cls.original(*args, **kwargs)
@@ -153,7 +153,7 @@ def _tag(named: Any) -> str | None:
 
 def _keep(tag: str, owner: Owner) -> None:
     """Record a device that the program asked for by name; refuse it in mode ``error``."""
-    mode = scope.mode_of(NAME)
+    mode = in_force.mode_of(NAME)
     if mode == "off" or allowed(tag):
         return
     if mode == "error":

@@ -28,9 +28,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from devguard import accelerator, scope
+from devguard import accelerator, in_force
 from devguard.owners import Owner
 from devguard.patching import Patches
+from devguard.process import process
+from devguard.stack import local
 from devguard.verdict import judge
 
 __all__ = ["install", "status", "uninstall"]
@@ -107,7 +109,7 @@ def _watched(original: Callable[..., Any], name: str, position: int) -> Callable
     Some of them last two microseconds, of which passing on ``*args, **kwargs`` would be a sixth; so those that take
     nothing, or only a device, are called as what they are.
     """
-    local, process, get_device = scope.local, scope.process, sys.modules["torch"]._C._cuda_getDevice
+    get_device = sys.modules["torch"]._C._cuda_getDevice
     is_initialized = sys.modules["torch"].cuda.is_initialized  # before that, asking for the device would do it
 
     def of_the_current_device() -> Any:
@@ -154,7 +156,7 @@ def _watched(original: Callable[..., Any], name: str, position: int) -> Callable
 
 def _owner_instead(name: str) -> Owner | None:
     """Return the owner that a call without a device is to act on; None if nobody owns, or somebody chose the device."""
-    owner = scope.owner_in_force()
+    owner = in_force.owner_at_door()
     if owner is None or owner.index == 0:
         return None
     torch: Any = sys.modules["torch"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from devguard import scope
+from devguard import in_force
 from devguard.patching import Patches
 from devguard.verdict import judge
 
@@ -28,8 +28,8 @@ def install() -> None:
     original = _patches.find(torch, "frombuffer")
 
     def frombuffer(*args: Any, **kwargs: Any) -> Any:
-        owner = scope.owner_in_force()
-        if owner is None or owner.index < 0 or not scope.asked(NAME):
+        owner = in_force.owner_at_door()
+        if owner is None or owner.index < 0 or not in_force.is_requested(NAME):
             return original(*args, **kwargs)
         requires_grad = kwargs.pop("requires_grad", False)
         tensor = original(*args, **kwargs)

@@ -21,9 +21,12 @@ from collections.abc import Callable
 from typing import Any
 
 from devguard import doors as door_table
-from devguard import ending, owners, scope, touched, verdict
+from devguard import ending, in_force, owners, touched, verdict
 from devguard.patching import DoorError, Patches
+from devguard.prepare import prepare
+from devguard.process import disown, process
 from devguard.settings import DEFAULT_MODE, DoorMode
+from devguard.stack import local
 
 __all__ = ["install", "status", "uninstall"]
 
@@ -129,25 +132,25 @@ def _safely(function: Callable[..., Any], *args: Any) -> Any:
         return None
 
 
-def _settings(process: Any) -> Settings | None:
-    """Return what `process`, which is about to start or was just forked, takes over; None if nothing was said."""
-    if not scope.local.stack and scope.process.owner is None and scope.process.mode is None:
+def _settings(child: Any) -> Settings | None:
+    """Return what `child`, which is about to start or was just forked, takes over; None if nothing was said."""
+    if not local.stack and process.owner is None and process.mode is None:
         return None
-    owner = scope.current_owner()
+    owner = in_force.owner()
     mode: DoorMode | None
-    if owner is not None and scope.mode_of(NAME) == "off":
+    if owner is not None and in_force.mode_of(NAME) == "off":
         return None
-    if owner is None or not scope.local.stack:
+    if owner is None or not local.stack:
         # the process's own, as it was said; unguarded() is said of the code here, not of the child's
-        mode, doors = scope.process.mode, dict(scope.process.doors)
+        mode, doors = process.mode, dict(process.doors)
     else:
-        mode = scope.mode_of("")
+        mode = in_force.mode_of("")
         known = [name for name in door_table.NAMES if name not in door_table.ON_REQUEST]
-        # remap() asks all of those on request, for its own scope
-        known += [name for name in door_table.ON_REQUEST if scope.asked(name) and not scope.asked("")]
-        doors = {name: scope.mode_of(name) for name in known}
+        if not in_force.is_requested(""):  # remap() requests all of them, but only for its own scope
+            known += [name for name in door_table.ON_REQUEST if in_force.is_requested(name)]
+        doors = {name: in_force.mode_of(name) for name in known}
         doors = {name: its for name, its in doors.items() if its != mode or name in door_table.ON_REQUEST}
-    loader = owner is not None and _is_loader_worker(process)
+    loader = owner is not None and _is_loader_worker(child)
     allowed = verdict.allowances()
     nothing_new = not loader and not doors and not allowed and mode in (None, DEFAULT_MODE)
     if nothing_new and not os.environ.get("DEVGUARD"):
@@ -155,9 +158,9 @@ def _settings(process: Any) -> Settings | None:
     return Settings(mode, doors, loader, allowed)
 
 
-def _is_loader_worker(process: Any) -> bool:
+def _is_loader_worker(child: Any) -> bool:
     module = sys.modules.get("torch.utils.data._utils.worker")
-    return module is not None and getattr(process, "_target", None) is module._worker_loop
+    return module is not None and getattr(child, "_target", None) is module._worker_loop
 
 
 def _arrive(mode: Any, doors: dict[str, DoorMode], loader: bool, allowed: dict[str, list[str] | None]) -> Settings:
@@ -167,36 +170,35 @@ def _arrive(mode: Any, doors: dict[str, DoorMode], loader: bool, allowed: dict[s
     return settings
 
 
-def _unwrap(settings: Settings, process: Any) -> Any:
+def _unwrap(settings: Settings, child: Any) -> Any:
     """Return the process object, whose target is imported by now; children of its own are to take over as well."""
     if "torch" in sys.modules:
         _safely(door_table.open_all)
-    return process
+    return child
 
 
 def _take_over(settings: Settings) -> None:
     global _taken_over
-    process = scope.process
     verdict.take_over(settings.allowed)
     # else the child's own main module has said it; what the environment says, the parent knew
-    if process.mode is None or (process.said_by == "environment" and settings.mode is not None):
-        process.mode, process.doors, process.said_by = settings.mode, settings.doors, "parent"
+    if process.mode is None or (process.source == "environment" and settings.mode is not None):
+        process.configure(settings.mode, settings.doors, "parent")
         _taken_over = settings
-    if settings.loader and process.said_by != "install":
-        process.owner, process.adoption = owners.CPU, None
-        touched.door = NAME
+    if settings.loader and process.source != "install":
+        process.own(owners.CPU)
+        touched.report_as(NAME)
         door_table.open_all()
-        scope.prepare(owners.CPU)
+        prepare(owners.CPU)
 
 
-def _arrive_forked(process: Any) -> None:
+def _arrive_forked(child: Any) -> None:
     """Leave the parent's owners behind, keep its settings, and be ready to explain torch's refusal."""
     global _pid
     _pid = os.getpid()
-    settings = _settings(process)
-    scope.disown()
+    settings = _settings(child)
+    disown()
     if settings is not None:
-        scope.process.mode = None  # the parent's own; the settings say it
+        process.configure(None, process.doors, process.source)  # the parent's own mode; the settings hold it
         _take_over(settings)
     _explain_bad_fork()
 

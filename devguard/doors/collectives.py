@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from devguard import scope
+from devguard import in_force
 from devguard.journal import journal, refused
 from devguard.owners import Owner
 from devguard.patching import DoorError, Patches
@@ -91,8 +91,8 @@ def _barrier(original: Callable[..., Any], c10d: Any) -> Callable[..., Any]:
         )
 
     def barrier(*args: Any, **kwargs: Any) -> Any:
-        owner = scope.owner_in_force()
-        if owner is None or scope.mode_of(NAME) == "off":
+        owner = in_force.owner_at_door()
+        if owner is None or in_force.mode_of(NAME) == "off":
             return original(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
         named = given.get("device_ids")
@@ -104,7 +104,7 @@ def _barrier(original: Callable[..., Any], c10d: Any) -> Callable[..., Any]:
             return original(*args, **kwargs)
         guess = c10d.get_rank() % sys.modules["torch"].cuda.device_count()
         if guess == owner.index:
-            repair = scope.mode_of(NAME) == "repair"
+            repair = in_force.mode_of(NAME) == "repair"
         else:
             target = owner.tag if owner.index >= 0 else None
             repair = judge(NAME, f"cuda:{guess}", owner, 0, _ADVICE_BARRIER, target=target)
@@ -122,7 +122,7 @@ def _obey(named: Any, owner: Owner) -> None:
     if not away or all(map(allowed, away)):
         return
     source = ",".join(away)
-    if scope.mode_of(NAME) == "error":
+    if in_force.mode_of(NAME) == "error":
         raise refused(NAME, source, owner.tag, 0, _ADVICE_NAMED)
     journal.record(NAME, source, source, owner.tag, "kept", 0)
 
@@ -151,7 +151,7 @@ def _object_device(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def _get_object_coll_device(*args: Any, **kwargs: Any) -> Any:
         device = original(*args, **kwargs)
-        owner = scope.owner_in_force() if device == "cuda" else None
+        owner = in_force.owner_at_door() if device == "cuda" else None
         if owner is None or owner.index <= 0 or torch._C._cuda_getDevice() != 0 or torch._C._cuda_hasPrimaryContext(0):
             return device
         return owner.tag if judge(NAME, "cuda:0", owner, 0, _ADVICE_OBJECTS, target=owner.tag) else device
@@ -161,7 +161,7 @@ def _object_device(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _group_device(original: Callable[..., Any]) -> Callable[..., Any]:
     def _nccl2_device(opts: Any) -> Any:
-        owner = scope.owner_in_force()
+        owner = in_force.owner_at_door()
         group = opts.process_group
         named = group is not None and group.bound_device_id is not None
         device = original(opts)  # opens nothing; it writes what it found into the group

@@ -19,11 +19,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from devguard import accelerator, callsite, scope, touched
+from devguard import accelerator, callsite, in_force, touched
 from devguard.journal import journal
 from devguard.owners import Owner
 from devguard.patching import Patches
+from devguard.prepare import on_prepare
+from devguard.process import process, unguarded_contexts
 from devguard.settings import DoorMode
+from devguard.stack import local
 from devguard.stray import LEFT
 from devguard.touched import Touch
 from devguard.verdict import allowed, judge
@@ -53,20 +56,21 @@ def install() -> None:
     _contexts_before = accelerator.contexts()
     if hasattr(torch._C, "_cuda_getDeviceCount"):
         _patches.replace(torch._C, "_cuda_init", _watched(_patches.find(torch._C, "_cuda_init")))
-    scope.on_prepare.append(_owner_known)
+    on_prepare.append(_owner_known)
 
 
 def uninstall() -> list[str]:
     """Put torch's own function back. The record stays: it is true of the process."""
-    if _owner_known in scope.on_prepare:
-        scope.on_prepare.remove(_owner_known)
+    if _owner_known in on_prepare:
+        on_prepare.remove(_owner_known)
     return _patches.restore()
 
 
 def status() -> dict[str, Any]:
     """Return who initialised CUDA first, and whether that was before the door opened."""
+    first = touched.first()
     return {
-        "first": touched.first and touched.first.as_dict(),
+        "first": first and first.as_dict(),
         "before_the_door_opened": _late,
         "contexts_before": [f"cuda:{index}" for index in _contexts_before],
     }
@@ -75,22 +79,23 @@ def status() -> dict[str, Any]:
 def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
     def _cuda_init(*args: Any) -> Any:
         global _pending
-        owner = scope.current_owner()
+        owner = in_force.owner()
         # a GPU that may be used here must be initialised first
         stray = owner is not None and owner.index < 0 and not _some_allowed()
-        if stray and owner is not None and scope.mode_of(touched.door) == "error":
-            judge(touched.door, "cuda", owner, 0, _ADVICE)  # raises
+        if stray and owner is not None and in_force.mode_of(touched.door()) == "error":
+            judge(touched.door(), "cuda", owner, 0, _ADVICE)  # raises
         result = original(*args)
-        if scope.process.adoption is not None:
-            scope.process.adoption.touched()
-        unowned = not _owned and owner is None and not scope.local.stack
+        if process.adoption is not None:
+            process.adoption.touched()
+        unowned = not _owned and owner is None and not local.stack
         frame = sys._getframe(1)
         thread, module = threading.current_thread().name, callsite.module(frame)
-        touched.first = Touch(callsite.origin(frame), os.getpid(), thread, time.time(), unowned, module)
+        touch = Touch(callsite.origin(frame), os.getpid(), thread, time.time(), unowned, module)
+        touched.record(touch)
         if unowned:
-            _pending = touched.first
+            _pending = touch
         if stray and owner is not None:
-            judge(touched.door, "cuda", owner, 0, _ADVICE)
+            judge(touched.door(), "cuda", owner, 0, _ADVICE)
         return result
 
     return _cuda_init
@@ -106,13 +111,13 @@ def _owner_known(owner: Owner, says: Callable[[str], DoorMode | None]) -> None:
     if owner.index < 0:
         return
     touch, _pending, _owned = _pending, None, True
-    mode = says(NAME) or scope.mode_of(NAME)
+    mode = says(NAME) or in_force.mode_of(NAME)
     if touch is None or touch.pid != os.getpid() or mode == "off":
         return
     foreign = [
         f"cuda:{index}"
         for index in accelerator.contexts()
-        if index != owner.index and index not in scope.unguarded_contexts and not allowed(f"cuda:{index}", touch.module)
+        if index != owner.index and index not in unguarded_contexts and not allowed(f"cuda:{index}", touch.module)
     ]
     if foreign:
         tags = ",".join(foreign)

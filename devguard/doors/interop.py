@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from devguard import scope
+from devguard import in_force
 from devguard.journal import journal, refused
 from devguard.owners import Owner
 from devguard.patching import Patches
@@ -50,7 +50,7 @@ def install() -> None:
     original = _patches.find(torch.utils.dlpack, "from_dlpack")
 
     def from_dlpack(*args: Any, **kwargs: Any) -> Any:
-        owner = scope.owner_in_force()
+        owner = in_force.owner_at_door()
         if owner is None:
             return original(*args, **kwargs)
         external = args[0] if args else kwargs.get("ext_tensor")
@@ -93,7 +93,7 @@ def _judge_named(named: Any, owner: Owner) -> bool:
     if not tag.startswith("cuda:"):
         return tag != "cuda"  # torch takes the current device
     if tag != owner.tag and not allowed(tag):
-        mode = scope.mode_of(NAME)
+        mode = in_force.mode_of(NAME)
         if mode == "error":
             raise refused(NAME, tag, owner.tag, 0, _ADVICE_EXPLICIT)
         if mode != "off":

@@ -38,12 +38,14 @@ from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-from devguard import accelerator, opened, scope
+from devguard import accelerator, in_force, opened
 from devguard.errors import DeviceResolutionError
 from devguard.owners import Owner
 from devguard.patching import DoorError, Parameters, Patches
-from devguard.process import on_owner
+from devguard.prepare import on_prepare
+from devguard.process import on_owner, process
 from devguard.settings import REPAIRING
+from devguard.stack import changing, look_for_changes
 from devguard.verdict import judge
 
 __all__ = ["install", "status", "uninstall"]
@@ -79,9 +81,9 @@ def install() -> None:
         _patch_event(reductions, name)
     _patch_sending(torch.storage.TypedStorage, reductions)
     _patch_sending_events(torch.cuda.Event, reductions)
-    scope.on_prepare.append(_enter)
+    on_prepare.append(_enter)
     on_owner.append(_receivers.give)
-    _receivers.give(scope.process.owner)
+    _receivers.give(process.owner)
 
 
 def uninstall() -> list[str]:
@@ -92,15 +94,15 @@ def uninstall() -> list[str]:
         if name != _KEPT and reductions is not None and vars(reductions).get(_KEPT) is ours:
             setattr(reductions, _KEPT, original)
             _patches.replaced.remove(row)
-    if _enter in scope.on_prepare:
-        scope.on_prepare.remove(_enter)
+    if _enter in on_prepare:
+        on_prepare.remove(_enter)
         on_owner.remove(_receivers.give)
     return _patches.restore()
 
 
 def status() -> dict[str, Any]:
     """Return who holds copies of torch's functions from before, and whether this thread sends UUIDs."""
-    return {"early_copies": _patches.early_copies(), "sends_uuids": scope.mode_of(NAME) == "uuid"}
+    return {"early_copies": _patches.early_copies(), "sends_uuids": in_force.mode_of(NAME) == "uuid"}
 
 
 def _enter(owner: Owner, says: Callable[[str], Any]) -> None:
@@ -119,16 +121,16 @@ def _patch_tensors(reductions: Any) -> None:
         )
     parameters = Parameters(original, "tensor_size", "dtype", *_STORAGE)
     at, count = parameters.at["storage_device"], parameters.count
-    receivers, changing = _receivers, scope.changing
+    receivers = _receivers
 
     def rebuild_cuda_tensor(*args: Any, **kwargs: Any) -> Any:
         if len(args) == count and args[at] == receivers.only and not changing:  # whoever asks owns it, or nobody
             return original(*args)
-        owner = scope.owner_in_force()
+        owner = in_force.owner_at_door()
         if owner is not None:
             receivers.enter(owner)
         if changing:
-            scope.look_for_changes()
+            look_for_changes()
         if len(args) != count:  # pickle passes all of them by position
             args = parameters.positional(args, kwargs)
         index = args[at]
@@ -163,14 +165,14 @@ def _receive(reductions: Any, original: Any, parameters: Parameters, args: tuple
     target = owner.tag if elsewhere or reason is None or (_copies() and _sees(owner, index)) else None
     if elsewhere:
         reason = note = f"This process has opened that memory under {source} already."
-        if scope.mode_of(NAME) in REPAIRING:
+        if in_force.mode_of(NAME) in REPAIRING:
             note = f"{reason} The owner gets a copy of it, not an alias."
     advice = _ADVICE if reason is None else f"{reason} {_ADVICE}"
     if not judge(NAME, source, owner, nbytes or 0, advice, target=target, note=note, **known):
         try:
             return original(*parameters.changed(args, "storage_device", _visible(sent)))
         except RuntimeError as error:
-            if _sees(owner, index) or owner.index < 0 or scope.mode_of(NAME) == "off":
+            if _sees(owner, index) or owner.index < 0 or in_force.mode_of(NAME) == "off":
                 raise
             raise DeviceResolutionError(f"ipc: {reason}") from error
     if elsewhere:
@@ -203,8 +205,8 @@ def _hindrance(owner: Owner, index: Any, empty: bool) -> str | None:
 
 def _copies() -> bool:
     """Tell whether memory on another GPU is to be copied; ``remap()`` asks for that."""
-    mode = scope.mode_of(NAME)
-    return mode == "copy" or (mode in ("repair", "uuid") and scope.asked(""))
+    mode = in_force.mode_of(NAME)
+    return mode == "copy" or (mode in ("repair", "uuid") and in_force.is_requested(""))
 
 
 def _index(sent: int | str) -> int | None:
@@ -235,7 +237,7 @@ def _patch_event(reductions: Any, name: str) -> None:
     parameters = Parameters(original, "device", "handle")
 
     def rebuild_event(*args: Any, **kwargs: Any) -> Any:
-        owner = scope.owner_in_force()
+        owner = in_force.owner_at_door()
         args = parameters.positional(args, kwargs)
         sent = parameters.value(args, "device")
         if not isinstance(sent, str):
@@ -265,7 +267,7 @@ def _patch_sending(typed_storage: Any, reductions: Any) -> None:
         shared = original(self, *args, **kwargs)
         # for messages only, and not beneath SGLang's patch, which puts the UUID in itself
         message = sys._getframe(1).f_code is reducing and _KEPT_REDUCE not in vars(reductions)
-        if message and scope.mode_of(NAME) == "uuid":
+        if message and in_force.mode_of(NAME) == "uuid":
             return (accelerator.uuid_of(shared[0]), *shared[1:])
         return shared
 
@@ -277,7 +279,7 @@ def _patch_sending_events(kind: type, reductions: Any) -> None:
 
     def reduce_event(event: Any) -> Any:
         rebuild, args = original(event)
-        if scope.mode_of(NAME) == "uuid":
+        if in_force.mode_of(NAME) == "uuid":
             parameters = Parameters(rebuild, "device", "handle")
             args = parameters.changed(args, "device", accelerator.uuid_of(event.device.index))
         return rebuild, args

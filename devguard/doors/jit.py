@@ -13,7 +13,7 @@ import pickle
 import zipfile
 from typing import Any
 
-from devguard import scope
+from devguard import in_force
 from devguard.patching import Patches
 from devguard.verdict import judge
 
@@ -32,10 +32,10 @@ def install() -> None:
     original = _patches.find(torch.jit, "load")
 
     def load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
-        owner = scope.owner_in_force()
+        owner = in_force.owner_at_door()
         if owner is None or map_location is not None:
             return original(f, map_location, *args, **kwargs)
-        if scope.mode_of(NAME) == "off":
+        if in_force.mode_of(NAME) == "off":
             return original(f, None, *args, **kwargs)
         if not isinstance(f, (str, os.PathLike)):
             f = io.BytesIO(f.read())  # torch reads it whole as well

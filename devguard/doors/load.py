@@ -18,7 +18,7 @@ from typing import Any
 
 import wrapt
 
-from devguard import callsite, relay, scope
+from devguard import callsite, in_force, relay
 from devguard.journal import journal, refused
 from devguard.owners import Owner
 from devguard.patching import Patches
@@ -50,16 +50,16 @@ def install() -> None:
 
     def _get_restore_location(map_location: Any) -> Restore:
         restore = original(map_location)
-        owner = scope.owner_in_force()
+        owner = in_force.owner_at_door()
         if owner is None:
             return restore
         return _by_tag(restore, owner) if map_location is None else _by_request(restore, map_location, owner)
 
     def _get_restore_location_of_outer(device: Any) -> Any:
-        owner = scope.owner_in_force()
+        owner = in_force.owner_at_door()
         if owner is None or not _is_away(str(device), owner) or _asked_explicitly(torch.serialization):
             return original_outer(device)
-        return torch.device(owner.tag) if scope.mode_of(NAME) == "repair" else device
+        return torch.device(owner.tag) if in_force.mode_of(NAME) == "repair" else device
 
     _patches.replace(torch.serialization, "_get_restore_location", _get_restore_location)
     _patches.replace(torch._utils, "_get_restore_location", _get_restore_location_of_outer)
@@ -134,7 +134,7 @@ def _by_request(restore: Restore, map_location: Any, owner: Owner) -> Restore:
             target = str(restored.device)
             if _refuses(target, owner):
                 raise refused(NAME, target, owner.tag, restored.nbytes(), _ADVICE_EXPLICIT)
-        if _is_away(target, owner) and scope.mode_of(NAME) != "off" and not allowed(target):
+        if _is_away(target, owner) and in_force.mode_of(NAME) != "off" and not allowed(target):
             journal.record(NAME, target, target, owner.tag, "kept", restored.nbytes())
         return restored
 
@@ -142,7 +142,7 @@ def _by_request(restore: Restore, map_location: Any, owner: Owner) -> Restore:
 
 
 def _refuses(target: str, owner: Owner) -> bool:
-    return _is_away(target, owner) and scope.mode_of(NAME) == "error" and not allowed(target)
+    return _is_away(target, owner) and in_force.mode_of(NAME) == "error" and not allowed(target)
 
 
 def _is_away(location: str, owner: Owner) -> bool:

@@ -17,9 +17,10 @@ import sys
 import threading
 from typing import Any
 
-from devguard import accelerator, allocations, owners, scope, verdict
+from devguard import accelerator, allocations, in_force, owners, verdict
 from devguard.callsite import Origin
 from devguard.journal import journal
+from devguard.process import unguarded_contexts
 from devguard.stray import LEFT
 
 __all__ = ["accept", "inspect", "install", "status", "uninstall"]
@@ -80,19 +81,14 @@ def inspect(where: str, asked_by: Origin | None = None) -> None:
         return
     left = [stray for stray in journal.strays() if stray.action not in ("repaired", "placed")]
     explained = {tag for stray in left for tag in stray.source.split(",")}
-    mode = scope.mode_of(NAME)
+    mode = in_force.mode_of(NAME)
     for index in new:
         tag = f"cuda:{index}"
         with _lock:
             if index in _seen:
                 continue
             _seen.add(index)
-        if (
-            mode == "off"
-            or explained & {tag, "cuda"}
-            or tag in verdict.allowances()
-            or index in scope.unguarded_contexts
-        ):
+        if mode == "off" or explained & {tag, "cuda"} or tag in verdict.allowances() or index in unguarded_contexts:
             continue
         action = LEFT.get(mode, "observed")
         note = f"found {where}; {_evidence(index)}"

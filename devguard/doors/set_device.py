@@ -30,12 +30,13 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
-from devguard import accelerator, callsite, scope
+from devguard import accelerator, callsite, in_force
 from devguard.callsite import Origin
 from devguard.errors import StrayDeviceError
 from devguard.owners import Owner
 from devguard.patching import Patches
-from devguard.scope import Stack
+from devguard.process import process
+from devguard.stack import Stack, local, mark_changes, unwatch_moves, watch_moves
 from devguard.verdict import allowed, judge
 
 __all__ = ["MOVERS", "install", "status", "uninstall"]
@@ -88,26 +89,23 @@ def install() -> None:
     for name in MOVERS:
         if hasattr(torch._C, name):
             _patches.replace(torch._C, name, _watched(_patches.find(torch._C, name), torch._C._cuda_getDevice))
-    scope.tracked = True
-    scope.settle = _settle
+    watch_moves(_judge_pending)
 
 
 def uninstall() -> list[str]:
     """Put torch's own functions back."""
-    scope.tracked = False
-    scope.settle = scope._settle_nothing
+    unwatch_moves()
     return _patches.restore()
 
 
 def status() -> dict[str, Any]:
     """Return what is watched, and how many changes of this thread may still be put back."""
     watched = [f"{owner.__name__}.{name}" for owner, name, _, _ in _patches.replaced]
-    return {"watched": watched, "pending": len(scope.local.stack.changes)}
+    return {"watched": watched, "pending": len(local.stack.changes)}
 
 
 def _watched(original: Callable[..., Any], get_device: Callable[[], int]) -> Callable[..., Any]:
     """Return `original` with an eye on the device before and after it."""
-    local, process = scope.local, scope.process
 
     def move(*args: Any, **kwargs: Any) -> Any:
         stack = local.stack
@@ -129,7 +127,7 @@ def _watched(original: Callable[..., Any], get_device: Callable[[], int]) -> Cal
                 return result  # a process that is still choosing its device strays from none
         if after != before:
             _note(stack, owner, before, after, sys._getframe(1))
-            _mark(stack)
+            mark_changes(stack)
         return result
 
     return move
@@ -151,7 +149,13 @@ def _note(stack: Stack, owner: Owner | None, before: int, after: int, start: Fra
         if change.depth == depth and change.before == after and (home or change.package == package):
             del changes[position:]
             return
-    if author is None or owner is None or owner.index < 0 or scope.mode_of(NAME) == "off" or allowed(f"cuda:{after}"):
+    if (
+        author is None
+        or owner is None
+        or owner.index < 0
+        or in_force.mode_of(NAME) == "off"
+        or allowed(f"cuda:{after}")
+    ):
         _drop(changes, depth)
         return
     for position, change in enumerate(changes):
@@ -165,7 +169,7 @@ def _note(stack: Stack, owner: Owner | None, before: int, after: int, start: Fra
 
 def _is_ours(start: FrameType) -> bool:
     """Tell whether devguard calls, by itself or through one function of torch."""
-    ours = scope.__name__.partition(".")[0] + "."
+    ours = __name__.partition(".")[0] + "."
     return any(
         frame.f_globals.get("__name__", "").startswith(ours) and not callsite.is_user(frame.f_code)
         for frame in (start, start.f_back)
@@ -208,7 +212,7 @@ def _package(frame: FrameType) -> str:
     return str(name).partition(".")[0]
 
 
-def _settle(stack: Stack, *, leaving: bool = False, failing: bool = False) -> None:
+def _judge_pending(stack: Stack, *, leaving: bool = False, failing: bool = False) -> None:
     """Judge the newest change of the innermost scope, if its author has returned.
 
     Parameters
@@ -226,7 +230,7 @@ def _settle(stack: Stack, *, leaving: bool = False, failing: bool = False) -> No
         return
     depth = len(stack)
     change = changes[-1]
-    owner = stack[-1][1] if stack else scope.process.owner
+    owner = stack[-1][1] if stack else process.owner
     try:
         if change.depth != depth or owner is None or owner.index < 0 or _is_running(change):
             return
@@ -248,12 +252,7 @@ def _settle(stack: Stack, *, leaving: bool = False, failing: bool = False) -> No
     finally:
         if leaving:
             _drop(changes, depth)
-        _mark(stack)
-
-
-def _mark(stack: Stack) -> None:
-    """Say whether this thread has changes, after they were looked through."""
-    (scope.changing.add if stack.changes else scope.changing.discard)(id(stack))
+        mark_changes(stack)
 
 
 def _drop(changes: list[Change], depth: int) -> None:

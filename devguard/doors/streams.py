@@ -22,10 +22,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from devguard import accelerator, scope
+from devguard import accelerator, in_force
 from devguard.journal import journal, refused
 from devguard.owners import Owner
 from devguard.patching import Patches
+from devguard.process import process
+from devguard.stack import local
 from devguard.verdict import allowed, judge
 
 __all__ = ["install", "status", "uninstall"]
@@ -114,7 +116,6 @@ def _watched_external_stream(original: Callable[..., Any]) -> Callable[..., Any]
 
 def _watched_event(original: Callable[..., Any]) -> Callable[..., Any]:
     torch: Any = sys.modules["torch"]
-    local, process = scope.local, scope.process
     get_device, internal = torch._C._cuda_getDevice, torch.cuda.streams.__name__
 
     def __new__(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +132,6 @@ def _watched_event(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _watched_record(original: Callable[..., Any]) -> Callable[..., Any]:
-    local, process = scope.local, scope.process
 
     def record(self: Any, stream: Any = None) -> None:
         stack = local.stack
@@ -164,7 +164,7 @@ def _is_unchosen() -> bool:
 
 def _place(device: Any) -> int | None:
     """Return where to make something for `device` (None: for the current one); None for where it would be anyway."""
-    owner = scope.owner_in_force()
+    owner = in_force.owner_at_door()
     if owner is None:
         return None
     torch: Any = sys.modules["torch"]
@@ -188,7 +188,7 @@ def _place(device: Any) -> int | None:
 
 def _obey(tag: str, owner: Owner) -> None:
     """Record a device that the program names itself; refuse it in mode ``error``."""
-    mode = scope.mode_of(NAME)
+    mode = in_force.mode_of(NAME)
     if mode == "off" or allowed(tag):
         return
     if mode == "error":

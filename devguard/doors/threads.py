@@ -37,9 +37,11 @@ from concurrent.futures import thread as futures
 from types import FunctionType
 from typing import Any
 
-from devguard import running, scope, takeover
+from devguard import running, takeover
 from devguard.journal import journal
 from devguard.patching import DoorError, Patches
+from devguard.process import process
+from devguard.stack import inherit_with, local
 from devguard.takeover import Start
 
 __all__ = ["install", "status", "uninstall"]
@@ -62,7 +64,6 @@ def install() -> None:
     _before[:] = sorted(thread.name for thread in threading.enumerate() if thread not in known)
     start, bootstrap, _ = (_find(threading.Thread, name) for name in ("start", "_bootstrap_inner", "_delete"))
     submit, run = _find(futures.ThreadPoolExecutor, "submit"), _find(futures._WorkItem, "run")
-    local, process = scope.local, scope.process
     work_of = _work_of(futures._WorkItem)
     planned, grow, get_frame = takeover.planned, journal.grow, sys._getframe
     limbo = threading._limbo  # type: ignore[attr-defined]
@@ -154,12 +155,12 @@ def install() -> None:
     for name in _POOL_METHODS:
         original = _find(multiprocessing.pool.Pool, name)
         _patches.replace(multiprocessing.pool.Pool, name, _in_scope(original))
-    scope.inherit = running.inherit
+    inherit_with(running.inherit)
 
 
 def uninstall() -> list[str]:
     """Put Python's own methods back."""
-    scope.inherit = scope._inherit_nothing
+    inherit_with(None)
     takeover.planned.clear()
     return _patches.restore()
 
@@ -195,7 +196,7 @@ def _task(work: Any, pool: Any) -> Any:
     """Return `work` as a task of `pool`: in the scopes of this thread, if it has any, and settled at its end."""
     if _INTERPRETERS in [base.__name__ for base in type(pool).__mro__]:
         return work  # it would have to be pickled, and the other interpreter has a devguard of its own
-    return _Task(work, takeover.safely(_plan_task, work, pool) if scope.local.stack else None)
+    return _Task(work, takeover.safely(_plan_task, work, pool) if local.stack else None)
 
 
 def _plan_task(work: Any, pool: Any) -> Start | None:
@@ -210,7 +211,7 @@ def _in_scope(original: Callable[..., Any]) -> Callable[..., Any]:
     """Return a method of ``multiprocessing.pool.Pool`` that gives the tasks of a pool of threads their scopes."""
 
     def method(self: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
-        guarded = scope.local.stack or scope.process.owner is not None
+        guarded = local.stack or process.owner is not None
         if guarded and isinstance(self, multiprocessing.pool.ThreadPool):
             func = _task(func, self)
         return original(self, func, *args, **kwargs)

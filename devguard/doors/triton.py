@@ -23,9 +23,11 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from devguard import accelerator, scope
+from devguard import accelerator, in_force
 from devguard.late import when_imported
 from devguard.patching import Patches
+from devguard.process import process
+from devguard.stack import local
 from devguard.verdict import judge
 
 __all__ = ["install", "status", "uninstall"]
@@ -98,7 +100,6 @@ def _patch(module: ModuleType) -> None:
 def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
     import torch
 
-    local, process = scope.local, scope.process
     current_device = torch._C._cuda_getDevice
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -148,7 +149,7 @@ def _place(found: set[int]) -> int:
     """
     import torch
 
-    owner = scope.owner_in_force()  # which may put the current device right, if a library had changed it
+    owner = in_force.owner_at_door()  # which may put the current device right, if a library had changed it
     if owner is None:
         return -1
     current = torch._C._cuda_getDevice()
@@ -159,7 +160,7 @@ def _place(found: set[int]) -> int:
     (index,) = found
     if away:
         judge(NAME, away, owner, 0, _ADVICE_FOREIGN, note=f"its arguments are there, cuda:{current} was current")
-        return index if index != current and scope.mode_of(NAME) == "repair" else -1
+        return index if index != current and in_force.mode_of(NAME) == "repair" else -1
     if current != index and judge(NAME, f"cuda:{current}", owner, 0, _ADVICE_CURRENT, target=owner.tag):
         return index
     return -1

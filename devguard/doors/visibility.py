@@ -28,11 +28,12 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from devguard import accelerator, owners, ranks, scope
+from devguard import accelerator, in_force, owners, ranks
 from devguard.callsite import Site
 from devguard.errors import StrayDeviceError
 from devguard.journal import journal
 from devguard.owners import Owner
+from devguard.prepare import on_prepare
 from devguard.settings import DoorMode
 from devguard.stray import LEFT
 from devguard.verdict import allowed
@@ -62,14 +63,14 @@ def install() -> None:
     """Look at each owner before it is entered for the first time."""
     global _problem
     _problem = None
-    if _look not in scope.on_prepare:
-        scope.on_prepare.append(_look)
+    if _look not in on_prepare:
+        on_prepare.append(_look)
 
 
 def uninstall() -> list[str]:
     """Look no more, and take back the claims."""
-    if _look in scope.on_prepare:
-        scope.on_prepare.remove(_look)
+    if _look in on_prepare:
+        on_prepare.remove(_look)
     ranks.release()
     return []
 
@@ -105,7 +106,7 @@ def status() -> dict[str, Any]:
 def _look(owner: Owner, says: Callable[[str], DoorMode | None]) -> None:
     """Look at an owner that is about to be entered for the first time."""
     global _problem
-    mode = says(NAME) or scope.mode_of(NAME)
+    mode = says(NAME) or in_force.mode_of(NAME)
     if owner.index < 0 or mode == "off" or allowed(owner.tag):
         return
     shared: str | None = None

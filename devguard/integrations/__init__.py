@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 
 from devguard import settings
 from devguard.telling import tell
 
-__all__ = ["arm", "disarm", "is_asked_for"]
+__all__ = ["arm", "is_asked_for"]
 
 NAMES = ("sglang", "vllm")
 
@@ -44,16 +43,6 @@ def is_asked_for(whitelist: str) -> bool:
     """
     named = {name.strip() for name in os.environ.get(whitelist, "").split(",")}
     return not settings.killed() and ("devguard" in named or bool(os.environ.get("DEVGUARD", "").strip()))
-
-
-def disarm() -> list[str]:
-    """Leave the frameworks as they were found; return the names that somebody else patched over devguard."""
-    left: list[str] = []
-    for name in NAMES:
-        module = sys.modules.get(f"{__name__}.{name}")
-        if module is not None:  # else it was never armed
-            left += module.disarm()
-    return left
 
 
 def __getattr__(name: str) -> object:

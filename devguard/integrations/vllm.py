@@ -37,9 +37,10 @@ def plugin() -> None:
 def arm() -> None:
     """Wait for vLLM's workers; calling it again changes nothing."""
     global _armed
-    from devguard import late
+    from devguard import activation, late
 
     _armed = True
+    activation.on_uninstall(disarm)
     for name in HOMES:
         late.when_imported(name, _patch)
 

@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 
-from devguard import activation, allocations, callsite, guards, scope, settings, verdict
+from devguard import activation, allocations, callsite, guards, settings, verdict
 from devguard.errors import DevGuardError, StrayDeviceError
 from devguard.journal import journal
 from devguard.owners import Owner
+from devguard.process import process
 from devguard.testing import live, marked, owning
 from devguard.testing.findings import LEFT_BEHIND, Finding, describe, headline, of_stray
 from devguard.testing.options import Options
@@ -106,7 +107,7 @@ class Guarding:
         if self._owner is None:
             return (yield)
         self._tell_outside()
-        if scope.process.owner is not self._owner or scope.process.mode != self._options.mode:
+        if process.owner is not self._owner or process.mode != self._options.mode:
             self._install()  # an earlier test has installed or uninstalled something itself
         problem = ""
         if _TEST in item.stash:  # it runs once more: plugins repeat what has failed

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from devguard import accelerator, owners, scope
+from devguard import accelerator, in_force, owners
 from devguard.owners import CPU, Owner
 
 __all__ = ["device_of", "of_process"]
@@ -40,4 +40,4 @@ def of_process(environ: Mapping[str, str]) -> Owner:
 def device_of(marked: Owner | None, environ: Mapping[str, str]) -> Any:
     """Return the ``torch.device`` that a test owns; `marked` is the owner that its marker names."""
     torch = accelerator.torch_module()
-    return torch.device((marked or scope.current_owner() or of_process(environ)).tag)
+    return torch.device((marked or in_force.owner() or of_process(environ)).tag)

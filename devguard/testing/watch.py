@@ -14,11 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from devguard import accelerator, allocations, owners, patching, scope, verdict
+from devguard import accelerator, allocations, in_force, owners, patching, verdict
 from devguard import doors as door_table
 from devguard.callsite import Frame, Origin, Site
 from devguard.errors import StrayDeviceError
 from devguard.journal import journal
+from devguard.process import forget_past_owners, process, unguarded_contexts
+from devguard.scopes import Scope
+from devguard.stack import local
 from devguard.stray import Stray
 from devguard.testing.findings import Finding, left_behind, of_stray
 
@@ -50,13 +53,13 @@ class Watch:
         self._root = root
         self._repairs = repairs
         self._site, self._origin = _of_test(item)
-        self._process = scope.process.owner, scope.process.mode
-        scope.forget_past_owners()
+        self._process = process.owner, process.mode
+        forget_past_owners()
         door_table.accept_contexts()
         journal.clear()
         self._mark = journal.mark()
-        self._unguarded = set(scope.unguarded_contexts)
-        scope.unguarded_contexts.clear()
+        self._unguarded = set(unguarded_contexts)
+        unguarded_contexts.clear()
         allocations.record()
         self._used = _used()
         self._called = False
@@ -65,7 +68,7 @@ class Watch:
     def begin_call(self) -> None:
         """Note what the test itself begins with, after its fixtures."""
         self._called = True
-        self._depth = len(scope.local.stack)
+        self._depth = len(local.stack)
         self._device = _current()
         self._patched = patching.overwritten()
 
@@ -76,7 +79,7 @@ class Watch:
         if called:
             found += self._scopes()
         with contextlib.suppress(StrayDeviceError):  # it is in the journal
-            scope.end_task()
+            in_force.end_task()
         if called:
             found += self._device_left() + self._patches() + self._installed()
         self._foreign()
@@ -92,17 +95,18 @@ class Watch:
 
     def end(self) -> None:
         """Give back what was set aside for this test."""
-        scope.unguarded_contexts.update(self._unguarded)
+        unguarded_contexts.update(self._unguarded)
 
     def _left(self, kind: str, text: str, advice: str) -> Finding:
         return left_behind(kind, text, advice, self._site, self._root)
 
     def _scopes(self) -> list[Finding]:
         """Leave the scopes that the test has entered and not left."""
-        entered = [entry[0] for entry in scope.local.stack[self._depth :]]
+        entered = [entry[0] for entry in local.stack[self._depth :]]
         for within in reversed(entered) if self._repairs else ():
-            with contextlib.suppress(StrayDeviceError):
-                within.__exit__(None, None, None)
+            if isinstance(within, Scope):
+                with contextlib.suppress(StrayDeviceError):
+                    within.__exit__(None, None, None)
         return [self._left("scope", f"{within!r} was entered and not left", _ADVICE_SCOPE) for within in entered]
 
     def _device_left(self) -> list[Finding]:
@@ -110,7 +114,7 @@ class Watch:
         now, before = _current(), self._device
         if now == before or before < 0:
             return []
-        owner = scope.current_owner()
+        owner = in_force.owner()
         if owner is not None and now == owner.index:
             return []
         if self._repairs:
@@ -129,7 +133,7 @@ class Watch:
 
     def _installed(self) -> list[Finding]:
         """Find an owner that the test made that of the process. That it took ours away is nothing to complain of."""
-        owner, mode = scope.process.owner, scope.process.mode
+        owner, mode = process.owner, process.mode
         if owner is None or (owner, mode) == self._process:
             return []
         return [self._left("install", f"devguard.install(): the process owns {owner.tag} now", _ADVICE_INSTALL)]
@@ -139,13 +143,13 @@ class Watch:
         door_table.inspect("at the end of a test", self._origin)
         before, self._used = self._used, _used()
         owned = owners.owned()
-        if not owned or scope.mode_of("native") == "off":
+        if not owned or in_force.mode_of("native") == "off":
             return  # without an owner the test has uninstalled devguard
         told = {tag for stray in journal.since(self._mark) for tag in _explained(stray)}
         for index, number in self._used.items():
             tag = f"cuda:{index}"
             grown = number - before.get(index, 0)
-            if grown < 1 or tag in owned or tag in told or index in scope.unguarded_contexts or verdict.allowed(tag):
+            if grown < 1 or tag in owned or tag in told or index in unguarded_contexts or verdict.allowed(tag):
                 continue
             origin, nbytes = allocations.newest(index, grown)
             note = f"torch allocated {grown} x there, and no door saw it"

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 import devguard
-from devguard import guard, scope
+from devguard import guard
 from devguard.doors import children
+from devguard.process import process
 from tests.placement import fresh, offspring
 
 METHODS = ("fork", "spawn")
@@ -190,4 +191,4 @@ class TestInstalling:
     def test_settings_of_its_own_win(self):
         devguard.install("warn", 1)
         children._arrive("observe", {}, False, {})
-        assert (scope.process.mode, devguard.status()["doors"]["children"]["taken_over"]) == ("warn", None)
+        assert (process.mode, devguard.status()["doors"]["children"]["taken_over"]) == ("warn", None)

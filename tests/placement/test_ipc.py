@@ -166,9 +166,9 @@ class TestInAProcessThatHasHadOneOwner:
 
     def test_an_owner_that_nobody_has_entered_yet_is_another(self, producer):
         code = (
-            "from devguard import owners, scope\n"
+            "from devguard import owners\nfrom devguard.process import process\n"
             "with devguard.guard(1): pass\n"
-            "scope.process.owner = owners.of_index(2)  # as the environment says it\n"
+            "process.own(owners.of_index(2))  # as the environment says it\n"
             "x = pickle.loads(data); print(x.device, [s.door for s in devguard.strays()][0])"
         )
         assert child(code, producer.share("cuda:1")) == "cuda:2 ipc"
@@ -184,8 +184,8 @@ class TestInAProcessThatHasHadOneOwner:
 
     def test_that_of_the_process_is_another_since_before_the_door_opened(self, producer):
         code = (
-            "from devguard import owners, scope\n"
-            "scope.process.owner = owners.of_index(1)  # as the environment says it\n"
+            "from devguard import owners\nfrom devguard.process import process\n"
+            "process.own(owners.of_index(1))  # as the environment says it\n"
             "with devguard.guard(2): pass\n"
             "x = pickle.loads(data); print(x.device, [s.door for s in devguard.strays()][0])"
         )
@@ -193,23 +193,25 @@ class TestInAProcessThatHasHadOneOwner:
 
     def test_a_device_that_was_put_back_is_forgotten(self):
         code = (
-            "from devguard import scope\n" + LIBRARY + "with devguard.guard(1):\n"
-            "    library['take'](0); print(len(scope.changing)); library['take'](1); print(len(scope.changing))\n"
-            "    library['both'](); print(len(scope.changing))\n"
-            "    library['take'](0); print(len(scope.changing))\n"
-            "print(len(scope.changing))"
+            "from devguard.stack import changing\n" + LIBRARY + "with devguard.guard(1):\n"
+            "    library['take'](0); print(len(changing)); library['take'](1); print(len(changing))\n"
+            "    library['both'](); print(len(changing))\n"
+            "    library['take'](0); print(len(changing))\n"
+            "print(len(changing))"
         )
         assert child(code, b"").split() == ["1", "0", "0", "1", "0"]
 
     def test_a_thread_that_ended_with_another_device_is_forgotten(self, producer):
         code = (
-            "import _thread, time\nfrom devguard import scope\n" + LIBRARY + "devguard.install(device=1)\n"
+            "import _thread, time\nfrom devguard.stack import changing, stacks\n"
+            + LIBRARY
+            + "devguard.install(device=1)\n"
             "torch.cuda.set_device(1)\n"
             "def run(): torch.cuda.set_device(1); library['take'](0)\n"
             "_thread.start_new_thread(run, ())\n"
-            "while not scope.changing: time.sleep(0.01)\n"
-            "while len(scope.stacks()) > 1: time.sleep(0.01)\n"
-            "x = pickle.loads(data); print(x.device, len(scope.changing))"
+            "while not changing: time.sleep(0.01)\n"
+            "while len(stacks()) > 1: time.sleep(0.01)\n"
+            "x = pickle.loads(data); print(x.device, len(changing))"
         )
         assert child(code, producer.share("cuda:1")) == "cuda:1 0"
 

@@ -150,11 +150,11 @@ def test_where_torch_keeps_a_history_the_line_is_known_and_the_bytes():
 
 def test_an_owner_that_is_in_force_nowhere_can_be_forgotten():
     code = SHOW + (
-        "from devguard import scope\n"
+        "from devguard.process import forget_past_owners\n"
         "with devguard.guard(0): pass\n"
         "with devguard.guard(1):\n"
         "    print(devguard.status()['owned'])\n"
-        "    scope.forget_past_owners()\n"
+        "    forget_past_owners()\n"
         "    print(devguard.status()['owned'])\n"
         "show()\n"
         "with devguard.guard(0) as device: print(device)\n"

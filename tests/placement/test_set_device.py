@@ -18,9 +18,10 @@ import pytest
 import torch
 
 import devguard
-from devguard import guard, scope
+from devguard import guard, in_force
 from devguard.doors import set_device
 from devguard.journal import journal
+from devguard.stack import local
 
 ROOT = Path(__file__).parents[2]
 
@@ -180,7 +181,7 @@ class TestALibraryThatDoesNotPutItBack:
         def run() -> None:
             torch.cuda.set_device(1)
             task()
-            scope.end_task()
+            in_force.end_task()
             assert current() == 1
 
         thread = threading.Thread(target=run)
@@ -441,7 +442,7 @@ def test_no_frame_and_no_change_is_kept(library):
         for index in range(100):
             library.clobber(index % 4)
         assert devguard.status()["doors"]["set_device"]["pending"] <= 1
-    assert scope.local.stack.changes == []
+    assert local.stack.changes == []
 
 
 def test_threads_do_not_share_changes(library):

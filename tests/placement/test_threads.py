@@ -22,10 +22,11 @@ import pytest
 import torch
 
 import devguard
-from devguard import guard, running, scope, takeover
+from devguard import guard, running, takeover
 from devguard.doors import threads as door
 from devguard.journal import journal
 from devguard.patching import DoorError
+from devguard.stack import local
 from tests.placement.test_load import child
 
 current = torch.cuda.current_device
@@ -495,7 +496,7 @@ class TestThreads:
         def fork() -> int:
             pid = os.fork()
             if pid == 0:
-                os._exit(len(takeover.planned) + 10 * (len(scope.local.stack) == 1))
+                os._exit(len(takeover.planned) + 10 * (len(local.stack) == 1))
             return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
         with guard("cpu"):

@@ -14,9 +14,10 @@ import torch
 import torch.multiprocessing as mp
 
 import devguard
-from devguard import guard, ranks, scope
+from devguard import guard, ranks
 from devguard.doors import visibility
 from devguard.journal import journal
+from devguard.prepare import on_prepare
 
 ROOT = Path(__file__).parents[2]
 UUID = "64657667-7561-7264-0000-00000000000"  # and the number of the simulated GPU
@@ -166,9 +167,9 @@ with devguard.guard(0):
 
     def test_looking_is_over_with_uninstall(self):
         with guard(0):
-            assert visibility._look in scope.on_prepare
+            assert visibility._look in on_prepare
         devguard.uninstall()
-        assert visibility._look not in scope.on_prepare
+        assert visibility._look not in on_prepare
 
     def test_what_cannot_be_looked_at_keeps_nobody_from_working(self, monkeypatch):
         def broken(index: int) -> str:
@@ -184,6 +185,7 @@ with devguard.guard(0):
 with devguard.guard("cpu"):
     row = door()
 from devguard import accelerator
+from devguard.prepare import on_prepare
 print(json.dumps([torch.cuda.is_initialized(), accelerator.initialized(), "devices" in row]))
 """
         assert child(code) == [False, False, False]

@@ -20,13 +20,13 @@ from tests.simulated import ROOT
 BEFORE = """
 import os, signal, sys
 from pathlib import Path
-from devguard import activation, logs
+from devguard import activation, doors, logs
 from devguard.journal import journal
 
 def stray(nbytes=8):
     journal.record("load", "cuda:0", "cuda:1", "cuda:1", "repaired", nbytes, start=sys._getframe(1))
 
-logs.start(Path(sys.argv[1]))
+logs.start(Path(sys.argv[1]), last_look=doors.look)
 """
 
 

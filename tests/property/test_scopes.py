@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import devguard
-from devguard import owners, scope
+from devguard import in_force, owners
 from devguard.settings import MODES
+from devguard.stack import local
 from tests.fakecuda import FakeCuda
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -44,7 +45,7 @@ def test_nested_scopes_restore_device_and_owner(tree: Any) -> None:
 
     with FakeCuda(3).installed() as cuda:
         walk(tree, 0, None)
-        assert not scope.local.stack
+        assert not local.stack
 
 
 @FEW
@@ -55,7 +56,7 @@ def test_the_innermost_mode_wins(levels: list[tuple[str | None, Any]]) -> None:
         for device, mode in levels:
             stack.enter_context(scope_of(device, mode))
             guarded = guarded if device is None else mode or guarded
-            assert scope.mode_of("load") == ("off" if device is None else guarded)
+            assert in_force.mode_of("load") == ("off" if device is None else guarded)
 
 
 @FEW

@@ -13,7 +13,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from devguard import relay, scope
+from devguard import in_force, relay
 from devguard.patching import Patches
 from devguard.verdict import judge
 
@@ -42,7 +42,7 @@ def _patch_restore(patches: Patches, module: ModuleType) -> None:
 
     @functools.wraps(original)
     def restore(*args: Any, **kwargs: Any) -> Any:
-        owner = scope.owner_in_force()
+        owner = in_force.owner_at_door()
         call = signature.bind(*args, **kwargs)
         device = call.arguments.get("device", "cpu")
         if owner is None or not device.startswith("cuda") or device == owner.tag:

@@ -91,8 +91,11 @@ _state = _State()
 
 def arm() -> None:
     """Make every process of SGLang own its device as soon as its role is known; calling it again does nothing more."""
+    from devguard import activation
+
     with _state.lock:
         _state.armed = True
+    activation.on_uninstall(disarm)
     for name in {role.module for role in ROLES}:
         when_imported(name, _patch)
     when_imported(messages.MODULE, _patch)
