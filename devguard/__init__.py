@@ -19,8 +19,8 @@ from devguard._version import __version__
 
 TYPE_CHECKING = False  # as typing's, whose import would cost more than all the rest
 if TYPE_CHECKING:
-    from devguard.activation import contexts, install, owner, status, strays, uninstall
-    from devguard.callsite import Site
+    from devguard.activation.install import install, uninstall
+    from devguard.activation.status import contexts, owner, status, strays
     from devguard.errors import (
         ConfigError,
         DevGuardError,
@@ -29,10 +29,13 @@ if TYPE_CHECKING:
         StrayDeviceError,
         StrayDeviceWarning,
     )
-    from devguard.guards import guard, remap
-    from devguard.scopes import no_strays, unguarded
-    from devguard.stray import Stray
-    from devguard.verdict import allow
+    from devguard.guards.guard import guard
+    from devguard.guards.no_strays import no_strays
+    from devguard.guards.remap import remap
+    from devguard.guards.unguarded import unguarded
+    from devguard.reporting.allowlist import allow
+    from devguard.reporting.stray import Stray
+    from devguard.support.callsite import Site
 
 __all__ = [
     "__version__",
@@ -59,9 +62,9 @@ __all__ = [
 
 # public name -> the module that has it, imported when the name is first used (PEP 562)
 _HOMES = {
-    **dict.fromkeys(("contexts", "install", "owner", "status", "strays", "uninstall"), "activation"),
-    **dict.fromkeys(("guard", "remap"), "guards"),
-    **dict.fromkeys(("no_strays", "unguarded"), "scopes"),
+    **dict.fromkeys(("install", "uninstall"), "activation.install"),
+    **dict.fromkeys(("contexts", "owner", "status", "strays"), "activation.status"),
+    **{name: f"guards.{name}" for name in ("guard", "no_strays", "remap", "unguarded")},
     **dict.fromkeys(
         (
             "ConfigError",
@@ -73,9 +76,9 @@ _HOMES = {
         ),
         "errors",
     ),
-    "allow": "verdict",
-    "Site": "callsite",
-    "Stray": "stray",
+    "allow": "reporting.allowlist",
+    "Site": "support.callsite",
+    "Stray": "reporting.stray",
 }
 
 

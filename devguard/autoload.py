@@ -15,21 +15,23 @@ def activate() -> None:
     if not os.environ.get("DEVGUARD", "").strip():
         return
     try:
-        from devguard import activation, integrations
+        from devguard import integrations
+        from devguard.activation.activate import activate
+        from devguard.activation.install import uninstall
 
-        if activation.activate():
+        if activate():
             try:
                 integrations.arm()
             except Exception:
-                activation.uninstall()
+                uninstall()
                 raise
     except Exception as error:  # noqa: BLE001 - see above
         _say(f"{type(error).__name__}: {error}")
 
 
 def _say(what: str) -> None:
-    from devguard.process import process
-    from devguard.telling import tell
+    from devguard.ownership.process import process
+    from devguard.support.notices import warn_user
 
     process.problem = what
-    tell(f"devguard is off in this process, although DEVGUARD={os.environ.get('DEVGUARD')!r}: {what}")
+    warn_user(f"devguard is off in this process, although DEVGUARD={os.environ.get('DEVGUARD')!r}: {what}")

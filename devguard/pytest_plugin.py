@@ -14,23 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from devguard.testing.declared import OPTIONS, marker
+
 if TYPE_CHECKING:
-    from devguard.testing.live import Live
+    from devguard.testing.fixtures import Live
 
 __all__ = ["devguard_contexts", "devguard_strays", "gpu_owner"]
 
-_MODE = "off, observe, warn, repair or error"
-# option, name of its twin in the ini file, metavar, help
-_OPTIONS = (
-    ("--devguard", "devguard_mode", "MODE", f"guard each test's device; what to do with strays: {_MODE}"),
-    ("--devguard-doors", "devguard_doors", "DOOR=MODE,...", "the mode of single doors, such as threads=error,ipc=warn"),
-    ("--devguard-gpus", "devguard_gpus", "N", "run everything on N simulated GPUs, 1 to 16 (0: none)"),
-)
-
-
-def marker(device: Any = None, mode: str | None = None, allow: Any = ()) -> dict[str, Any]:
-    """Guard this test otherwise: its own device and mode, and devices that it may use besides."""
-    return {"device": device, "mode": mode, "allow": allow}
+PYTEST_MINIMUM = 8
 
 
 def _checked(name: str) -> Callable[[str], Any]:
@@ -48,9 +39,9 @@ def _checked(name: str) -> Callable[[str], Any]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare the options and their twins in the ini file."""
     group = parser.getgroup("devguard", "devguard: which GPU does this test use?")
-    for option, name, metavar, text in _OPTIONS:
-        group.addoption(option, dest=name, metavar=metavar, type=_checked(name), help=text)
-        parser.addini(name, f"{option}: {text}")
+    for flag, name, metavar, text in OPTIONS:
+        group.addoption(flag, dest=name, metavar=metavar, type=_checked(name), help=text)
+        parser.addini(name, f"{flag}: {text}")
 
 
 @pytest.hookimpl(
@@ -69,10 +60,27 @@ def pytest_configure(config: pytest.Config) -> None:
     """Document the marker, and guard the tests if an option asks for it."""
     arguments = ", ".join(f"{name}={known.default!r}" for name, known in inspect.signature(marker).parameters.items())
     config.addinivalue_line("markers", f"devguard({arguments}): {inspect.getdoc(marker)}")
-    if any(_asks(config, name) for _, name, _, _ in _OPTIONS):
-        from devguard.testing import options
+    if any(_asks(config, option.name) for option in OPTIONS):
+        _guard_tests(config)
 
-        options.configure(config)
+
+def _guard_tests(config: pytest.Config) -> None:
+    """Guard the tests of this run, as the options say."""
+    if int(pytest.__version__.partition(".")[0]) < PYTEST_MINIMUM:
+        raise pytest.UsageError(
+            f"devguard's options need pytest {PYTEST_MINIMUM} or newer; this is {pytest.__version__}"
+        )
+    from devguard import simgpu
+    from devguard.testing import guarding, options, report
+
+    if options.gpus(config) and not options.only_asks(config) and not simgpu.active():
+        raise pytest.UsageError(
+            "--devguard-gpus came too late: a conftest has loaded the plugin. Load it with -p devguard.pytest_plugin."
+        )
+    chosen = options.read(config)
+    config.pluginmanager.register(report.Report(config, chosen), "devguard-report")
+    if chosen is not None and not config.option.collectonly:
+        config.pluginmanager.register(guarding.Guarding(config, chosen), "devguard-guarding")
 
 
 def _asks(config: pytest.Config, name: str) -> bool:
@@ -83,22 +91,22 @@ def _asks(config: pytest.Config, name: str) -> bool:
 @pytest.fixture
 def devguard_strays(request: pytest.FixtureRequest) -> Live:
     """What strayed in this test so far, as a sequence of `devguard.Stray`: it grows as the test goes on."""
-    from devguard.testing import live
+    from devguard.testing import fixtures
 
-    return live.strays(request.node)
+    return fixtures.strays(request.node)
 
 
 @pytest.fixture
 def devguard_contexts() -> Live:
     """The devices on which this process holds a CUDA context now, as a sequence of ``torch.device``."""
-    from devguard.testing import live
+    from devguard.testing import fixtures
 
-    return live.contexts()
+    return fixtures.contexts()
 
 
 @pytest.fixture
 def gpu_owner(request: pytest.FixtureRequest) -> Any:
     """The ``torch.device`` that this test owns: its marker's, else that of the xdist worker or the process."""
-    from devguard.testing import marked, owning
+    from devguard.testing import fixtures, markers
 
-    return owning.device_of(marked.of(request.node).device, os.environ)
+    return fixtures.device_of(markers.of(request.node).device, os.environ)

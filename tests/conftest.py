@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from devguard.owners import LAUNCHERS
-from tests import simulated
+from devguard.ownership.resolve import LAUNCHERS
+from tests.helpers import simulated
 
 pytest_plugins = ["pytester"]
 
 if TYPE_CHECKING:
-    from tests.fakecuda import FakeCuda
+    from tests.helpers.fakecuda import FakeCuda
 
 NAMING_A_DEVICE = (
     "CUDA_VISIBLE_DEVICES",
@@ -28,7 +28,7 @@ NAMING_A_DEVICE = (
 @pytest.fixture
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """devguard as after import, before the test and after it, and no variable that says which device is whose."""
-    from tests import tagging
+    from tests.helpers import tagging
 
     for name in NAMING_A_DEVICE:
         monkeypatch.delenv(name, raising=False)
@@ -37,8 +37,8 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def cuda() -> Iterator[FakeCuda]:
-    """Eight devices that only know which of them is current (tests/fakecuda.py)."""
-    from tests.fakecuda import FakeCuda
+    """Eight devices that only know which of them is current (tests/helpers/fakecuda.py)."""
+    from tests.helpers.fakecuda import FakeCuda
 
     with FakeCuda(8).installed() as devices:
         yield devices
@@ -55,7 +55,7 @@ def sim_environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., d
 
 @pytest.fixture(scope="session")
 def run_simulated(sim_environment: Callable[..., dict[str, str]]) -> Callable[..., simulated.Finished]:
-    """``run_simulated(code, gpus=2)``, ``run_simulated([script, ...], env=...)``: see tests/simulated.py."""
+    """``run_simulated(code, gpus=2)``, ``run_simulated([script, ...], env=...)``: see tests/helpers/simulated.py."""
 
     def run(program: Any, *, env: Any = None, gpus: int = 2, **options: Any) -> simulated.Finished:
         passed = {name: options.pop(name) for name in ("input", "check", "timeout") if name in options}

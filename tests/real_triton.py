@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import devguard
-from devguard.journal import journal
+from devguard.reporting.journal import journal
 
 devices: list[int] = []
 

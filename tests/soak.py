@@ -223,7 +223,7 @@ def main() -> int:
     from devguard import simgpu
 
     if not simgpu.active():
-        from tests import simulated
+        from tests.helpers import simulated
 
         command = [sys.executable, "-m", "tests.soak", *sys.argv[1:]]
         os.execve(sys.executable, command, simulated.sim_environment(GPUS))

@@ -19,8 +19,8 @@ from devguard.errors import SimulationError
 from devguard.simgpu import overlay
 
 ROOT = Path(__file__).parent.parent
-# Whatever runs programs on simulated GPUs through tests/simulated.py takes the version from DEVGUARD_TEST_TORCH.
-SIMULATION = ("tests/simgpu/test_placement.py", "tests/simgpu/test_sharing.py")
+# Programs that run on simulated GPUs through tests/helpers/simulated.py take the version from DEVGUARD_TEST_TORCH.
+SIMULATION = ("tests/simgpu/test_devices.py", "tests/simgpu/test_ipc.py")
 PLACEMENT = ("tests/placement",)
 HEAD = ("torch", "overlay", "the simulation's tests", "placement tests", "demo")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from devguard.reading import Merged, Process
+    from devguard.reporting.log_reader import Merged, Process
 
 __all__ = ["HELP", "configure", "run"]
 
@@ -30,9 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
     int
         0, however much strayed: a journal is no verdict. 1 if a file holds lines that cannot be read.
     """
-    from devguard import reading
+    from devguard.reporting import log_reader
 
-    processes, merged, damaged = reading.read(arguments.folder)
+    processes, merged, damaged = log_reader.read(arguments.folder)
     if arguments.json:
         found = {
             "processes": [vars(process) for process in processes],

@@ -6,8 +6,9 @@ import argparse
 import os
 import sys
 
-from devguard.cli import executing
+from devguard.cli import program
 from devguard.errors import ConfigError
+from devguard.ownership.resolve import owner_from_environment
 
 __all__ = ["HELP", "configure", "run"]
 
@@ -46,8 +47,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out; this process becomes the program."""
-    program: list[str] = arguments.program
-    if not program:
+    command: list[str] = arguments.program
+    if not command:
         raise ConfigError(f"name a program to run, after --\nusage: {USAGE}")
     if not arguments.trace_contexts and (arguments.output or arguments.json):
         raise ConfigError("--output and --json say where --trace-contexts reports; give that too, or leave them out")
@@ -55,20 +56,19 @@ def run(arguments: argparse.Namespace) -> int:
     asked = (arguments.mode, arguments.device, arguments.doors, arguments.log)
     if not arguments.trace_contexts or any(said is not None for said in asked):
         _guard(arguments, environment)
-    path = executing.find("run", program[0])
+    path = program.find("run", command[0])
     if path is None:
-        return executing.NOT_FOUND
+        return program.NOT_FOUND
     if arguments.trace_contexts:
         from devguard import tracing
 
         environment = tracing.environment(arguments.output, json=arguments.json, base=environment)
-    return executing.become("run", path, program, environment)
+    return program.become("run", path, command, environment)
 
 
 def _guard(arguments: argparse.Namespace, environment: dict[str, str]) -> None:
     """Say in `environment` what was asked for, if it means anything."""
-    from devguard import owners
-    from devguard.environment import read
+    from devguard.activation.environment import read
 
     said = {
         "DEVGUARD": arguments.mode or environment.get("DEVGUARD", "").strip() or "repair",
@@ -78,7 +78,7 @@ def _guard(arguments: argparse.Namespace, environment: dict[str, str]) -> None:
     }
     environment.update({name: value for name, value in said.items() if value is not None})
     if read(environment).owner is not None:
-        owners.from_environment(environment)
+        owner_from_environment(environment)
     if environment.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
         raise ConfigError(
             "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it, or guard in code: the "

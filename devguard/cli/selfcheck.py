@@ -16,8 +16,8 @@ from collections import OrderedDict
 from typing import Any
 
 import devguard
-from devguard import owners
 from devguard.errors import DevGuardError
+from devguard.ownership.resolve import owner_from_environment
 
 __all__ = ["examine", "tagged_pickle"]
 
@@ -93,7 +93,7 @@ def examine() -> dict[str, Any]:
         "open_at_import": sorted(name for name, row in devguard.status()["doors"].items() if row["open"]),
     }
     try:
-        owner, looked = owners.from_environment()
+        owner, looked = owner_from_environment()
         found["owner"] = {"device": None if owner is None else owner.tag, "looked_at": looked, "error": None}
     except DevGuardError as error:
         found["owner"] = {"device": None, "looked_at": [], "error": str(error)}

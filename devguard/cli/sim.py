@@ -8,7 +8,7 @@ import os
 import re
 import sys
 
-from devguard.cli import executing
+from devguard.cli import program
 from devguard.errors import SimulationError
 
 __all__ = ["HELP", "configure", "run"]
@@ -48,11 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _execute(arguments: argparse.Namespace) -> int:
     from devguard import simgpu
 
-    program: list[str] = arguments.program
-    path = executing.find("sim", program[0])
+    command: list[str] = arguments.program
+    path = program.find("sim", command[0])
     if path is None:
-        return executing.NOT_FOUND
-    _warn_other_python(program[0], path)
+        return program.NOT_FOUND
+    _warn_other_python(command[0], path)
     environment = simgpu.environment(
         arguments.gpus,
         torch=arguments.torch,
@@ -60,7 +60,7 @@ def _execute(arguments: argparse.Namespace) -> int:
         state=arguments.state,
         log=arguments.log,
     )
-    return executing.become("sim", path, program, environment)
+    return program.become("sim", path, command, environment)
 
 
 def _warn_other_python(name: str, path: str) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from devguard import environment, owners
+from devguard.activation import environment
+from devguard.ownership.resolve import LAUNCHERS
 
 __all__ = ["check_settings", "SIMULATION", "that_matter"]
 
@@ -46,5 +47,5 @@ def check_settings(environ: Mapping[str, str]) -> list[str]:
 
 def that_matter(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that play a part, those that are set."""
-    names = {*OTHERS, *(name for launcher in owners.LAUNCHERS for name in (launcher.rank, *launcher.size))}
+    names = {*OTHERS, *(name for launcher in LAUNCHERS for name in (launcher.rank, *launcher.size))}
     return {name: value for name, value in sorted(environ.items()) if name in names or name.startswith("DEVGUARD")}

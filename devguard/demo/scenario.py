@@ -89,7 +89,7 @@ def perform(
         stage(STAGES[1])  # while the ranks import torch
         import torch
 
-        from devguard.demo.patches import batch
+        from devguard.demo.image_patches import batch
         from devguard.demo.transport import ImageRequest, send_request
 
         pixel_values, grid = batch(read_all(images))

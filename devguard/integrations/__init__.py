@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 import os
 
-from devguard import settings
-from devguard.telling import tell
+from devguard import modes
+from devguard.support.notices import warn_user
 
 __all__ = ["arm", "is_asked_for"]
 
@@ -25,7 +25,7 @@ def arm() -> None:
         try:
             importlib.import_module(f"{__name__}.{name}").arm()
         except Exception as error:  # noqa: BLE001 - whatever it is, somebody's import of torch must go on
-            tell(f"devguard does not know the processes of {name}: {type(error).__name__}: {error}")
+            warn_user(f"devguard does not know the processes of {name}: {type(error).__name__}: {error}")
 
 
 def is_asked_for(whitelist: str) -> bool:
@@ -42,7 +42,7 @@ def is_asked_for(whitelist: str) -> bool:
         Whether ``DEVGUARD`` asks for a guard, or the whitelist names devguard; never with ``DEVGUARD=off``.
     """
     named = {name.strip() for name in os.environ.get(whitelist, "").split(",")}
-    return not settings.killed() and ("devguard" in named or bool(os.environ.get("DEVGUARD", "").strip()))
+    return not modes.killed() and ("devguard" in named or bool(os.environ.get("DEVGUARD", "").strip()))
 
 
 def __getattr__(name: str) -> object:

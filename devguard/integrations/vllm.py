@@ -12,8 +12,10 @@ import os
 from types import ModuleType
 from typing import Any
 
+from devguard.activation.install import assign, on_uninstall
 from devguard.integrations import is_asked_for
-from devguard.telling import tell
+from devguard.ownership.resolve import is_one_of_several
+from devguard.support.notices import warn_user
 
 __all__ = ["arm", "disarm", "plugin"]
 
@@ -37,12 +39,12 @@ def plugin() -> None:
 def arm() -> None:
     """Wait for vLLM's workers; calling it again changes nothing."""
     global _armed
-    from devguard import activation, late
+    from devguard.support import import_hooks
 
     _armed = True
-    activation.on_uninstall(disarm)
+    on_uninstall(disarm)
     for name in HOMES:
-        late.when_imported(name, _patch)
+        import_hooks.when_imported(name, _patch)
 
 
 def disarm() -> list[str]:
@@ -58,7 +60,7 @@ def _patch(module: ModuleType) -> None:
     wrapper = vars(module).get("WorkerWrapperBase")
     if not _armed or wrapper is None or wrapper.__module__ != module.__name__:
         return
-    from devguard.patching import Patches
+    from devguard.support.patching import Patches
 
     if _patches is None:
         _patches = Patches()
@@ -82,14 +84,14 @@ def _patch(module: ModuleType) -> None:
 
 def _own(worker: Any) -> None:
     """Make the device of `worker`, which has just chosen it, the owner of this process."""
-    from devguard import activation, adoption, owners
+    from devguard.ownership import adoption
 
     device: Any = getattr(worker, "device", None)
     if getattr(device, "type", None) != "cuda" or device.index is None:
         return
-    if adoption.is_child() or owners.several(os.environ):
-        activation.assign(device, role=f"vLLM worker {getattr(worker, 'rank', '')}".rstrip())
+    if adoption.is_child() or is_one_of_several(os.environ):
+        assign(device, role=f"vLLM worker {getattr(worker, 'rank', '')}".rstrip())
 
 
 def _say(what: object) -> None:
-    tell(f"devguard does not know the devices of vLLM's workers: {what}")
+    warn_user(f"devguard does not know the devices of vLLM's workers: {what}")

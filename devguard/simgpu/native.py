@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from devguard import compiling
 from devguard.errors import SimulationError
 from devguard.simgpu.stubs import stub_source
 from devguard.simgpu.symbols import Wanted, wanted
+from devguard.support import compiler
 
-__all__ = ["SOURCES", "build", "compiler", "cuda_version"]
+__all__ = ["SOURCES", "build", "cuda_version", "find_compiler"]
 
 SOURCES = Path(__file__).parent / "csrc"
 # nvcc's own warnings apart: the simulation implements functions whose arguments it does not need
@@ -34,7 +34,7 @@ FLAGS = (
 DRIVER_LIBRARIES = ("libcuda.so.1", "libnvidia-ml.so.1")
 
 
-def compiler() -> str:
+def find_compiler() -> str:
     """The C compiler: ``$CC``, or cc, gcc or clang.
 
     Raises
@@ -42,7 +42,7 @@ def compiler() -> str:
     SimulationError
         There is none, or readelf and nm, which come with one, are missing.
     """
-    return compiling.compiler("simulated GPUs", SimulationError, tools=("readelf", "nm"))
+    return compiler.compiler("simulated GPUs", SimulationError, tools=("readelf", "nm"))
 
 
 def cuda_version(site: Path) -> str:
@@ -78,7 +78,7 @@ def build(site: Path, headers: Sequence[Path], driver: Path, scratch: Path) -> N
     scratch : Path
         A folder for intermediate files.
     """
-    cc = compiler()
+    cc = find_compiler()
     asked = wanted(site / "torch" / "lib")
     libraries = asked.folder
     libraries.mkdir(parents=True, exist_ok=True)
@@ -133,4 +133,4 @@ def _library(
 
 
 def _run(command: Sequence[str]) -> str:
-    return compiling.run(command, "the simulation's C source", SimulationError)
+    return compiler.run(command, "the simulation's C source", SimulationError)

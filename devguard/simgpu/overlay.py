@@ -127,7 +127,7 @@ def _source_hash() -> str:
 
 
 def _fill_torch(stage: Path, version: str, tag: str, report: Reporter) -> None:
-    native.compiler()  # before anything is downloaded
+    native.find_compiler()  # before anything is downloaded
     site, scratch = stage / "site", stage / "scratch"
     scratch.mkdir()
     with report.steps():

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from devguard.callsite import Site
-from devguard.stray import Stray
+from devguard.reporting.stray import Stray
+from devguard.support.callsite import Site
 
 __all__ = ["Finding", "describe", "headline", "left_behind", "of_stray"]
 

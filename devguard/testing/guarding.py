@@ -19,12 +19,16 @@ from typing import Any
 
 import pytest
 
-from devguard import activation, allocations, callsite, guards, settings, verdict
+from devguard import modes
+from devguard.activation.install import install, uninstall
 from devguard.errors import DevGuardError, StrayDeviceError
-from devguard.journal import journal
-from devguard.owners import Owner
-from devguard.process import process
-from devguard.testing import live, marked, owning
+from devguard.guards.guard import guard
+from devguard.ownership.owner import Owner
+from devguard.ownership.process import process
+from devguard.reporting import allowlist
+from devguard.reporting.journal import journal
+from devguard.support import allocation_history, callsite
+from devguard.testing import fixtures, markers
 from devguard.testing.findings import LEFT_BEHIND, Finding, describe, headline, of_stray
 from devguard.testing.options import Options
 from devguard.testing.watch import PLACED, Watch
@@ -77,11 +81,11 @@ class Guarding:
         """Install the owner, before anything is collected."""
         if session.config.pluginmanager.hasplugin("dsession"):
             return  # tests run in the workers of xdist
-        if settings.killed():
+        if modes.killed():
             self.problem = "DEVGUARD=off forbids it"
             return
         try:
-            self._owner = owning.of_process(os.environ)
+            self._owner = fixtures.of_process(os.environ)
             self._install()
         except (ImportError, OSError) as error:  # no torch, or one that cannot be imported; also too old a torch
             self._owner, self.problem = None, str(error)
@@ -89,7 +93,7 @@ class Guarding:
             raise pytest.UsageError(f"--devguard={self._options.mode}: {error}") from None
 
     def _install(self) -> None:
-        activation.install(self._options.mode, self._owner and self._owner.tag, doors=self._options.doors)
+        install(self._options.mode, self._owner and self._owner.tag, doors=self._options.doors)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -97,8 +101,8 @@ class Guarding:
         if self._owner is None:
             return
         self._tell_outside()
-        allocations.stop()
-        activation.uninstall()
+        allocation_history.stop()
+        uninstall()
         self._owner = None
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -123,16 +127,16 @@ class Guarding:
 
     def _begin(self, item: pytest.Item, owner: Owner) -> None:
         """Do what the markers of a test ask for, and begin to watch it."""
-        said = marked.of(item)
+        said = markers.of(item)
         test = item.stash[_TEST] = _Test(self._options if said.mode is None else Options(said.mode, {}))
-        test.undo.enter_context(verdict.scoped())
+        test.undo.enter_context(allowlist.scoped())
         if said.allow:
-            verdict.allow(*said.allow)
+            allowlist.allow(*said.allow)
         watch = Watch(item, self._config.rootpath, repairs=test.options.mode in ("repair", "error"))
-        item.stash[live.MARK] = journal.mark()
+        item.stash[fixtures.MARK] = journal.mark()
         test.undo.callback(watch.end)
         if said.device is not None or said.mode is not None:
-            own = guards.guard((said.device or owner).tag, mode=said.mode)
+            own = guard((said.device or owner).tag, mode=said.mode)
             own.__enter__()
             test.undo.callback(_leave, own)
         if test.options.mode != "off":
@@ -230,7 +234,7 @@ class Guarding:
 OUTSIDE = pytest.StashKey[list[dict[str, Any]]]()  # what strayed outside every test
 
 
-def _leave(own: guards.guard) -> None:
+def _leave(own: guard) -> None:
     """Leave a scope; an error that it would raise is in the journal already."""
     with contextlib.suppress(StrayDeviceError):
         own.__exit__(None, None, None)

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
-from devguard import environment, settings, simgpu
+from devguard import modes
+from devguard.activation import environment
 from devguard.errors import ConfigError
-from devguard.settings import DoorMode, Mode
+from devguard.modes import DoorMode, Mode
 from devguard.simgpu.launch import MAX_GPUS
 
-__all__ = ["CHECKS", "Options", "configure", "gpus", "only_asks", "read"]
+__all__ = ["CHECKS", "Options", "gpus", "only_asks", "read"]
 
-PYTEST_MINIMUM = 8
 _ASKING = ("help", "version", "markers", "cacheshow")
 
 
@@ -45,7 +45,7 @@ def _gpus(text: str) -> int:
 
 
 CHECKS: dict[str, Callable[[str], Any]] = {
-    "devguard_mode": settings.check_mode,
+    "devguard_mode": modes.check_mode,
     "devguard_doors": lambda text: environment.parse_doors(text, "--devguard-doors"),
     "devguard_gpus": _gpus,
 }
@@ -85,21 +85,3 @@ def read(config: pytest.Config) -> Options | None:
     if mode is None and single:
         raise pytest.UsageError("--devguard-doors needs --devguard=MODE, the mode of all other doors.")
     return None if mode in (None, "off") else Options(cast(Mode, mode), single)
-
-
-def configure(config: pytest.Config) -> None:
-    """Guard the tests of this run, if the options say so."""
-    if int(pytest.__version__.partition(".")[0]) < PYTEST_MINIMUM:
-        raise pytest.UsageError(
-            f"devguard's options need pytest {PYTEST_MINIMUM} or newer; this is {pytest.__version__}"
-        )
-    if gpus(config) and not only_asks(config) and not simgpu.active():
-        raise pytest.UsageError(
-            "--devguard-gpus came too late: a conftest has loaded the plugin. Load it with -p devguard.pytest_plugin."
-        )
-    options = read(config)
-    from devguard.testing import guarding, report
-
-    config.pluginmanager.register(report.Report(config, options), "devguard-report")
-    if options is not None and not config.option.collectonly:
-        config.pluginmanager.register(guarding.Guarding(config, options), "devguard-guarding")

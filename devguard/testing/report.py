@@ -98,7 +98,7 @@ def _simulated() -> str:
 
 def _devices() -> str:
     """Say what there is on this machine, after torch was imported."""
-    from devguard import accelerator
+    from devguard.support import accelerator
 
     torch = accelerator.torch_module()
     count = accelerator.device_count()

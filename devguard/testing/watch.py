@@ -14,15 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from devguard import accelerator, allocations, in_force, owners, patching, verdict
-from devguard import doors as door_table
-from devguard.callsite import Frame, Origin, Site
+from devguard.doors import table
 from devguard.errors import StrayDeviceError
-from devguard.journal import journal
-from devguard.process import forget_past_owners, process, unguarded_contexts
-from devguard.scopes import Scope
-from devguard.stack import local
-from devguard.stray import Stray
+from devguard.guards.base import Scope
+from devguard.ownership import in_force
+from devguard.ownership.owner import owned_tags
+from devguard.ownership.process import forget_past_owners, process, unguarded_contexts
+from devguard.ownership.stack import local
+from devguard.reporting import allowlist
+from devguard.reporting.journal import journal
+from devguard.reporting.stray import Stray
+from devguard.support import accelerator, allocation_history, patching
+from devguard.support.callsite import Frame, Origin, Site
 from devguard.testing.findings import Finding, left_behind, of_stray
 
 __all__ = ["Watch"]
@@ -55,12 +58,12 @@ class Watch:
         self._site, self._origin = _of_test(item)
         self._process = process.owner, process.mode
         forget_past_owners()
-        door_table.accept_contexts()
+        table.accept_contexts()
         journal.clear()
         self._mark = journal.mark()
         self._unguarded = set(unguarded_contexts)
         unguarded_contexts.clear()
-        allocations.record()
+        allocation_history.record()
         self._used = _used()
         self._called = False
         self._patched: set[str] = set()
@@ -140,18 +143,18 @@ class Watch:
 
     def _foreign(self) -> None:
         """Record contexts that no door explains, and memory of devices that nobody owned here."""
-        door_table.inspect("at the end of a test", self._origin)
+        table.inspect("at the end of a test", self._origin)
         before, self._used = self._used, _used()
-        owned = owners.owned()
+        owned = owned_tags()
         if not owned or in_force.mode_of("native") == "off":
             return  # without an owner the test has uninstalled devguard
         told = {tag for stray in journal.since(self._mark) for tag in _explained(stray)}
         for index, number in self._used.items():
             tag = f"cuda:{index}"
             grown = number - before.get(index, 0)
-            if grown < 1 or tag in owned or tag in told or index in unguarded_contexts or verdict.allowed(tag):
+            if grown < 1 or tag in owned or tag in told or index in unguarded_contexts or allowlist.is_allowed(tag):
                 continue
-            origin, nbytes = allocations.newest(index, grown)
+            origin, nbytes = allocation_history.newest(index, grown)
             note = f"torch allocated {grown} x there, and no door saw it"
             where = origin or self._origin
             journal.record("native", tag, tag, ", ".join(owned), "observed", nbytes, note=note, origin=where)
@@ -166,7 +169,7 @@ def _explained(stray: Stray) -> list[str]:
 
 def _used() -> dict[int, int]:
     """Return how often memory was allocated on each device with a context."""
-    return {index: allocations.count(index) for index in accelerator.contexts()}
+    return {index: allocation_history.count(index) for index in accelerator.contexts()}
 
 
 def _current() -> int:

@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from devguard import compiling
 from devguard.errors import TracingError
+from devguard.support import compiler
 
 __all__ = ["FLAGS", "library", "SOURCES"]
 
@@ -72,13 +72,13 @@ def _folder() -> Path:
 
 
 def _build(sources: list[str], target: Path) -> None:
-    cc = compiling.compiler("traced contexts", TracingError)
+    cc = compiler.compiler("traced contexts", TracingError)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=f"{target.name}.", dir=target.parent)
     os.close(handle)
     try:
         command = [cc, *FLAGS, "-o", scratch, *sources, *LIBRARIES]
-        compiling.run(command, "the source of the context tracer", TracingError)
+        compiler.run(command, "the source of the context tracer", TracingError)
         os.chmod(scratch, 0o755)
         os.replace(scratch, target)
     except BaseException:

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from tests import simulated
-from tests.simulated import ROOT
+from tests.helpers import simulated
+from tests.helpers.simulated import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.simulated import ROOT
+from tests.helpers.simulated import ROOT
 
 LAUNCHERS = ROOT / "examples" / "launchers"
 RUN = ["-m", "devguard", "run", "--"]

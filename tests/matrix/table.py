@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from devguard import simgpu
-from tests import simulated
+from tests.helpers import simulated
 from tests.matrix.harness import MODES, OWNER, Server
 
 __all__ = ["cases", "count", "progress", "run", "show"]

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import sys
 
-from tests import simulated
+from tests.helpers import simulated
 from tests.others.suites import SUITES
 from tests.others.verdict import Verdict, judge
 

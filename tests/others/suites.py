@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests import simulated
+from tests.helpers import simulated
 from tests.others import sources
 
 BOOTSTRAP = Path(__file__).with_name("bootstrap.py")

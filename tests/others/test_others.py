@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests import simulated
+from tests.helpers import simulated
 from tests.others import suites, verdict
 from tests.others.suites import SUITES, Run
 

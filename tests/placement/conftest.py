@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from devguard import simgpu
-from tests import simulated
+from tests.helpers import simulated
 
 GPUS = 4
 HERE = Path(__file__).parent
@@ -30,13 +30,13 @@ _reports: dict[str, list[Any]] = {}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give the first test of a file, which waits for all of them, the time of all; in the child each has its own."""
     for item in items:
-        if not simgpu.active() and item.path.parent == HERE:
+        if not simgpu.active() and HERE in item.path.parents:
             item.add_marker(pytest.mark.timeout(900))
 
 
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     """Replay the reports of the child, unless this is the child."""
-    if simgpu.active() or item.path.parent != HERE:  # pytest asks every conftest about every test
+    if simgpu.active() or HERE not in item.path.parents:  # pytest asks every conftest about every test
         return None
     if item.path not in _finished:  # one child for each file
         _finished.add(item.path)
@@ -100,7 +100,7 @@ def _clean() -> Iterator[None]:
     import torch
 
     import devguard
-    from devguard.journal import journal
+    from devguard.reporting.journal import journal
 
     devguard.uninstall()
     journal.clear()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import devguard
-from tests import tagging
+from tests.helpers import tagging
 
 
 def sent(rank):

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests import tagging
+from tests.helpers import tagging
+from tests.helpers.simulated import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 RANK = Path(__file__).parent / "gloo_rank.py"
 
 

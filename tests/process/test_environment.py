@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from tests.placement import fresh
-from tests.simulated import ROOT
+from tests.helpers import fresh
+from tests.helpers.simulated import ROOT
 
 BEFORE = """
 import importlib, os, warnings
-from devguard import activation, integrations
+from devguard import integrations
 for name in list(os.environ):
     if name.startswith("DEVGUARD") or "RANK" in name: del os.environ[name]
 
@@ -125,13 +125,17 @@ WRONG = {
     "log": ("", {"DEVGUARD_LOG": __file__}, "is not a directory. Name a directory"),
     "door that raises": (
         "def broken(): raise RuntimeError('boom')\n"
-        "door = importlib.import_module('devguard.doors.load')\n"
+        "door = importlib.import_module('devguard.doors.arrivals.load')\n"
         "install = door.install\n"
         "door.install = lambda: (install(), broken())",
         {},
         "RuntimeError: boom",
     ),
-    "door that cannot be imported": ("sys.modules['devguard.doors.streams'] = None", {}, "devguard.doors.streams"),
+    "door that cannot be imported": (
+        "sys.modules['devguard.doors.current_device.streams'] = None",
+        {},
+        "devguard.doors.current_device.streams",
+    ),
     "integration that raises": (
         "def broken(): raise OSError('no such framework')\nintegrations.arm = broken",
         {},
@@ -156,8 +160,8 @@ def test_whatever_is_wrong_costs_one_warning_and_leaves_torch_as_it_was(case: st
 
 def test_a_door_that_this_torch_does_not_know_is_named_and_the_others_open() -> None:
     code = """
-door = importlib.import_module("devguard.doors.streams")
-from devguard.patching import DoorError
+door = importlib.import_module("devguard.doors.current_device.streams")
+from devguard.support.patching import DoorError
 def broken(): raise DoorError("torch.cuda.nothing is not in torch 99")
 door.install = broken
 print(json.dumps([load(DEVGUARD="repair"), stands(), devguard.status()["doors"]["streams"]]))

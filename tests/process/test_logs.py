@@ -14,19 +14,22 @@ from typing import Any
 
 import pytest
 
-from devguard import cli, reading
-from tests.simulated import ROOT
+from devguard import cli
+from devguard.reporting import log_reader
+from tests.helpers.simulated import ROOT
 
 BEFORE = """
 import os, signal, sys
+import devguard
 from pathlib import Path
-from devguard import activation, doors, logs
-from devguard.journal import journal
+from devguard.doors import table
+from devguard.reporting import log_file
+from devguard.reporting.journal import journal
 
 def stray(nbytes=8):
     journal.record("load", "cuda:0", "cuda:1", "cuda:1", "repaired", nbytes, start=sys._getframe(1))
 
-logs.start(Path(sys.argv[1]), last_look=doors.look)
+log_file.start(Path(sys.argv[1]), last_look=table.look)
 """
 
 
@@ -73,9 +76,9 @@ def test_eight_processes_write_at_once_while_another_reads(tmp_path: Path) -> No
     code = "for number in range(500): stray(number % 7)\nfor number in range(500): stray(9); journal.log.flush()"
     writers = [start(code, tmp_path) for _ in range(8)]
     while any(writer.poll() is None for writer in writers):
-        assert reading.read(tmp_path)[2] == []
+        assert log_reader.read(tmp_path)[2] == []
     assert [writer.communicate()[1] for writer in writers] == [""] * 8
-    processes, merged, damaged = reading.read(tmp_path)
+    processes, merged, damaged = log_reader.read(tmp_path)
     assert damaged == []
     assert [process.ended for process in processes if process.pid != 1] == [True] * 8
     assert [site.count for site in merged] == [4000, 4000]
@@ -95,7 +98,7 @@ if silent == 0: sys.exit()
 os.waitpid(silent, 0)
 """
     run(code, tmp_path)
-    processes, merged, damaged = reading.read(tmp_path)
+    processes, merged, damaged = log_reader.read(tmp_path)
     assert damaged == []
     assert [process.ended for process in processes] == [True] * len(processes)
     counts = sorted((site.count, len(site.processes)) for site in merged)
@@ -136,14 +139,14 @@ def test_a_folder_that_is_none_or_holds_nothing_is_an_error_that_says_so(
 @pytest.mark.parametrize("options", [(), ("-W", "error")])
 def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path, options: tuple[str, ...]) -> None:
     (tmp_path / "file").write_text("")
-    code = "stray(); stray(); print(journal.total, activation.status()['log'])"
+    code = "stray(); stray(); print(journal.total, devguard.status()['log'])"
     out, err = run(code, tmp_path / "file" / "logs", *options)
     assert out == f"2 devguard cannot write its log to {tmp_path}/file/logs: Not a directory.\n"
     assert err.count("devguard cannot write its log") == 1
 
 
 def test_status_says_where_the_journal_is_written(tmp_path: Path) -> None:
-    out, _ = run("print(activation.status()['log']); journal.log.stop(); print(activation.status()['log'])", tmp_path)
+    out, _ = run("print(devguard.status()['log']); journal.log.stop(); print(devguard.status()['log'])", tmp_path)
     (file,) = tmp_path.iterdir()
     assert out == f"{file}\nNone\n"
 
@@ -164,12 +167,12 @@ often()
 
 def test_a_finalizer_that_strays_while_a_row_is_written_does_not_wait_for_itself(tmp_path: Path) -> None:
     code = """
-write = logs.os.write
+write = log_file.os.write
 def write_and_stray(descriptor, data):
-    logs.os.write = write
+    log_file.os.write = write
     stray()
     return write(descriptor, data)
-logs.os.write = write_and_stray
+log_file.os.write = write_and_stray
 stray()
 print("done")
 """
@@ -186,10 +189,10 @@ def test_one_process_writes_one_file_though_importing_torch_activates_devguard(t
 
 def test_an_end_that_fails_keeps_no_other_from_coming(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = """
-from devguard import ending
+from devguard.support import process_exit
 def fail(): raise ValueError("at the end")
 stray()
-ending.at_end(fail)
+process_exit.register(fail)
 """
     _, err = run(code, tmp_path)
     assert "could not finish in this process: ValueError: at the end" in err

@@ -18,12 +18,12 @@ import torch
 
 import devguard
 from devguard import StrayDeviceError
-from tests import tagging
+from tests.helpers import tagging
+from tests.helpers.simulated import ROOT
 from tests.process import workers
 
 pytestmark = pytest.mark.usefixtures("clean")
 
-ROOT = Path(__file__).parent.parent.parent
 PAYLOAD = tagging.dumps(torch.arange(4.0))
 GUARDED = {"owner": "cpu", "loaded": [0, 1, 2, 3], "strays": [("cuda:3", "cpu", "repaired")]}
 

@@ -15,7 +15,7 @@ import pytest
 
 from devguard import cli
 from devguard.cli.selfcheck import tagged_pickle
-from tests.simulated import ROOT
+from tests.helpers.simulated import ROOT
 
 PROGRAM = ROOT / "tests" / "process" / "unmodified.py"
 

@@ -89,7 +89,7 @@ def for_a_pool(payload: bytes) -> dict[str, Any]:
 
 def raises_stray() -> None:
     """Raise what mode ``error`` raises, in a child of a pool."""
-    from tests import tagging
+    from tests.helpers import tagging
 
     with devguard.guard("cpu", mode="error"):
         import torch

@@ -21,7 +21,7 @@ from typing import Any
 
 from devguard.simgpu import cached, overlay, wheels
 from devguard.simgpu.progress import Reporter
-from tests.simulated import sim_environment
+from tests.helpers.simulated import sim_environment
 
 __all__ = ["NEWEST", "OLDEST", "POSSIBLE", "prepare", "sglang_environment"]
 

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from devguard import simgpu
+from tests.helpers.simulated import ROOT
 from tests.sglang import placement, questions, server_plugin
 from tests.sglang.environment import sglang_environment
 from tests.sglang.placement import Holding, Served
-from tests.simulated import ROOT
 
 __all__ = ["compare", "main", "make_checkpoint"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.simulated import ROOT, run_simulated
 from tests.sglang.environment import NEWEST, OLDEST, POSSIBLE, sglang_environment
-from tests.simulated import ROOT, run_simulated
 
 pytestmark = [
     pytest.mark.skipif(not POSSIBLE, reason="SGLang 0.5.23 needs Python 3.11"),

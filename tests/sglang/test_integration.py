@@ -16,7 +16,7 @@ import devguard
 from devguard.errors import ConfigError, DeviceResolutionError
 from devguard.integrations import sglang
 from devguard.integrations.sglang import bugs, entry, roles, versions
-from tests.simulated import run_simulated
+from tests.helpers.simulated import run_simulated
 
 # 0.4.6.post2 names the GPU to Scheduler; releases since then to configure_scheduler_process, with changing places.
 STAND_IN = """

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.simulated import ROOT, run_simulated
 from tests.sglang import placement, questions, recorded, server
 from tests.sglang.environment import POSSIBLE
-from tests.simulated import ROOT, run_simulated
 
 needs_sglang = pytest.mark.skipif(not POSSIBLE, reason="SGLang 0.5.23 needs Python 3.11")
 

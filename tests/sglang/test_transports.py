@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.simulated import Finished, run_simulated
 from tests.sglang.environment import OLDEST, POSSIBLE, sglang_environment
-from tests.simulated import Finished, run_simulated
 
 pytestmark = [
     pytest.mark.skipif(not POSSIBLE, reason="SGLang 0.5.23 needs Python 3.11"),

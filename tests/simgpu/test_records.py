@@ -14,8 +14,8 @@ import pytest
 
 from devguard import simgpu
 from devguard.simgpu import overlay, records
+from tests.helpers.simulated import ROOT, Finished
 from tests.simgpu.conftest import TORCH, Index
-from tests.simulated import ROOT, Finished
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="simulated GPUs exist for Linux only")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.simulated import Finished
+from tests.helpers.simulated import Finished
 
 
 @dataclasses.dataclass(frozen=True)

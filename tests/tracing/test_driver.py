@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from devguard import tracing
-from tests.simulated import POSSIBLE, ROOT
+from tests.helpers.simulated import POSSIBLE, ROOT
 
 pytestmark = pytest.mark.skipif(not POSSIBLE, reason="contexts are traced on Linux only")
 

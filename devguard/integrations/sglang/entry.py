@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, overload
 
 from devguard.errors import ConfigError, DeviceResolutionError
-from devguard.guards import guard
+from devguard.guards.guard import guard
 from devguard.integrations.sglang import roles, versions
-from devguard.settings import DoorMode, Mode
+from devguard.modes import DoorMode, Mode
 
 __all__ = ["guarded_engine", "worker"]
 

@@ -13,9 +13,10 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from devguard import in_force, relay
-from devguard.patching import Patches
-from devguard.verdict import judge
+from devguard.doors.arrivals import relayed_tags
+from devguard.ownership import in_force
+from devguard.reporting.verdict import judge
+from devguard.support.patching import Patches
 
 __all__ = ["MODULE", "patch"]
 
@@ -52,7 +53,7 @@ def _patch_restore(patches: Patches, module: ModuleType) -> None:
         call.arguments["device"] = owner.tag
         tensor = original(*call.args, **call.kwargs)
         if owner.index < 0:
-            relay.keep(tensor.untyped_storage(), device)
+            relayed_tags.keep(tensor.untyped_storage(), device)
         return tensor
 
     patches.replace(module, "_restore_torch_tensor", restore)
@@ -68,13 +69,13 @@ def _patch_pack(patches: Patches, module: ModuleType) -> None:
 
     @functools.wraps(original)
     def pack(code: int, metadata: Any, *rest: Any, **kwargs: Any) -> Any:
-        if relay.status()["kept"] and isinstance(metadata, tuple) and metadata[-1:] == ("cpu",):
+        if relayed_tags.status()["kept"] and isinstance(metadata, tuple) and metadata[-1:] == ("cpu",):
             tensor = sys._getframe(1).f_locals.get("obj")
             if isinstance(tensor, sys.modules["torch"].Tensor):
-                tag = relay.tag_of(tensor.untyped_storage())
+                tag = relayed_tags.tag_of(tensor.untyped_storage())
                 if tag is not None:
                     metadata = (*metadata[:-1], tag)
-                    relay.count()
+                    relayed_tags.count()
         return original(code, metadata, *rest, **kwargs)
 
     patches.replace(module, "_pack_buffer_ext", pack)

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from devguard import settings
+from devguard import modes
+from devguard.activation.install import assign, on_uninstall
+from devguard.activation.status import status
 from devguard.integrations.sglang import messages, versions
-from devguard.late import when_imported
-from devguard.patching import Patches
+from devguard.support.import_hooks import when_imported
+from devguard.support.patching import Patches
 
 __all__ = ["announce", "arm", "DEVICE_ARGUMENTS", "device_argument", "disarm", "Role", "ROLES", "take"]
 
@@ -91,11 +93,9 @@ _state = _State()
 
 def arm() -> None:
     """Make every process of SGLang own its device as soon as its role is known; calling it again does nothing more."""
-    from devguard import activation
-
     with _state.lock:
         _state.armed = True
-    activation.on_uninstall(disarm)
+    on_uninstall(disarm)
     for name in {role.module for role in ROLES}:
         when_imported(name, _patch)
     when_imported(messages.MODULE, _patch)
@@ -114,7 +114,7 @@ def take(role: Role, function: Callable[..., Any], args: tuple[Any, ...], kwargs
 
     It does so once in a process, and never raises.
     """
-    if settings.killed():
+    if modes.killed():
         return
     try:
         _take(role, function, args, kwargs)
@@ -136,10 +136,9 @@ def _take(role: Role, function: Callable[..., Any], args: tuple[Any, ...], kwarg
     with _state.lock:
         if _state.taken is not None and _state.taken[0] == os.getpid():
             return
-        from devguard import activation
 
         label = " ".join(filter(None, (role.name, _ranks(values, function))))
-        if activation.assign(device, role=f"SGLang {label}"):
+        if assign(device, role=f"SGLang {label}"):
             _state.to_say = label
         else:
             logger.info("devguard: this %s keeps the owner that the program has installed", label)
@@ -153,9 +152,7 @@ def announce() -> None:
     if label is None:
         return
     try:
-        from devguard import activation
-
-        found = activation.status()
+        found = status()
         doors = [name for name, row in found["doors"].items() if row["open"]]
         closed = [f"{name} ({row['problem']})" for name, row in found["doors"].items() if "problem" in row]
         owner, mode = found["process_owner"], found["mode"]

@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import devguard
+from tests.helpers.tagging import tagged
 from tests.matrix.harness import row
-from tests.tagging import tagged
 
 PATH = os.path.join(tempfile.gettempdir(), f"devguard-matrix-{os.getpid()}.pt")
 

@@ -4,7 +4,7 @@ import io
 
 import torch
 
-from tests.tagging import tagged
+from tests.helpers.tagging import tagged
 
 
 def _file(tag):

@@ -6,7 +6,7 @@ import tempfile
 import torch
 import torch.distributed as dist
 
-from tests.tagging import tagged
+from tests.helpers.tagging import tagged
 
 
 def _gather(tag):

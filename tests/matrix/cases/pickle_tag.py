@@ -4,7 +4,7 @@ import pickle
 
 import torch
 
-from tests.tagging import tagged
+from tests.helpers.tagging import tagged
 
 
 def _message(tag):

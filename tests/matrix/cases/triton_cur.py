@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tests import triton_stand_in
+from tests.helpers import triton_stand_in
 
 KERNELS = []
 

@@ -1,0 +1,139 @@
+"""Installing devguard for a whole process, and uninstalling it.
+
+``install`` gives every thread of the process an owner where no guard is in force. ``assign`` does so for an integration
+that knows the role of the process. ``uninstall`` leaves torch as it was found.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from devguard import modes
+from devguard.activation import environment
+from devguard.doors import table
+from devguard.modes import DEFAULT_MODE, DoorMode, Mode
+from devguard.ownership import in_force
+from devguard.ownership.owner import Owner, parse_owner
+from devguard.ownership.prepare import forget, prepare
+from devguard.ownership.process import process
+from devguard.ownership.resolve import owner_from_environment, owner_not_found
+from devguard.ownership.stack import local
+from devguard.reporting import allowlist
+from devguard.support import accelerator
+
+__all__ = ["assign", "BY_ENVIRONMENT", "install", "INSTALLED", "lock", "on_uninstall", "uninstall"]
+
+lock = threading.RLock()  # importing torch inside it may activate devguard
+
+_undo: dict[Callable[[], list[str]], None] = {}  # what `uninstall` calls first
+
+INSTALLED = "install"  # who said what is in force
+BY_ENVIRONMENT = "environment"
+
+
+def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str, DoorMode] | None = None) -> None:
+    """Make a device the owner of this whole process, and open the doors.
+
+    The current device of the calling thread becomes the owner's. A guard inside has precedence. Calling it
+    again replaces what the first call said.
+
+    Parameters
+    ----------
+    mode : {'off', 'observe', 'warn', 'repair', 'error'}
+        What the doors do with a stray where no scope says otherwise.
+    device : int, str or torch.device, optional
+        The owner. Left out, it is ``DEVGUARD_DEVICE``, else the launcher's local rank, else the enclosing
+        guard's.
+    doors : mapping of str to str, optional
+        The mode of single doors.
+
+    Raises
+    ------
+    ConfigError
+        For a mode or a door that does not exist.
+    DeviceResolutionError
+        If nothing names a device, or if this process does not see it.
+    """
+    checked = modes.check_mode(mode)
+    checked_doors = {} if doors is None else table.check_doors(doors)
+    if device is not None:
+        owner = parse_owner(device)
+    else:
+        found, looked = owner_from_environment()
+        owner_or_none = found or in_force.owner()
+        if owner_or_none is None:
+            raise owner_not_found(looked)
+        owner = owner_or_none
+    _own(owner, checked, checked_doors, INSTALLED)
+
+
+def assign(device: Any, *, role: str) -> bool:
+    """Make a device the owner of this process, because of what the process is; for integrations.
+
+    The mode and the modes of single doors stay as the environment or the parent process says. What the program itself
+    has installed stays in force.
+
+    Parameters
+    ----------
+    device : int, str or torch.device
+        The owner.
+    role : str
+        What this process is, such as ``"SGLang scheduler TP1"``; shown by ``status()``.
+
+    Returns
+    -------
+    bool
+        Whether the device owns this process now; False where the program's own ``install()`` stays in force.
+
+    Raises
+    ------
+    DeviceResolutionError
+        If this process does not see the device.
+    """
+    if process.source == INSTALLED and process.owner is not None:  # a forked child has left its owner behind
+        return False
+    said = environment.read()
+    _own(parse_owner(device, role), process.mode or said.mode or DEFAULT_MODE, dict(process.doors) or said.doors, role)
+    return True
+
+
+def _own(owner: Owner, mode: Mode, doors: dict[str, DoorMode], source: str) -> None:
+    """Make `owner` the firm owner of this process."""
+    accelerator.torch_module()  # before the lock, which torch's own loading of devguard takes
+    with lock:
+        table.open_all()
+        prepare(owner, lambda door: doors.get(door, mode))
+        process.configure(mode, doors, source)
+        process.own(owner)
+        accelerator.set_torchs_own_check(mode)
+        if owner.index >= 0 and not local.stack:
+            local.stack.take(owner.index)
+
+
+def on_uninstall(undo: Callable[[], list[str]]) -> None:
+    """Call ``undo()`` once, at the next `uninstall`; it returns names as `uninstall` does. For integrations."""
+    _undo[undo] = None
+
+
+def uninstall() -> list[str]:
+    """Close every door, forget the process's owner, and leave torch as it was found.
+
+    Scopes that are still entered go on to set devices. A guard entered later opens the doors again.
+
+    Returns
+    -------
+    list of str
+        The names that somebody else patched over devguard, which stay as they are; normally empty.
+    """
+    with lock:
+        left: list[str] = []
+        while _undo:
+            left += _undo.popitem()[0]()
+        left += table.close_all()
+        forget()
+        process.reset()
+        allowlist.forget_allowed()
+        accelerator.restore_torchs_own_check()
+    return left

@@ -1,0 +1,96 @@
+"""The state of devguard in this process, as plain data."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from devguard import modes
+from devguard._version import __version__
+from devguard.doors import table
+from devguard.ownership import in_force
+from devguard.ownership.owner import owned_tags
+from devguard.ownership.process import process
+from devguard.reporting.journal import journal
+from devguard.reporting.stray import Stray
+from devguard.support import accelerator
+
+__all__ = ["contexts", "owner", "status", "strays"]
+
+
+def owner() -> Any:
+    """Return the owner in force on this thread.
+
+    Returns
+    -------
+    torch.device or None
+        None outside every guard, and inside ``unguarded()``.
+    """
+    found = in_force.owner()
+    if found is None or found.device is not None:
+        return found and found.device
+    return accelerator.torch_module().device(found.tag)  # the environment named it, and nothing has entered it yet
+
+
+def strays() -> tuple[Stray, ...]:
+    """Return what strayed in this process so far: one record per call site, in the order of their first time."""
+    table.look("when strays() was asked")
+    return journal.strays()
+
+
+def contexts() -> tuple[Any, ...]:
+    """Return the devices on which this process holds a primary CUDA context.
+
+    Asking opens none and does not initialise CUDA.
+
+    Returns
+    -------
+    tuple of torch.device
+        Empty where CUDA was never initialised.
+    """
+    held = accelerator.contexts()
+    if not held:
+        return ()
+    torch = accelerator.torch_module()
+    return tuple(torch.device("cuda", index) for index in held)
+
+
+def status() -> dict[str, Any]:
+    """Return how devguard stands in this process, as plain data.
+
+    Returns
+    -------
+    dict
+        ``version``, ``torch`` (None if not imported), ``killed`` (``DEVGUARD=off``), ``mode`` and ``owner``
+        in force on this thread, ``process_owner``, ``problem`` (why ``DEVGUARD`` is not in
+        force), ``log`` (the file of ``DEVGUARD_LOG``, or why it cannot be written), ``said_by`` (who gave the
+        process its settings), ``adoption`` (how the environment found its owner), ``owned`` and ``contexts`` (device
+        names), ``doors`` (per door: ``open``, ``mode``, problems, copies taken before it opened), ``strays`` (total),
+        ``strays_not_kept``.
+    """
+    torch = sys.modules.get("torch")
+    owned_by = in_force.owner()
+    table.look("when status() was asked")
+    rows = table.status()
+    for name, row in rows.items():
+        asked = name not in table.ON_REQUEST or in_force.is_requested(name)
+        row["mode"] = in_force.mode_of(name) if row["open"] and asked else "off"
+    return {
+        "version": __version__,
+        "pid": os.getpid(),
+        "torch": getattr(torch, "__version__", None),
+        "killed": modes.killed(),
+        "mode": in_force.mode_of(""),
+        "owner": owned_by and owned_by.tag,
+        "process_owner": process.owner and process.owner.tag,
+        "problem": process.problem,
+        "log": journal.log and journal.log.where,
+        "said_by": process.source or None,
+        "adoption": process.adoption and process.adoption.as_dict(),
+        "owned": owned_tags(),
+        "contexts": [f"cuda:{index}" for index in accelerator.contexts()],
+        "doors": rows,
+        "strays": journal.total,
+        "strays_not_kept": journal.dropped,
+    }

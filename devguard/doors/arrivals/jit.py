@@ -1,0 +1,122 @@
+"""The door ``jit``: ``torch.jit.load`` without ``map_location`` puts each tensor where the archive says.
+
+Its ``map_location`` moves CPU tensors too, so the load is repaired only if the archive holds none (or if
+the owner is ``cpu``, where that is what is wanted). An archive that mixes both is recorded as observed and
+left as it is: load it with an explicit ``map_location``, and put back by hand what belongs on the host.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from typing import Any
+
+from devguard.ownership import in_force
+from devguard.reporting.verdict import judge
+from devguard.support.patching import Patches
+
+__all__ = ["install", "status", "uninstall"]
+
+NAME = "jit"
+
+_patches = Patches()
+_unread = 0
+
+
+def install() -> None:
+    """Replace ``torch.jit.load``."""
+    import torch
+
+    original = _patches.find(torch.jit, "load")
+
+    def load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+        owner = in_force.owner_at_door()
+        if owner is None or map_location is not None:
+            return original(f, map_location, *args, **kwargs)
+        if in_force.mode_of(NAME) == "off":
+            return original(f, None, *args, **kwargs)
+        if not isinstance(f, (str, os.PathLike)):
+            f = io.BytesIO(f.read())  # torch reads it whole as well
+        tags = _tags(f)
+        away = sorted(tag for tag in tags if tag.startswith("cuda") and tag != owner.tag)
+        if away:
+            repairable = owner.index < 0 or "cpu" not in tags
+            target = owner.tag if repairable else None
+            nbytes = sum(tags[tag] for tag in away)
+            if judge(NAME, ",".join(away), owner, nbytes, "Pass map_location to torch.jit.load.", target=target):
+                map_location = owner.tag
+        return original(f, map_location, *args, **kwargs)
+
+    for module in (torch.jit, torch.jit._serialization):
+        _patches.replace(module, "load", load)
+
+
+def uninstall() -> list[str]:
+    """Put ``torch.jit.load`` back."""
+    return _patches.restore()
+
+
+def status() -> dict[str, Any]:
+    """Return who holds copies of ``torch.jit.load`` from before, and how many archives could not be read ahead."""
+    return {"early_copies": _patches.early_copies(), "unread_archives": _unread}
+
+
+def _tags(f: Any) -> dict[str, int]:
+    """Return the device tags in a TorchScript archive and how many bytes carry each; empty if it cannot be read.
+
+    Parameters
+    ----------
+    f : path or io.BytesIO
+        The archive. A stream is left where it was.
+    """
+    global _unread
+    tags: dict[str, int] = {}
+    position = f.tell() if isinstance(f, io.BytesIO) else 0
+    try:
+        with zipfile.ZipFile(f) as archive:
+            sizes = {info.filename: info.file_size for info in archive.infolist()}
+            for name in archive.namelist():
+                if name.endswith(("/data.pkl", "/constants.pkl")):
+                    records = name.removesuffix(".pkl")  # archive/data.pkl keeps its storages in archive/data/
+                    _TagReader(io.BytesIO(archive.read(name)), tags, sizes, records).load()
+    except (OSError, zipfile.BadZipFile):
+        pass  # torch says what is wrong with it
+    except (pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError):
+        _unread += 1  # a pickle of another make; reading ahead must not break the load
+    finally:
+        if isinstance(f, io.BytesIO):
+            f.seek(position)
+    return tags
+
+
+class _Opaque:
+    """Stands for whatever class a pickle names; nothing in the archive is imported or run."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _TagReader(pickle.Unpickler):
+    """Collects the device tags of the storages that a TorchScript pickle refers to, with their bytes."""
+
+    def __init__(self, file: io.BytesIO, tags: dict[str, int], sizes: dict[str, int], records: str) -> None:
+        super().__init__(file)
+        self._tags = tags
+        self._sizes = sizes
+        self._records = records
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a stand-in for every class."""
+        return _Opaque
+
+    def persistent_load(self, identity: Any) -> Any:
+        """Note the tag of one storage, once."""
+        _, _, key, location = identity[:4]
+        size = self._sizes.pop(f"{self._records}/{key}", 0)
+        self._tags[location] = self._tags.get(location, 0) + size
+        return _Opaque()

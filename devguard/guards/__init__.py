@@ -1,0 +1,4 @@
+"""The scopes: `guard`, `remap`, `unguarded`, `no_strays`, as context managers and as decorators.
+
+May import doors and the floors below it.
+"""

@@ -1,0 +1,167 @@
+"""What `guard`, `remap` and `unguarded` share: a scope is an entry on the thread's stack, and a decorator."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
+from devguard.doors import table
+from devguard.guards import decorate, unwind
+from devguard.guards.coroutines import Steps
+from devguard.modes import DoorMode
+from devguard.ownership.stack import local
+
+__all__ = ["Bound", "Scope"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+
+INSPECT_EVERY_S = 0.1
+_last_inspection = 0.0
+
+
+def _is_time() -> bool:
+    """Tell whether the last look at the contexts is long enough ago: decorated functions are called in hot loops."""
+    global _last_inspection
+    now = time.monotonic()
+    if now - _last_inspection < INSPECT_EVERY_S:
+        return False
+    _last_inspection = now
+    return True
+
+
+class Scope:
+    """What `guard`, `remap` and `unguarded` have in common: an entry on the thread's stack, and decorating."""
+
+    __slots__ = ()
+
+    def mode_of(self, door: str) -> DoorMode | None:
+        """Return the mode that this scope sets for `door`, None where it leaves that to the scope around it."""
+        return None
+
+    def asks_for(self, door: str) -> bool:
+        """Tell whether this scope asks a door to act that acts on request only."""
+        return False
+
+    def names(self, door: str) -> bool:
+        """Tell whether this scope sets the mode of `door` by its name."""
+        return False
+
+    @property
+    def parameter(self) -> str | None:
+        """The name of the parameter of a decorated function that holds the device; None if none does."""
+        return None
+
+    def settled(self, parameter: decorate.Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
+        """Return this scope with its owner known, for one call of a decorated function."""
+        return self
+
+    def ended(self, function: Callable[..., Any]) -> None:
+        """Look for contexts that no door explains, after the outermost call of a decorated function; not often."""
+        if not local.stack and _is_time():
+            table.inspect(f"after {getattr(function, '__qualname__', function)} had returned")
+
+    def steps(self, inner: Any) -> Steps:
+        """Return an awaitable iterator that runs each step of `inner` inside this scope."""
+        return Steps(self, inner)
+
+    def __enter__(self) -> Any:
+        local.stack.append((self, None, -1))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        stack = local.stack
+        if not stack or stack[-1][0] is not self:
+            unwind.remove(self)
+        else:
+            stack.pop()
+
+    async def __aenter__(self) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(
+            f"`async with {name}(...)` cannot keep its promise: Python tells nobody when the event loop switches "
+            f"tasks, so other tasks would run on this device. Use `await {name}(...).run(awaitable)`, or decorate the "
+            f"coroutine function with @{name}(...): both hold the device only while your code runs."
+        )
+
+    async def __aexit__(self, *error: object) -> None:
+        """Never reached: entering raises."""
+
+    def __call__(self, function: F) -> F:
+        """Decorate `function`: each call of it runs inside this scope.
+
+        Parameters
+        ----------
+        function : callable
+            A function, method, ``staticmethod``, ``classmethod``, coroutine function, generator function or
+            asynchronous generator function.
+
+        Returns
+        -------
+        callable
+            A native function of the same kind.
+
+        Raises
+        ------
+        ConfigError
+            If the function has no parameter of the name that the scope takes its device from.
+        """
+        decorated: F = decorate.wrap(self, function, self.parameter)
+        return decorated
+
+    def bind(self, function: Callable[..., Any]) -> Bound:
+        """Return a picklable callable that runs `function` inside this scope; for inline use.
+
+        Examples
+        --------
+        >>> multiprocessing.Process(target=devguard.guard(1).bind(work))
+        """
+        return Bound(self, function)
+
+    async def run(self, awaitable: Awaitable[T]) -> T:
+        """Await `awaitable`; each of its steps runs inside this scope, and the scope is left whenever it sleeps.
+
+        Parameters
+        ----------
+        awaitable : awaitable
+            A coroutine, or another object with ``__await__``. Not a Task or Future: the event loop steps
+            those by itself.
+
+        Returns
+        -------
+        object
+            What `awaitable` returns.
+        """
+        if getattr(awaitable, "_asyncio_future_blocking", None) is not None:
+            raise TypeError(
+                f"run() got {awaitable!r}, which the event loop steps by itself, outside this scope. Pass the "
+                f"coroutine: asyncio.create_task({type(self).__name__}(...).run(coroutine))."
+            )
+        within = self.settled(None, (), {})
+        inner = awaitable if hasattr(awaitable, "send") else awaitable.__await__()
+        result: T = await within.steps(inner)
+        return result
+
+
+class Bound:
+    """A function and the scope it runs in, as one picklable callable; made by ``guard(...).bind(function)``."""
+
+    __slots__ = ("_decorated", "function", "scope")
+
+    def __init__(self, scope: Scope, function: Callable[..., Any]) -> None:
+        self.scope = scope
+        self.function = function
+        self._decorated = scope(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._decorated(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Bound, (self.scope, self.function)
+
+    def __repr__(self) -> str:
+        return f"{self.scope!r}.bind({getattr(self.function, '__qualname__', self.function)})"

@@ -1,0 +1,281 @@
+"""`guard`: the scope with an owner.
+
+A scope object holds configuration only. It pickles, copies and compares by value, and threads may share one; what
+belongs to one entry lies on the thread's stack (stack.py). Entering sets the current device of the thread; modes and
+doors decide what happens to work that would land elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from devguard import modes
+from devguard.doors import table
+from devguard.errors import ConfigError
+from devguard.guards import decorate, unwind
+from devguard.guards.base import Scope
+from devguard.modes import DoorMode, Mode
+from devguard.ownership import in_force
+from devguard.ownership.owner import UNKNOWN, Owner, parse_owner
+from devguard.ownership.prepare import prepare
+from devguard.ownership.resolve import owner_from_environment, owner_not_found
+from devguard.ownership.stack import local
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["guard"]
+
+_PLAIN_LIMIT = 64
+
+
+class guard(Scope):
+    """A scope in which a device owns all work: the current device is the owner's, and the doors are watched.
+
+    Use it as a context manager or as a decorator of functions, methods, static and class methods,
+    coroutines, generators and asynchronous generators. It may be nested and shared between threads.
+
+    Parameters
+    ----------
+    device : int, str or torch.device, optional
+        The owner: ``"cuda:1"``, ``1``, ``torch.device("cuda", 1)``, or ``"cpu"`` for code that owns no
+        accelerator. Left out, it is `argument`, else `resolve`, else ``DEVGUARD_DEVICE``, else the
+        launcher's local rank (``LOCAL_RANK``, ``SLURM_LOCALID``, ...), else the owner of the guard around
+        this one.
+    argument : str, optional
+        For decorators: the name of the parameter of the decorated function that holds the device. Where a
+        call passes None, the search goes on as above.
+    resolve : callable, optional
+        Called without arguments at each entry; returns the device, or None for the search to go on.
+    mode : {'off', 'observe', 'warn', 'repair', 'error'}, optional
+        What the doors do with a stray; inherited by default, and ``'repair'`` where nobody says anything.
+    doors : mapping of str to str, optional
+        The mode of single doors, such as ``{"load": "warn"}``.
+
+    Raises
+    ------
+    ConfigError
+        For a mode, a door or a combination that means nothing.
+    DeviceResolutionError
+        For a device that cannot be owned; on entry, for one that this process does not see, or if nothing
+        names one.
+
+    Examples
+    --------
+    >>> @devguard.guard(argument="gpu_id")
+    ... def run_worker(config, gpu_id): ...
+
+    >>> with devguard.guard("cuda:1", mode="error"):
+    ...     state = torch.load("checkpoint.pt")
+
+    Notes
+    -----
+    The value of ``with guard(...) as device`` is the owner's ``torch.device``. Entering costs about as much
+    as ``with torch.cuda.device(...)``; see benchmarks/.
+    """
+
+    __slots__ = ("_options", "_owner")
+    _options: _Options | None
+    _owner: Owner
+
+    _plain: ClassVar[dict[int, Any]]  # guard(1) is a value: one object serves all of its kind
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._plain = {}
+
+    def __new__(
+        cls,
+        device: Any = None,
+        argument: str | None = None,
+        resolve: Callable[[], Any] | None = None,
+        mode: Mode | None = None,
+        doors: Mapping[str, DoorMode] | None = None,
+    ) -> Self:
+        """Return the scope; the same object for the same plain index."""
+        if argument is None and resolve is None and mode is None and doors is None:
+            if device.__class__ is int:  # True and numpy's integers go the long way
+                try:
+                    shared: Self = cls._plain[device]
+                    return shared
+                except KeyError:
+                    pass
+            options = None
+        else:
+            options = _check_options(device, argument, resolve, mode, doors)
+        self = super().__new__(cls)
+        self._options = options
+        self._owner = UNKNOWN if device is None else cls._parse(device)
+        if options is None and device.__class__ is int and device < _PLAIN_LIMIT:
+            cls._plain[device] = self
+        return self
+
+    @classmethod
+    def _parse(cls, device: Any) -> Owner:
+        # a function or a class; merely being callable says nothing, a torch.device is
+        if hasattr(device, "__get__") or isinstance(device, type):
+            name = cls.__name__
+            raise TypeError(
+                f"@devguard.{name} needs parentheses: write @devguard.{name}() or @devguard.{name}('cuda:1')."
+            )
+        return parse_owner(device)
+
+    def mode_of(self, door: str) -> DoorMode | None:
+        """Return the mode that this scope sets for `door`, None where it leaves that to the scope around it."""
+        options = self._options
+        return None if options is None else options.doors.get(door, options.mode)
+
+    def names(self, door: str) -> bool:
+        """Tell whether this scope sets the mode of `door` by its name."""
+        return self._options is not None and door in self._options.doors
+
+    def asks_for(self, door: str) -> bool:
+        """Tell whether this scope asks a door to act that acts on request only: by naming it."""
+        return self.names(door)
+
+    def settled(self, parameter: decorate.Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
+        """Return this scope with its owner known, for one call of a decorated function."""
+        if self._owner is not UNKNOWN:
+            return self
+        value = None if parameter is None else parameter.value(args, kwargs)
+        if value is not None:
+            assert parameter is not None
+            owner = parse_owner(value, f"the argument {parameter.name}")
+        else:
+            owner = self._find("" if parameter is None else f"the argument {parameter.name} (None)")
+        settled = object.__new__(type(self))
+        settled._owner = owner
+        settled._options = self._options
+        return settled
+
+    def _find(self, tried: str = "") -> Owner:
+        """Find the owner that nobody named; `tried` is what a decorated function's own argument said."""
+        options = self._options
+        if options is not None and options.argument is not None and not tried:
+            raise ConfigError(
+                f"{self!r} takes its device from a function's argument, so it can only decorate a function. "
+                "Elsewhere name the device itself."
+            )
+        if options is not None and options.resolve is not None:
+            device = options.resolve()
+            if device is not None:
+                return parse_owner(device, f"what {getattr(options.resolve, '__qualname__', 'resolve')}() returned")
+            tried = tried or "resolve() (None)"
+        return self._search(tried)
+
+    def _search(self, tried: str) -> Owner:
+        found, looked = owner_from_environment()
+        found = found or in_force.owner()
+        if found is None:
+            raise owner_not_found(looked, tried)
+        return found
+
+    def __enter__(self) -> Any:
+        owner = self._owner
+        device = owner.device
+        if device is None:
+            owner = self._prepare()
+            device = owner.device
+        stack = local.stack
+        stack.append((self, owner, stack.take(owner.index)))
+        return device
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        stack = local.stack
+        try:
+            entered, owner, previous = entry = stack.pop()
+        except IndexError:
+            unwind.remove(self)
+            return
+        if entered is not self:
+            stack.append(entry)
+            unwind.remove(self)
+        elif stack.moved:
+            unwind.settle(entry, kind is not None)
+        elif previous != owner.index:  # type: ignore[union-attr]  # only unguarded() enters without an owner
+            stack.give_back(previous)
+
+    def _prepare(self) -> Owner:
+        """Find the owner if nobody named it, and make this process fit to enter it."""
+        owner = self._find() if self._owner is UNKNOWN else self._owner
+        if owner.device is None:
+            table.open_all()
+            prepare(owner, self.mode_of)
+        return owner
+
+    @property
+    def parameter(self) -> str | None:
+        """The name of the parameter of a decorated function that holds the device; None if none does."""
+        return None if self._options is None else self._options.argument
+
+    def _value(self) -> tuple[Any, ...]:
+        options = self._options
+        device = None if self._owner is UNKNOWN else self._owner.tag
+        if options is None:
+            return (device, None, None, None, ())
+        doors = tuple(sorted(options.doors.items()))
+        return (device, options.argument, options.resolve, options.mode, doors)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other._value() == self._value()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._value()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        device, argument, resolve, mode, doors = self._value()
+        return _make, (type(self), device, argument, resolve, mode, dict(doors) or None)
+
+    def __repr__(self) -> str:
+        device, *options = self._value()
+        names = ("argument", "resolve", "mode", "doors")
+        parts = [] if device is None else [repr(device)]
+        parts += [f"{name}={dict(v) if name == 'doors' else v!r}" for name, v in zip(names, options, strict=True) if v]
+        return f"devguard.{type(self).__name__}({', '.join(parts)})"
+
+
+guard._plain = {}
+
+
+class _Options:
+    """The rarer parameters of a guard, checked."""
+
+    __slots__ = ("argument", "doors", "mode", "resolve")
+
+    def __init__(
+        self,
+        argument: str | None,
+        resolve: Callable[[], Any] | None,
+        mode: Mode | None,
+        doors: dict[str, DoorMode],
+    ) -> None:
+        self.argument = argument
+        self.resolve = resolve
+        self.mode = mode
+        self.doors = doors
+
+
+def _check_options(device: Any, argument: Any, resolve: Any, mode: Any, doors: Any) -> _Options:
+    named = [
+        name for name, value in (("device", device), ("argument", argument), ("resolve", resolve)) if value is not None
+    ]
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(named)} each say which device it is. Give one of them.")
+    if argument is not None and not (isinstance(argument, str) and argument.isidentifier()):
+        raise ConfigError(f"argument must be the name of a parameter, such as 'gpu_id'; got {argument!r}.")
+    if resolve is not None and not callable(resolve):
+        raise ConfigError(f"resolve must be a callable without arguments that returns a device; got {resolve!r}.")
+    return _Options(
+        argument,
+        resolve,
+        None if mode is None else modes.check_mode(mode),
+        {} if doors is None else table.check_doors(doors),
+    )
+
+
+def _make(kind: type[guard], device: Any, argument: Any, resolve: Any, mode: Any, doors: Any) -> guard:
+    return kind(device, argument=argument, resolve=resolve, mode=mode, doors=doors)

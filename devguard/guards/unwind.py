@@ -1,0 +1,85 @@
+"""Leaving a scope where that is more than taking the last entry off the stack.
+
+The current device was moved inside it, or the scope is left out of order: it was held across an await or a yield, or on
+a thread that never entered it. Scopes that are left in order, with the device where they found it, never come here.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import CodeType
+
+from devguard.ownership.stack import Entry, judge_pending, local, moves_are_watched
+from devguard.support import callsite
+
+__all__ = ["remove", "settle"]
+
+
+def settle(entry: Entry, failing: bool) -> None:
+    """Give back the device of `entry`, which has just been taken off the stack, where the device was moved meanwhile.
+
+    Parameters
+    ----------
+    entry : Entry
+        With the device that was current when the scope was entered; -1 if it took none.
+    failing : bool
+        Whether an exception is on its way out of the scope.
+    """
+    stack = local.stack
+    try:
+        if stack.changes:
+            stack.append(entry)
+            try:
+                judge_pending(stack, leaving=True, failing=failing)
+            finally:
+                stack.pop()
+    finally:
+        if entry[2] >= 0:
+            stack.give_back(entry[2])
+        if not stack and moves_are_watched():
+            stack.moved = False
+
+
+def remove(left: object) -> None:
+    """Take the newest entry of the scope `left` out of the middle of the stack, and report it.
+
+    The current device belongs to the entries above: it stays, and the saved device goes to the entry above,
+    which will give it back in its turn.
+    """
+    stack = local.stack
+    for position in range(len(stack) - 1, -1, -1):
+        if stack[position][0] is left:
+            break
+    else:
+        _report("was left on a thread that had not entered it; that thread still holds its device")
+        return
+    above = position + 1
+    if stack[position][2] >= 0:
+        while above < len(stack) and stack[above][2] < 0:  # an entry that took no device has none to give back
+            above += 1
+        if above < len(stack):
+            stack[above] = (*stack[above][:2], stack[position][2])
+        else:
+            stack.give_back(stack[position][2])
+    del stack[position]
+    stack.judged = None
+    stack.changes.clear()  # who changed what within which scope can no longer be told
+    stack.moved = True  # whose device is current is now for the entries above to put right
+    _report(
+        "was held across an await or a yield, and other code ran under its device meanwhile. Decorate the function, or "
+        "use guard(...).run(awaitable): they hold the device only while your code runs"
+    )
+
+
+_reported: dict[tuple[int, int], CodeType] = {}  # by identity: equal code may lie in two files
+
+
+def _report(what: str) -> None:
+    """Warn once per call site that a scope was misused."""
+    code, line, _ = callsite.find(sys._getframe(2))
+    if code is None:
+        warnings.warn(f"a devguard scope {what}.", RuntimeWarning, stacklevel=3)
+    elif (id(code), line) not in _reported:
+        _reported[id(code), line] = code
+        warnings.warn_explicit(f"a devguard scope {what}.", RuntimeWarning, code.co_filename, line)

@@ -1,0 +1,80 @@
+"""The rules in force on this thread: its owner and the mode of each door, from its scopes and then from the process."""
+
+from __future__ import annotations
+
+from devguard.modes import DEFAULT_MODE, DoorMode, Mode
+from devguard.ownership.owner import Owner
+from devguard.ownership.process import process
+from devguard.ownership.stack import ScopePolicy, judge_pending, local
+
+__all__ = ["end_task", "is_named", "is_requested", "mode_of", "owner", "owner_at_door"]
+
+
+def owner_at_door() -> Owner | None:
+    """Return the owner of this thread; None outside every scope and inside ``unguarded``.
+
+    Also judges device changes that were not undone. For doors; other callers use `owner`.
+    """
+    stack = local.stack
+    if stack.changes:
+        judge_pending(stack)
+    return stack[-1][1] if stack else process.owner
+
+
+def owner() -> Owner | None:
+    """Return the owner of this thread; None outside every scope and inside ``unguarded``."""
+    stack = local.stack
+    return stack[-1][1] if stack else process.owner
+
+
+def end_task() -> None:
+    """Judge the device changes that a task, or a thread, did not undo; for the doors that see its end."""
+    stack = local.stack
+    if stack.changes:
+        judge_pending(stack, leaving=True)
+
+
+def mode_of(door: str, *, default: Mode = DEFAULT_MODE) -> DoorMode:
+    """Return the mode of `door` on this thread: that of the innermost scope that sets one.
+
+    ``unguarded()`` sets ``off``, but only for code directly inside it: a guard inside it has an owner again.
+    """
+    _, mode, guarded = _source(door)
+    if mode is not None:
+        return mode
+    if guarded:  # by an owner that is no guess
+        return process.doors.get(door) or process.mode or default
+    return process.mode_of(door, default)
+
+
+def is_named(door: str) -> bool:
+    """Return whether the mode of `door` on this thread was set for this door by its name."""
+    scope = _source(door)[0]
+    return door in process.doors if scope is None else scope.names(door)
+
+
+def _source(door: str) -> tuple[ScopePolicy | None, DoorMode | None, bool]:
+    """Return the innermost scope that sets a mode for `door`, that mode, and whether a scope inside it has an owner."""
+    guarded = False
+    for scope, owner, _ in reversed(local.stack):
+        if owner is not None:
+            guarded = True
+        elif guarded:
+            continue
+        mode = scope.mode_of(door)
+        if mode is not None:
+            return scope, mode, guarded
+    return None, None, guarded
+
+
+def is_requested(door: str) -> bool:
+    """Return whether a door that acts on request only was requested: by ``remap()``, by a scope or by ``install``.
+
+    For the empty name: whether ``remap()`` is in force, which requests every door.
+    """
+    for scope, owner, _ in reversed(local.stack):
+        if scope.asks_for(door):
+            return True
+        if owner is None:
+            return False  # unguarded
+    return door in process.doors

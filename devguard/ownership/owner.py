@@ -1,0 +1,103 @@
+"""An owner as a value: one device, ``cuda:<index>``, or ``cpu`` for a process that owns no accelerator.
+
+Owners are interned: there is one object per device, so that they compare by identity.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import Any
+
+from devguard.errors import DeviceResolutionError
+
+__all__ = ["CPU", "INTERNED", "owned_tags", "Owner", "owner_of_index", "parse_owner", "UNKNOWN"]
+
+
+class Owner:
+    """A device that a process, thread or scope owns.
+
+    Attributes
+    ----------
+    index : int
+        The CUDA device index, or -1 for ``cpu``.
+    tag : str
+        ``"cuda:<index>"`` or ``"cpu"``, as torch writes it into files.
+    device : torch.device or None
+        The same as torch's own value. None until the owner was first entered in this process: naming one imports no
+        torch and checks nothing.
+    """
+
+    __slots__ = ("device", "index", "tag")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.tag = "cpu" if index < 0 else f"cuda:{index}"
+        self.device: Any = None
+
+    def __repr__(self) -> str:
+        return f"<owner {self.tag}>"
+
+
+CPU = Owner(-1)
+UNKNOWN = Owner(-2)  # what a scope has whose owner is found on entry; it is never entered itself
+INTERNED: dict[int, Owner] = {-1: CPU}
+
+
+def owner_of_index(index: int) -> Owner:
+    """Return the one owner with this index."""
+    owner = INTERNED.get(index)
+    if owner is None:
+        owner = INTERNED.setdefault(index, Owner(index))
+    return owner
+
+
+def owned_tags() -> list[str]:
+    """Return the tag of every owner that was in force in this process since the doors were opened."""
+    return [owner.tag for _, owner in sorted(INTERNED.copy().items()) if owner.device is not None]
+
+
+_DEVICE = re.compile(r"(?:cuda:)?(\d+)", re.ASCII)
+_VALID = "a device such as 'cuda:1', 1 or torch.device('cuda', 1), or 'cpu' for a process that owns no accelerator"
+
+
+def parse_owner(device: object, what: str = "the device") -> Owner:
+    """Return the owner that `device` names.
+
+    Parameters
+    ----------
+    device : int, str or torch.device
+        An index, ``"cuda:1"``, ``"1"``, ``"cpu"`` or a ``torch.device``.
+    what : str
+        Where it came from, for the message.
+
+    Raises
+    ------
+    DeviceResolutionError
+        If it names no device that can be owned.
+    """
+    if isinstance(device, bool):
+        raise DeviceResolutionError(f"{what} is {device!r}, a truth value. Valid: {_VALID}.")
+    if isinstance(device, str):
+        text = device.strip().lower()
+        if text == "cpu":
+            return CPU
+        match = _DEVICE.fullmatch(text)
+        if match:
+            return owner_of_index(int(match[1]))
+        if text == "cuda":
+            raise DeviceResolutionError(
+                f"{what} is 'cuda' without an index, which names no one device. Valid: {_VALID}; or leave it out, and "
+                "it is taken from LOCAL_RANK and its like."
+            )
+        raise DeviceResolutionError(f"{what} is {device!r}. Valid: {_VALID}.")
+    kind = getattr(device, "type", None)
+    if isinstance(kind, str) and hasattr(device, "index"):  # a torch.device, recognised without importing torch
+        return parse_owner(str(device), what)
+    try:
+        index = operator.index(device)  # type: ignore[arg-type]
+    except TypeError:
+        raise DeviceResolutionError(f"{what} is {device!r}. Valid: {_VALID}.") from None
+    if index < 0:
+        raise DeviceResolutionError(f"{what} is {index}, a negative index. Valid: {_VALID}.")
+    return owner_of_index(index)

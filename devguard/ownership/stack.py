@@ -1,0 +1,209 @@
+"""The stack of owners: each thread has one, and each entered scope is an entry on it.
+
+The stack is a ``threading.local`` list, not a ContextVar: a list is faster (measured), and a ContextVar would leave an
+owner behind in callbacks and in ``asyncio.to_thread``. The current device belongs to the thread, so the stack does too.
+Suspended coroutines and generators take their entries off the stack; see steps.py.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from devguard.modes import DoorMode
+from devguard.ownership.owner import Owner
+from devguard.support import accelerator
+
+__all__ = [
+    "changing",
+    "Entry",
+    "inherit_with",
+    "judge_pending",
+    "local",
+    "look_for_changes",
+    "mark_changes",
+    "moves_are_watched",
+    "ScopePolicy",
+    "Stack",
+    "stacks",
+    "unwatch_moves",
+    "watch_moves",
+]
+
+
+class ScopePolicy(Protocol):
+    """What an entered scope says about the doors."""
+
+    def mode_of(self, door: str) -> DoorMode | None:
+        """Return the mode that this scope sets for `door`, None where it leaves that to the scope around it."""
+
+    def asks_for(self, door: str) -> bool:
+        """Return whether this scope requests a door that acts on request only."""
+
+    def names(self, door: str) -> bool:
+        """Return whether this scope sets the mode of `door` by its name."""
+
+
+# scope, its owner (None: unguarded), the device to give back (-1: none was taken)
+Entry = tuple[ScopePolicy, "Owner | None", int]
+
+
+def _take_first(index: int) -> int:
+    """Take a device on a thread that has taken none, or not since the doors were opened.
+
+    ``set_device`` binds a context to the thread, which an exchange alone would not do. Afterwards torch's own exchange
+    takes over: it ignores a negative index, so that the hot path needs no branch.
+    """
+    if index < 0:
+        return -1
+    exchange = accelerator.bind()
+    previous = exchange.choose(index)
+    stack = local.stack
+    stack.take, stack.give_back = exchange.to, exchange.back
+    if moves_are_watched() and all(taken < 0 for _, _, taken in stack):
+        stack.moved = False  # no scope that has a device to give back saw it moved
+    return previous
+
+
+def _give_back_none(index: int) -> int:
+    raise AssertionError("a device was given back before one was taken")
+
+
+class Stack(list[Entry]):
+    """The entries of one thread, the innermost last.
+
+    Attributes
+    ----------
+    take : callable
+        ``take(index) -> previous index``. Makes a device current; for -1, the ``cpu`` owner's index, it does nothing.
+        At first a function that prepares the thread, then torch's own.
+    give_back : callable
+        ``give_back(index) -> previous index``. Makes the device current again that an entry took; torch's own function.
+    moved : bool
+        Whether the current device may have been moved inside a scope that found it current; see doors/set_device.py.
+    changes : list
+        Changes of the current device that may still be put back; the door ``set_device`` keeps them.
+    judged : Judged or None
+        Strays that were judged under the innermost entry; verdict.py keeps them. Code that puts entries back on a
+        stack, or takes one out of the middle, sets it to None.
+    starts : dict
+        The threads that were started under them; takeover.py keeps it. It counts only while `judged` is not None.
+    """
+
+    __slots__ = ("__weakref__", "changes", "give_back", "judged", "moved", "starts", "take")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = True
+        self.changes: list[Any] = []
+        self.judged: Any = None
+        self.starts: dict[Any, Any] = {}
+        self.take: Callable[[int], int] = _take_first
+        self.give_back: Callable[[int], int] = _give_back_none
+
+    def forget_device(self) -> None:
+        """Prepare this thread again the next time that it takes a device: the doors were closed."""
+        self.take = _take_first
+        self.moved = True
+        self.changes.clear()
+
+
+_stacks: weakref.WeakValueDictionary[int, Stack] = weakref.WeakValueDictionary()  # by identity
+
+
+def stacks() -> list[Stack]:
+    """Return the stacks of all threads that have one. Takes no lock, so finalizers can call it."""
+    return [stack for reference in _stacks.valuerefs() if (stack := reference()) is not None]
+
+
+class JudgePending(Protocol):
+    """The door ``set_device``: judges changes of the current device whose authors have returned."""
+
+    def __call__(self, stack: Stack, *, leaving: bool = False, failing: bool = False) -> None: ...
+
+
+class _Hooks:
+    """What the doors ``set_device`` and ``threads`` add to the stacks while they are open."""
+
+    __slots__ = ("inherit", "judge_pending")
+
+    def __init__(self) -> None:
+        self.judge_pending: JudgePending | None = None
+        self.inherit: Callable[[Stack], None] | None = None
+
+
+_hooks = _Hooks()
+
+
+def watch_moves(judge: JudgePending) -> None:
+    """Let `judge` judge pending changes of the current device: at the next door, and when a scope is left.
+
+    The caller sets `Stack.moved` whenever the current device of a thread is moved.
+    """
+    _hooks.judge_pending = judge
+
+
+def unwatch_moves() -> None:
+    """Undo `watch_moves`."""
+    _hooks.judge_pending = None
+
+
+def moves_are_watched() -> bool:
+    """Return whether `Stack.moved` is kept up to date."""
+    return _hooks.judge_pending is not None
+
+
+def judge_pending(stack: Stack, *, leaving: bool = False, failing: bool = False) -> None:
+    """Judge the pending changes of the current device, if they are watched.
+
+    Parameters
+    ----------
+    stack : Stack
+        The stack of this thread.
+    leaving : bool
+        Whether the innermost scope, or the thread's task, ends here.
+    failing : bool
+        Whether an exception is on its way out of that scope; then no other is raised.
+    """
+    if _hooks.judge_pending is not None:
+        _hooks.judge_pending(stack, leaving=leaving, failing=failing)
+
+
+def inherit_with(inherit: Callable[[Stack], None] | None) -> None:
+    """Call ``inherit(stack)`` for the new stack of each thread; None: no more."""
+    _hooks.inherit = inherit
+
+
+class _Local(threading.local):
+    """What devguard knows about one thread."""
+
+    stack: Stack
+
+    def __init__(self) -> None:
+        self.stack = Stack()
+        _stacks[id(self.stack)] = self.stack
+        if _hooks.inherit is not None:
+            _hooks.inherit(self.stack)
+
+
+local = _Local()
+
+# The stacks, by identity, that may have pending changes; for the door ``ipc``, which cannot afford to read its thread's
+# stack.
+changing: set[int] = set()
+
+
+def mark_changes(stack: Stack) -> None:
+    """Update `changing` after a change was added to a stack or removed from it."""
+    if stack.changes:
+        changing.add(id(stack))
+    else:
+        changing.discard(id(stack))
+
+
+def look_for_changes() -> None:
+    """Update `changing` for all stacks: code outside the door ``set_device`` removes changes too, and threads end."""
+    marked = changing.copy()  # before the look: a stack that is marked meanwhile stays
+    changing.difference_update(marked - {id(stack) for stack in stacks() if stack.changes})

@@ -1,0 +1,163 @@
+"""``DEVGUARD_LOG``: the journal of every process as a file of JSON lines in one folder.
+
+Each process writes a file of its own, so that no two ever write to one. Its first line says which process it is, the
+last one how it ended; between them stands a line for each call site that strayed, at once when it is new, and again
+with its counts when they have grown: at most once a second, and at the end. So what a killed process lacks are the
+counts of its last second, and a line is written in one piece. A folder that cannot be written costs one warning, and no
+program its life. ``devguard log DIR`` reads them (reading.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from devguard._version import __version__
+from devguard.ownership import in_force
+from devguard.ownership.owner import owned_tags
+from devguard.ownership.process import process
+from devguard.reporting.journal import journal
+from devguard.reporting.rows import Key, Row, format_row
+from devguard.support import accelerator, process_exit
+from devguard.support.notices import warn_user
+
+__all__ = ["SUFFIX", "start"]
+
+SUFFIX = ".jsonl"
+EVERY_S = 1.0
+
+
+class _Log:
+    """The file of this process; `where` it is, or why it is not, once that was tried."""
+
+    def __init__(self, folder: Path, last_look: Callable[[str], None]) -> None:
+        self.folder = folder
+        self._last_look = last_look
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._descriptor = -1
+        self._rows = 0
+        self._numbers: dict[Row, int] = {}  # a row that was written, and its number in the file
+        self._grown: dict[Row, Key] = {}
+        self._flushed = 0.0
+        self._broken = False
+        self.where: str | None = None
+
+    def restart(self) -> None:
+        """Forget the rows: the journal was cleared. In a forked child, begin a file of its own."""
+        if self._pid != os.getpid():
+            if self._descriptor >= 0:
+                os.close(self._descriptor)  # the parent's
+            self._begin()
+            process_exit.register(self.stop)
+        else:
+            self.flush()
+        self._numbers.clear()
+        self._grown.clear()
+
+    def note(self, key: Key, row: Row) -> None:
+        """Take notice of a row that is new or has grown; the journal calls it under its lock."""
+        if row in self._numbers:
+            self._grown[row] = key
+            if time.monotonic() - self._flushed >= EVERY_S:
+                self.flush()
+        else:
+            self._numbers[row] = self._rows
+            self._rows += 1
+            self._write_row(key, row)
+
+    def flush(self) -> None:
+        """Write the counts that have grown."""
+        self._flushed = time.monotonic()
+        while self._grown:
+            row, key = self._grown.popitem()
+            self._write_row(key, row)
+
+    def _write_row(self, key: Key, row: Row) -> None:
+        self._write({"stray": self._numbers[row], **format_row(key, row, *row.total()).as_dict()})
+
+    def open(self) -> None:
+        """Make the file, with the line that says which process it is of."""
+        process = {"pid": self._pid, "parent": os.getppid(), "host": socket.gethostname(), "command": _command()}
+        ranks = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK") if name in os.environ}
+        self._write({"process": {**process, **ranks, "time": time.time(), "devguard": __version__}})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._broken:
+            return
+        try:
+            if self._descriptor < 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                name = f"{socket.gethostname()}-{self._pid}-{time.time_ns()}{SUFFIX}"
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+                self._descriptor = os.open(self.folder / name, flags, 0o644)
+                self.where = str(self.folder / name)
+                if "process" not in line:
+                    self.open()
+            os.write(self._descriptor, (json.dumps(line, default=str) + "\n").encode())
+        except OSError as error:
+            self._broken = True
+            self.where = f"devguard cannot write its log to {self.folder}: {error.strerror}."
+            warn_user(f"{self.where} Strays are kept in memory only.")
+
+    def stop(self) -> None:
+        """Write what is left, and how the process stands at its end."""
+        process_exit.forget(self.stop)
+        if self._pid != os.getpid():
+            return
+        end: dict[str, Any] | None = None
+        try:
+            self._last_look("at the end of the process")  # it may find a last stray
+            end = _end()
+        finally:
+            journal.stop_log()
+            if end is not None:
+                self._write({"end": end})
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+            self._descriptor, self._broken = -1, True
+
+
+def _command() -> str:
+    """Return the program as it was called; multiprocessing's children have no better one."""
+    return " ".join(getattr(sys, "orig_argv", sys.argv))
+
+
+def _end() -> dict[str, Any]:
+    """Return the state of this process at its end."""
+    owner = in_force.owner()
+    return {
+        "time": time.time(),
+        "owner": owner and owner.tag,
+        "process_owner": process.owner and process.owner.tag,
+        "said_by": process.source or None,
+        "mode": in_force.mode_of(""),
+        "owned": owned_tags(),
+        "contexts": [f"cuda:{index}" for index in accelerator.contexts()],
+        "strays": journal.total,
+        "strays_not_kept": journal.dropped,
+    }
+
+
+def start(folder: Path, last_look: Callable[[str], None]) -> None:
+    """Write the journal of this process to a file in `folder` from now on, until the process ends.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder; it is made if it does not exist.
+    last_look : callable
+        ``last_look(when)`` looks for strays that no door has reported yet; called once, at the end.
+    """
+    log = _Log(folder, last_look)
+    log.open()
+    journal.keep_log(log)
+    process_exit.register(log.stop)

@@ -1,0 +1,218 @@
+"""Which line of the user's code did it: the first frame outside torch, devguard, the standard library and transports.
+
+A frame is kept as a pair (code object, line): raw pairs cost a few microseconds, a formatted stack ten
+times that. It is formatted when somebody reads it.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import linecache
+import os
+import sys
+import sysconfig
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+__all__ = ["Frame", "Origin", "Site", "find", "is_user", "module", "origin", "runs_users", "stack"]
+
+STACK_DEPTH = 12
+MAX_KINDS = 1 << 16
+
+# Packages that carry objects from one process to another: a stray that comes through one of them belongs to
+# its caller.
+TRANSPORTS = frozenset({"cloudpickle", "dill", "joblib", "loky", "multiprocess", "safetensors", "torch_xla", "zmq"})
+# Packages that are never the answer to "which line did it".
+OURS = frozenset({"devguard", "torch", "torchgen", "triton", "wrapt"})
+
+_USER, _INTERNAL = 0, 1
+# By the identity of the code object, because its own hash goes through all of its bytecode (microseconds for a function
+# of torch's size); the object is kept beside, so that no other can take its identity.
+_kinds: dict[int, tuple[int | str, CodeType]] = {}
+INTERNAL: set[int] = set()  # those of them that are nobody's call site and no transport: what most stacks consist of
+
+_STDLIB = tuple(
+    os.path.normcase(os.path.realpath(path)) + os.sep
+    for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    if path
+)
+_SITE = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_DEMO = os.path.join(_PACKAGE, "demo", "")  # a user's program, which happens to ship with the package
+
+# Standard-library packages by which objects travel between processes: worth a word in `via`.
+_STDLIB_TRANSPORTS = ("multiprocessing", "concurrent")
+
+
+class Frame(NamedTuple):
+    """One line of a stack, unformatted."""
+
+    code: CodeType
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A line of source code.
+
+    Attributes
+    ----------
+    file : str
+        The path as Python knows it.
+    line : int
+        The line, from 1.
+    function : str
+        The function's qualified name, ``<module>`` at top level.
+    """
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} in {self.function}"
+
+    @property
+    def source(self) -> str:
+        """The line itself, stripped; empty if the source is not at hand."""
+        return linecache.getline(self.file, self.line).strip()
+
+    @classmethod
+    def of(cls, frame: Frame) -> Site:
+        """Format a raw frame."""
+        name = getattr(frame.code, "co_qualname", frame.code.co_name)  # co_qualname: Python 3.11
+        return cls(frame.code.co_filename, frame.line, name)
+
+
+def _kind(code: CodeType) -> int | str:
+    known = _kinds.get(id(code))
+    if known is None:
+        if len(_kinds) >= MAX_KINDS:
+            INTERNAL.clear()
+            _kinds.clear()  # a program that makes code objects without end must not fill the memory
+        known = _kinds[id(code)] = (_classify(code), code)
+        if known[0] == _INTERNAL:
+            INTERNAL.add(id(code))
+    return known[0]
+
+
+def is_user(code: CodeType) -> bool:
+    """Tell whether `code` belongs to the user: not to torch, devguard, the standard library or a transport."""
+    return _kind(code) == _USER
+
+
+def runs_users(work: Any) -> bool:
+    """Tell whether a callable is the user's own: not of torch, of the standard library, or decorated by devguard."""
+    code = getattr(work, "__code__", None)
+    if code is not None:  # a function, or a method
+        return is_user(code)
+    while isinstance(work, functools.partial):
+        in_context = isinstance(getattr(work.func, "__self__", None), contextvars.Context)  # asyncio.to_thread
+        work = work.args[0] if in_context and work.args else work.func
+    work = getattr(work, "__func__", work)
+    call = work if hasattr(work, "__code__") else vars(type(work)).get("__call__")
+    code = getattr(call, "__code__", None)
+    return work is not None and (code is None or is_user(code))
+
+
+def find(start: FrameType) -> tuple[CodeType | None, int, str | None]:
+    """Walk outwards from `start` to the user's own frame.
+
+    Returns
+    -------
+    code : code object or None
+        The user's code. None where the whole stack is internal, as when a spawned child unpickles its arguments.
+    line : int
+        The line in it, from 1; 0 for None.
+    via : str or None
+        The outermost transport on the way.
+    """
+    via: str | None = None
+    frame: FrameType | None = start
+    internal = INTERNAL
+    while frame is not None:
+        code = frame.f_code
+        if id(code) in internal:
+            frame = frame.f_back
+            continue
+        kind = _kind(code)
+        if kind == _USER:
+            return code, frame.f_lineno, via
+        if kind.__class__ is str:
+            via = kind
+        frame = frame.f_back
+    return None, 0, via
+
+
+class Origin(NamedTuple):
+    """Where something came from, kept for later without holding a frame: what `find` and `stack` say."""
+
+    code: CodeType | None
+    line: int
+    via: str | None
+    stack: tuple[Frame, ...]
+
+
+def origin(start: FrameType) -> Origin:
+    """Return the origin of what `start` does now."""
+    return Origin(*find(start), stack(start))
+
+
+def module(start: FrameType) -> str:
+    """Return the name of the module in which the user's own frame runs; empty if there is none."""
+    frame: FrameType | None = start
+    while frame is not None:
+        if is_user(frame.f_code):
+            return str(frame.f_globals.get("__name__", ""))
+        frame = frame.f_back
+    return ""
+
+
+def stack(start: FrameType) -> tuple[Frame, ...]:
+    """Return the innermost frames from `start` outwards, without devguard's own."""
+    frames: list[Frame] = []
+    frame: FrameType | None = start
+    while frame is not None and len(frames) < STACK_DEPTH:
+        file = frame.f_code.co_filename
+        if file.startswith(_DEMO) or not file.startswith(_PACKAGE):
+            frames.append(Frame(frame.f_code, frame.f_lineno))
+        frame = frame.f_back
+    return tuple(frames)
+
+
+def _classify(code: CodeType) -> int | str:
+    """Return `_USER`, `_INTERNAL`, or the name of the transport that this code belongs to."""
+    file = code.co_filename
+    if file.startswith("<frozen"):
+        return _INTERNAL
+    if file == "<string>" and code.co_name == "<module>" and "spawn_main" in code.co_names:
+        return "multiprocessing"  # the `python -c` line of a spawned child
+    path = os.path.normcase(os.path.abspath(file)) if not file.startswith("<") else file
+    if path.startswith(_PACKAGE):
+        return _USER if path.startswith(_DEMO) else _INTERNAL
+    top = _top_package(path)
+    if top is not None:
+        if top in TRANSPORTS:
+            return top
+        return _INTERNAL if top in OURS else _USER
+    torch = sys.modules.get("torch")
+    torch_file = getattr(torch, "__file__", None)
+    if torch_file and path.startswith(os.path.dirname(os.path.abspath(torch_file)) + os.sep):
+        return _INTERNAL  # torch from an overlay or a source tree
+    for stdlib in _STDLIB:
+        if path.startswith(stdlib):
+            name = path[len(stdlib) :].split(os.sep, 1)[0]
+            return name if name in _STDLIB_TRANSPORTS else _INTERNAL
+    return _USER
+
+
+def _top_package(path: str) -> str | None:
+    """Return the top-level package of an installed file, None for a file that is not in a site-packages folder."""
+    for marker in _SITE:
+        _, found, rest = path.rpartition(marker)
+        if found:
+            name = rest.split(os.sep, 1)[0]
+            return name[:-3] if name.endswith(".py") else name
+    return None

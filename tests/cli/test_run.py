@@ -1,0 +1,120 @@
+"""``devguard run``: the variables that it sets, the program that it becomes, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from devguard import cli
+from devguard.cli import program
+from tests.helpers.simulated import ROOT
+
+
+@pytest.fixture
+def become(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The variables of the program that the command would have become."""
+    said: dict[str, str] = {}
+
+    def instead(command: str, path: str, program: list[str], environment: dict[str, str]) -> int:
+        said.update({name: value for name, value in environment.items() if name.startswith("DEVGUARD")})
+        return 0
+
+    monkeypatch.setattr(program, "become", instead)
+    for name in [name for name in os.environ if name.startswith("DEVGUARD") or "RANK" in name]:
+        monkeypatch.delenv(name)
+    return said
+
+
+def test_it_becomes_the_program_with_the_variables_set(tmp_path: Path) -> None:
+    options = ["--mode", "warn", "--device", "cuda:1", "--doors", "ipc=error,threads=off", "--log", "logs"]
+    command = [sys.executable, "-m", "devguard", "run", *options, "--", "sh", "-c", "echo $$; env; exit 7"]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("DEVGUARD")}
+    environ["PYTHONPATH"] = str(ROOT)
+    with subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True) as process:
+        out, _ = process.communicate(timeout=60)
+    pid, *variables = out.splitlines()
+    assert process.returncode == 7
+    assert int(pid) == process.pid
+    assert sorted(line for line in variables if line.startswith("DEVGUARD")) == [
+        "DEVGUARD=warn",
+        "DEVGUARD_DEVICE=cuda:1",
+        "DEVGUARD_DOORS=ipc=error,threads=off",
+        f"DEVGUARD_LOG={tmp_path}/logs",
+    ]
+
+
+def test_without_options_the_mode_is_what_the_environment_says_or_repair(
+    become: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["run", "--", "true"]) == 0
+    assert become == {"DEVGUARD": "repair"}
+    monkeypatch.setenv("DEVGUARD", "off")  # the kill switch
+    assert cli.main(["run", "--", "true"]) == 0
+    assert become == {"DEVGUARD": "off"}
+    assert cli.main(["run", "--mode", "error", "--", "true"]) == 0
+    assert become == {"DEVGUARD": "error"}
+
+
+@pytest.mark.parametrize("option", ["--mode=observe", "--device=cuda:1", "--doors=ipc=error", "--log=logs"])
+def test_tracing_alone_guards_nothing_and_every_option_for_guarding_guards(
+    become: dict[str, str], monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    from devguard import tracing
+
+    def traced(output: str | None, *, json: bool, base: dict[str, str]) -> dict[str, str]:
+        return {**base, "DEVGUARD_TRACED": "yes"}
+
+    monkeypatch.setattr(tracing, "environment", traced)
+    assert cli.main(["run", "--trace-contexts", "--", "true"]) == 0
+    assert become == {"DEVGUARD_TRACED": "yes"}
+    assert cli.main(["run", "--trace-contexts", option, "--", "true"]) == 0
+    assert become["DEVGUARD"] == ("observe" if "mode" in option else "repair")
+    name = option.partition("=")[0].removeprefix("--").upper()
+    assert name == "MODE" or become[f"DEVGUARD_{name}"].endswith(option.partition("=")[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "environ", "said"),
+    [
+        (["--mode", "repiar"], {}, "'repiar' is not a mode. Valid: off, observe, warn, repair, error"),
+        (["--device", "gpu1"], {}, "is 'gpu1'. Valid: a device such as 'cuda:1'"),
+        (["--device", "cuda:1"], {"LOCAL_WORLD_SIZE": "4"}, "would give one GPU to every process of this job"),
+        (["--doors", "lod=warn"], {}, "there is no door 'lod'. Doors: artefacts, bare_cuda"),
+        (["--doors", "load"], {}, "Valid: door=mode"),
+        (["--doors", "load=wran"], {}, "'wran' is not a mode"),
+        (["--log", __file__], {}, "is not a directory"),
+        ([], {"DEVGUARD": "nonsense"}, "'nonsense' is not a mode"),
+        ([], {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, "keeps torch from loading devguard. Unset it"),
+        (["--json"], {}, "say where --trace-contexts reports"),
+    ],
+)
+def test_what_means_nothing_is_refused_with_what_is_valid(
+    become: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    environ: dict[str, str],
+    said: str,
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["run", *options, "--", "true"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("devguard run: ")
+    assert said in err
+    assert become == {}
+
+
+def test_without_a_program_it_shows_the_usage(become: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "--mode", "repair"]) == 2
+    assert "usage: devguard run [--mode MODE]" in capsys.readouterr().err
+
+
+def test_a_program_that_is_not_there_is_told(become: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "--", "no-such-program"]) == 127
+    assert capsys.readouterr().err == "devguard run: there is no program 'no-such-program' on PATH\n"

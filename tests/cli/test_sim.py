@@ -1,0 +1,102 @@
+"""`devguard sim`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.simulated import ROOT
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="simulated GPUs exist for Linux only")
+
+
+def sim(*arguments: object, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    command = [sys.executable, "-m", "devguard", "sim", *map(str, arguments)]
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True)
+
+
+def test_it_runs_a_script_with_its_own_arguments_and_status(tmp_path: Path) -> None:
+    script, state, log = tmp_path / "train.py", tmp_path / "state", tmp_path / "log"
+    script.write_text(
+        "import sys, torch\n"
+        "assert torch.cuda.device_count() == 4 and torch.cuda.mem_get_info(3)[1] == 2 << 30\n"
+        "x = torch.zeros(5 << 20, dtype=torch.uint8, device='cuda:3')\n"
+        "print(sys.argv[1:])\n"
+        "sys.exit(7)\n"
+    )
+    options = ["--gpus", 4, "--memory", "2G", "--state", "state", "--log", "log"]
+    done = sim(*options, "--", sys.executable, "train.py", "--gpus", "9", "--", "-x", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (7, "['--gpus', '9', '--', '-x']\n"), done.stderr
+    assert "3 malloc" in log.read_text()
+
+    shown = sim("--state", state)
+    assert shown.returncode == 0
+    assert "train.py" in shown.stdout
+    assert "20 (20)" in shown.stdout
+    (process,) = json.loads(sim("--state", state, "--json").stdout)["processes"]
+    assert (process["name"], process["alive"]) == ("train.py", False)
+    assert [device["context"] for device in process["devices"]] == [False, False, False, True]
+    assert process["devices"][3]["bytes"] == 20 << 20
+    assert sim("--state", script).returncode == 2  # no state file
+
+
+def test_a_program_that_is_not_there_is_told() -> None:
+    done = sim("--", "no-such-program")
+    assert (done.returncode, done.stderr) == (127, "devguard sim: there is no program 'no-such-program' on PATH\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--gpus", "0"], "from 1 to 16"),
+        (["--gpus", "17"], "from 1 to 16"),
+        (["--memory", "lots"], "such as 8G"),
+        (["--memory", "1M"], "too small"),
+        (["--torch", "1.13"], "too old"),
+    ],
+)
+def test_bad_options_are_told_with_what_is_valid(options: list[str], said: str) -> None:
+    done = sim(*options, "--", "true")
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sim(*options).returncode == 2  # without a program, too
+
+
+def test_another_python_is_warned_of(tmp_path: Path) -> None:
+    other = tmp_path / "python3.99"
+    other.write_text("#!/bin/sh\necho ran $DEVGUARD_SIM_GPUS\n")
+    other.chmod(0o755)
+    done = sim("--", "python3.99", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert done.stdout == "ran 2\n"
+    assert "warning" in done.stderr
+    assert sys.executable in done.stderr
+
+
+def test_without_a_program_everything_is_made_ready() -> None:
+    done = sim()
+    assert done.returncode == 0
+    assert done.stdout.startswith("ready: simulated GPUs for torch ")
+    ready = json.loads(sim("--json").stdout)
+    assert ready["ready"] is True
+    assert Path(ready["overlay"]).is_dir()
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    code = """if True:
+        import sys
+        from devguard.cli import main
+        try:
+            main(["sim", "--help"])
+        finally:
+            print("torch" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("False\n")
+    assert "devguard sim [options] -- COMMAND" in done.stdout

@@ -1,0 +1,674 @@
+"""Coroutines and generators: the device is held while they run, and only then."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import inspect
+import threading
+from collections.abc import AsyncGenerator, Generator, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import devguard
+from tests.helpers.fakecuda import FakeCuda
+
+pytestmark = pytest.mark.usefixtures("clean")
+
+
+def where(cuda: FakeCuda) -> tuple[int, str]:
+    return cuda.current, str(devguard.owner())
+
+
+ONE, TWO, NOBODY = (1, "cuda:1"), (2, "cuda:2"), (0, "None")
+
+
+# --- generators ---
+
+
+def test_a_generator_gives_the_device_back_at_each_yield(cuda: FakeCuda) -> None:
+    @devguard.guard("cuda:1")
+    def work() -> Generator[Any, None, str]:
+        for _ in range(3):
+            yield where(cuda)
+        return "done"
+
+    steps = work()
+    assert where(cuda) == NOBODY
+    for _ in range(3):
+        assert next(steps) == ONE
+        assert where(cuda) == NOBODY
+    with pytest.raises(StopIteration) as stopped:
+        next(steps)
+    assert stopped.value.value == "done"
+    assert where(cuda) == NOBODY
+
+
+def test_a_step_where_the_device_is_already_right_exchanges_at_most_once(cuda: FakeCuda) -> None:
+    @devguard.guard("cuda:1")
+    def work() -> Iterator[None]:
+        yield
+        yield
+
+    with devguard.guard("cuda:1"):
+        pass
+    torch.cuda.set_device(1)
+    steps = work()
+    next(steps)
+    cuda.calls.clear()
+    next(steps)
+    assert len(cuda.calls) <= 1
+    steps.close()
+
+
+def test_send_and_throw_reach_the_generator_inside_its_scope(cuda: FakeCuda) -> None:
+    @devguard.guard("cuda:1")
+    def work() -> Generator[Any, Any, Any]:
+        received = []
+        while True:
+            try:
+                received.append(((yield received), where(cuda)))
+            except LookupError as error:
+                received.append((str(error), where(cuda)))
+            except ZeroDivisionError:
+                return received
+
+    steps = work()
+    next(steps)
+    steps.send("a")
+    assert where(cuda) == NOBODY
+    steps.throw(LookupError("b"))
+    assert where(cuda) == NOBODY
+    with pytest.raises(StopIteration) as stopped:
+        steps.throw(ZeroDivisionError())
+    assert stopped.value.value == [("a", ONE), ("b", ONE)]
+    assert where(cuda) == NOBODY
+
+
+def test_an_exception_leaves_the_generator_and_restores(cuda: FakeCuda) -> None:
+    @devguard.guard("cuda:1")
+    def work() -> Iterator[None]:
+        yield
+        raise LookupError("inside")
+
+    steps = work()
+    next(steps)
+    with pytest.raises(LookupError, match="inside"):
+        next(steps)
+    assert where(cuda) == NOBODY
+    with pytest.raises(StopIteration):
+        next(steps)
+
+
+@pytest.mark.parametrize("how", ["close", "del", "garbage"])
+def test_clean_up_code_of_a_generator_runs_on_its_own_device(cuda: FakeCuda, how: str) -> None:
+    seen = []
+
+    @devguard.guard("cuda:1")
+    def work(cycle: list[Any]) -> Iterator[Any]:
+        try:
+            yield cycle
+        finally:
+            seen.append(where(cuda))
+
+    cycle: list[Any] = []
+    steps: Any = work(cycle)
+    next(steps)
+    if how == "close":
+        steps.close()
+    elif how == "garbage":
+        cycle.append(steps)
+    del steps, cycle
+    gc.collect()
+    assert seen == [ONE]
+    assert where(cuda) == NOBODY
+
+
+def test_a_generator_that_ignores_close_is_an_error_as_without_a_guard(cuda: FakeCuda) -> None:
+    @devguard.guard("cuda:1")
+    def work() -> Iterator[None]:
+        try:
+            yield
+        except GeneratorExit:
+            yield
+
+    steps: Any = work()
+    next(steps)
+    with pytest.raises(RuntimeError, match="ignored GeneratorExit"):
+        steps.close()
+    assert where(cuda) == NOBODY
+
+
+def test_yield_from_a_decorated_generator_sends_on_and_returns(cuda: FakeCuda) -> None:
+    @devguard.guard("cuda:2")
+    def inner() -> Generator[Any, Any, Any]:
+        got = yield where(cuda)
+        return got, where(cuda)
+
+    @devguard.guard("cuda:1")
+    def outer() -> Generator[Any, Any, Any]:
+        result = yield from inner()
+        yield result, where(cuda)
+
+    steps = outer()
+    assert next(steps) == TWO
+    assert where(cuda) == NOBODY
+    assert steps.send("x") == (("x", TWO), ONE)
+    steps.close()
+
+
+def test_two_interleaved_generators_never_see_each_others_device(cuda: FakeCuda) -> None:
+    @devguard.guard(argument="index")
+    def work(index: int) -> Iterator[bool]:
+        for _ in range(5):
+            yield where(cuda) == (index, f"cuda:{index}")
+
+    assert all(a and b for a, b in zip(work(1), work(2), strict=True))
+    assert where(cuda) == NOBODY
+
+
+def test_a_decorated_generator_serves_contextmanager(cuda: FakeCuda) -> None:
+    seen = []
+
+    @contextlib.contextmanager
+    @devguard.guard("cuda:1")
+    def managed() -> Iterator[None]:
+        seen.append(where(cuda))
+        try:
+            yield
+        finally:
+            seen.append(where(cuda))
+
+    with pytest.raises(LookupError), managed():
+        assert where(cuda) == NOBODY
+        raise LookupError
+    assert seen == [ONE, ONE]
+
+
+def test_the_body_of_a_decorated_function_does_not_run_before_the_first_step(cuda: FakeCuda) -> None:
+    ran = []
+
+    @devguard.guard("cuda:1")
+    def work() -> Iterator[None]:
+        ran.append(1)
+        yield
+
+    @devguard.guard("cuda:1")
+    async def coroutine() -> None:
+        ran.append(2)
+
+    work()
+    coroutine().close()
+    assert ran == []
+    assert cuda.calls == []
+
+
+# --- coroutines ---
+
+
+async def turns(cuda: FakeCuda, index: int, count: int = 5) -> list[tuple[int, str]]:
+    seen = []
+    for _ in range(count):
+        seen.append(where(cuda))
+        await asyncio.sleep(0)
+    return seen
+
+
+def test_interleaved_tasks_with_different_owners_never_see_each_others_device(cuda: FakeCuda) -> None:
+    decorated = devguard.guard(argument="index")(turns)
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(
+            decorated(cuda, 1),
+            decorated(cuda, 2),
+            devguard.guard(3).run(turns(cuda, 0)),
+            turns(cuda, 0),
+            devguard.guard("cpu").run(turns(cuda, 0)),
+        )
+
+    one, two, three, nobody, cpu = asyncio.run(main())
+    assert one == [ONE] * 5
+    assert two == [TWO] * 5
+    assert three == [(3, "cuda:3")] * 5
+    assert nobody == [NOBODY] * 5
+    assert cpu == [(0, "cpu")] * 5
+    assert where(cuda) == NOBODY
+
+
+def test_the_event_loop_runs_on_its_own_device_between_steps(cuda: FakeCuda) -> None:
+    seen = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        task = asyncio.create_task(devguard.guard(1).run(turns(cuda, 1)))
+        while not task.done():
+            loop.call_soon(lambda: seen.append(where(cuda)))
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert set(seen) == {NOBODY}
+
+
+def test_a_task_that_a_task_starts_does_not_inherit_its_owner_and_a_thread_does(cuda: FakeCuda) -> None:
+    """A task of its own has a stack of its own turns: an owner held by somebody else's step would come and go."""
+
+    @devguard.guard("cuda:1")
+    async def main() -> Any:
+        child = asyncio.create_task(turns(cuda, 0, 1))
+        threads = await asyncio.to_thread(where, cuda)
+        return await child, threads
+
+    assert asyncio.run(main()) == ([NOBODY], ONE)
+
+
+def test_cancellation_reaches_the_coroutine_inside_its_scope_and_restores(cuda: FakeCuda) -> None:
+    seen = []
+
+    @devguard.guard("cuda:1")
+    async def work(started: asyncio.Event) -> None:
+        try:
+            started.set()
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            seen.append(where(cuda))
+            await asyncio.sleep(0)
+            seen.append(where(cuda))
+            raise
+
+    async def main() -> None:
+        started = asyncio.Event()
+        task = asyncio.create_task(work(started))
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        seen.append(where(cuda))
+
+    asyncio.run(main())
+    assert seen == [ONE, ONE, NOBODY]
+
+
+def test_a_coroutine_may_survive_its_cancellation(cuda: FakeCuda) -> None:
+    @devguard.guard("cuda:1")
+    async def work() -> Any:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await asyncio.sleep(0)
+        return where(cuda)
+
+    async def main() -> Any:
+        task = asyncio.create_task(work())
+        await asyncio.sleep(0)
+        task.cancel()
+        return await task
+
+    assert asyncio.run(main()) == ONE
+
+
+def test_closing_a_coroutine_cleans_up_on_its_own_device(cuda: FakeCuda) -> None:
+    seen = []
+
+    @devguard.guard("cuda:1")
+    async def work() -> None:
+        try:
+            await asyncio.sleep(0)
+        finally:
+            seen.append(where(cuda))
+
+    coroutine = work()
+    coroutine.send(None)
+    assert where(cuda) == NOBODY
+    coroutine.close()
+    assert seen == [ONE]
+    assert where(cuda) == NOBODY
+
+
+def test_asyncio_timeouts_work_through_run(cuda: FakeCuda) -> None:
+    async def main() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(devguard.guard(1).run(asyncio.Event().wait()), 0.001)
+        assert where(cuda) == NOBODY
+
+    asyncio.run(main())
+
+
+def test_run_awaits_what_is_awaitable_and_returns_its_result(cuda: FakeCuda) -> None:
+    class Awaitable:
+        def __await__(self) -> Generator[Any, None, Any]:
+            yield from asyncio.sleep(0).__await__()
+            return where(cuda)
+
+    assert asyncio.run(devguard.guard(1).run(Awaitable())) == ONE
+    assert asyncio.run(devguard.guard(2).run(turns(cuda, 0, 1))) == [TWO]
+
+
+class PlainIterator:
+    """An awaitable whose iterator knows ``__next__`` and nothing else, as Python allows."""
+
+    def __await__(self) -> Iterator[Any]:
+        return iter([None, None])
+
+
+def test_an_awaitable_of_a_plain_iterator_can_be_run() -> None:
+    async def main() -> None:
+        await devguard.guard("cpu").run(PlainIterator())
+
+    asyncio.run(main())
+
+
+def test_an_awaitable_of_a_plain_iterator_can_be_cancelled() -> None:
+    async def main() -> None:
+        task = asyncio.create_task(devguard.guard("cpu").run(PlainIterator()))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+
+
+def test_an_awaitable_of_a_plain_iterator_can_be_closed() -> None:
+    coroutine = devguard.guard("cpu").run(PlainIterator())
+    coroutine.send(None)
+    coroutine.close()
+
+
+def test_run_refuses_a_task_because_the_loop_steps_it(cuda: FakeCuda) -> None:
+    async def main() -> None:
+        task = asyncio.create_task(asyncio.sleep(0))
+        with pytest.raises(TypeError, match="create_task"):
+            await devguard.guard(1).run(task)
+        future = asyncio.get_running_loop().create_future()
+        with pytest.raises(TypeError, match="event loop steps"):
+            await devguard.guard(1).run(future)
+        await task
+
+    asyncio.run(main())
+
+
+def test_run_without_a_device_takes_the_enclosing_guards(cuda: FakeCuda) -> None:
+    @devguard.guard(2)
+    async def main() -> Any:
+        return await devguard.guard().run(turns(cuda, 0, 2))
+
+    assert asyncio.run(main()) == [TWO, TWO]
+
+
+def test_nested_decorated_coroutines_hold_their_own_devices(cuda: FakeCuda) -> None:
+    @devguard.guard("cuda:2")
+    async def inner() -> list[Any]:
+        first = where(cuda)
+        await asyncio.sleep(0)
+        return [first, where(cuda)]
+
+    @devguard.guard("cuda:1")
+    async def outer() -> list[Any]:
+        first = where(cuda)
+        nested = await inner()
+        return [first, *nested, where(cuda)]
+
+    assert asyncio.run(outer()) == [ONE, TWO, TWO, ONE]
+
+
+# --- a plain `with guard()` held across a suspend, inside a decorated coroutine ---
+
+
+@pytest.mark.parametrize("outer", [devguard.guard("cuda:1"), devguard.guard("cpu"), devguard.unguarded()], ids=repr)
+def test_a_with_block_inside_a_driven_coroutine_sleeps_and_wakes_with_it(cuda: FakeCuda, outer: Any) -> None:
+    @outer
+    async def work() -> Any:
+        with devguard.guard("cuda:2"):
+            await asyncio.sleep(0)
+            return where(cuda)
+
+    coroutine = work()
+    coroutine.send(None)
+    assert where(cuda) == NOBODY
+    with pytest.raises(StopIteration) as stopped:
+        coroutine.send(None)
+    assert stopped.value.value == TWO
+    assert where(cuda) == NOBODY
+
+
+def test_a_with_block_inside_a_driven_coroutine_of_the_same_device_sleeps_and_wakes(cuda: FakeCuda) -> None:
+    torch.cuda.set_device(1)
+
+    @devguard.guard("cuda:1")
+    async def work() -> Any:
+        with devguard.guard("cuda:2"):
+            await asyncio.sleep(0)
+            return where(cuda)
+
+    coroutine = work()
+    coroutine.send(None)
+    assert cuda.current == 1
+    torch.cuda.set_device(5)
+    with pytest.raises(StopIteration) as stopped:
+        coroutine.send(None)
+    assert stopped.value.value == TWO
+    assert cuda.current == 5
+
+
+@pytest.mark.parametrize("innermost", [devguard.guard("cpu"), devguard.unguarded()], ids=repr)
+def test_the_innermost_device_wakes_even_under_a_scope_that_took_none(cuda: FakeCuda, innermost: Any) -> None:
+    @devguard.guard("cuda:1")
+    async def work() -> Any:
+        with devguard.guard("cuda:2"), innermost:
+            await asyncio.sleep(0)
+            return cuda.current
+
+    coroutine = work()
+    coroutine.send(None)
+    assert where(cuda) == NOBODY
+    with pytest.raises(StopIteration) as stopped:
+        coroutine.send(None)
+    assert stopped.value.value == 2
+    assert where(cuda) == NOBODY
+
+
+@pytest.mark.parametrize("outer", [devguard.guard("cuda:1"), devguard.guard("cpu"), devguard.unguarded()], ids=repr)
+def test_a_block_that_slept_gives_back_the_device_that_it_woke_on(cuda: FakeCuda, outer: Any) -> None:
+    """The thread's own device may have changed meanwhile."""
+
+    @outer
+    async def work() -> Any:
+        with devguard.guard("cuda:2"), devguard.guard("cuda:3"):
+            await asyncio.sleep(0)
+            seen = [cuda.current]
+        return [*seen, cuda.current]
+
+    coroutine = work()
+    coroutine.send(None)
+    torch.cuda.set_device(6)
+    with pytest.raises(StopIteration) as stopped:
+        coroutine.send(None)
+    assert stopped.value.value == [3, 1 if outer == devguard.guard(1) else 6]
+    assert where(cuda) == (6, "None")
+
+
+def test_a_step_on_another_thread_is_that_threads_own_affair(cuda: FakeCuda) -> None:
+    @devguard.guard("cuda:1")
+    def work() -> Iterator[Any]:
+        with devguard.guard("cuda:2"):
+            while True:
+                yield where(cuda)
+
+    steps = work()
+    assert next(steps) == TWO
+    seen: list[Any] = []
+
+    def elsewhere() -> None:
+        torch.cuda.set_device(5)
+        seen.append(next(steps))
+        seen.append(where(cuda))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [TWO, (5, "None")]
+    assert next(steps) == TWO
+    steps.close()
+    assert where(cuda) == NOBODY
+
+
+def test_a_with_block_in_a_bare_coroutine_is_reported(cuda: FakeCuda) -> None:
+    from devguard.guards import unwind
+
+    unwind._reported.clear()
+
+    async def bare(index: int) -> None:
+        with devguard.guard(f"cuda:{index}"):
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        await asyncio.gather(bare(1), bare(2))
+
+    with pytest.warns(RuntimeWarning, match="held across an await") as caught:
+        asyncio.run(main())
+    assert caught[0].filename == __file__
+    assert where(cuda) == NOBODY
+    unwind._reported.clear()
+
+
+# --- asynchronous generators ---
+
+
+@devguard.guard(argument="index")
+async def items(cuda: FakeCuda, index: int, seen: list[Any]) -> AsyncGenerator[Any, Any]:
+    try:
+        got = None
+        while True:
+            try:
+                await asyncio.sleep(0)
+                got = yield got, where(cuda)
+            except LookupError as error:
+                got = str(error)
+    finally:
+        await asyncio.sleep(0)
+        seen.append(where(cuda))
+
+
+def test_an_asynchronous_generator_holds_its_device_only_while_it_runs(cuda: FakeCuda) -> None:
+    async def main() -> None:
+        seen: list[Any] = []
+        steps = items(cuda, 1, seen)
+        assert inspect.isasyncgen(steps)
+        assert await anext(steps) == (None, ONE)
+        assert where(cuda) == NOBODY
+        assert await steps.asend("a") == ("a", ONE)
+        assert where(cuda) == NOBODY
+        assert await steps.athrow(LookupError("b")) == ("b", ONE)
+        assert where(cuda) == NOBODY
+        await steps.aclose()
+        assert seen == [ONE]
+        assert where(cuda) == NOBODY
+        with pytest.raises(StopAsyncIteration):
+            await anext(steps)
+
+    asyncio.run(main())
+
+
+def test_an_asynchronous_generator_ends_and_raises_as_its_own(cuda: FakeCuda) -> None:
+    @devguard.guard("cuda:1")
+    async def work(fail: bool) -> AsyncGenerator[int, None]:
+        yield 1
+        if fail:
+            raise ZeroDivisionError
+        yield 2
+
+    async def main() -> None:
+        assert [item async for item in work(False)] == [1, 2]
+        with pytest.raises(ZeroDivisionError):
+            _ = [item async for item in work(True)]
+        assert where(cuda) == NOBODY
+
+    asyncio.run(main())
+
+
+def test_an_exception_thrown_into_an_asynchronous_generator_comes_out_if_it_is_not_caught(cuda: FakeCuda) -> None:
+    async def main() -> None:
+        seen: list[Any] = []
+        steps = items(cuda, 1, seen)
+        await anext(steps)
+        with pytest.raises(ZeroDivisionError):
+            await steps.athrow(ZeroDivisionError())
+        assert seen == [ONE]
+        assert where(cuda) == NOBODY
+
+    asyncio.run(main())
+
+
+def test_interleaved_asynchronous_generators_never_see_each_others_device(cuda: FakeCuda) -> None:
+    async def consume(index: int) -> list[Any]:
+        seen: list[Any] = []
+        steps = items(cuda, index, seen)
+        try:
+            return [(await anext(steps))[1] for _ in range(4)]
+        finally:
+            await steps.aclose()
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(consume(1), consume(2))
+
+    assert asyncio.run(main()) == [[ONE] * 4, [TWO] * 4]
+
+
+def test_cancellation_inside_an_asynchronous_generator_cleans_up_on_its_own_device(cuda: FakeCuda) -> None:
+    seen: list[Any] = []
+
+    @devguard.guard("cuda:1")
+    async def work() -> AsyncGenerator[int, None]:
+        try:
+            yield 1
+            await asyncio.Event().wait()
+            yield 2
+        finally:
+            seen.append(where(cuda))
+
+    async def consume() -> None:
+        async for _ in work():
+            pass
+
+    async def main() -> None:
+        task = asyncio.create_task(consume())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert seen == [ONE]
+    assert where(cuda) == NOBODY
+
+
+def test_an_abandoned_asynchronous_generator_cleans_up_on_its_own_device(cuda: FakeCuda) -> None:
+    seen: list[Any] = []
+
+    async def main() -> None:
+        async for _ in items(cuda, 1, seen):
+            break
+        gc.collect()
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert seen == [ONE]
+
+
+def test_asynchronous_generators_left_open_at_the_end_of_the_loop_clean_up_on_their_own_device(
+    cuda: FakeCuda,
+) -> None:
+    """The loop closes every generator that it knows, in any order: it must not know the undecorated one inside."""
+    seen: list[Any] = []
+    kept = [items(cuda, 1, seen) for _ in range(16)]
+
+    async def main() -> None:
+        for steps in kept:
+            await anext(steps)
+
+    asyncio.run(main())
+    assert seen == [ONE] * 16

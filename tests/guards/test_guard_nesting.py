@@ -1,0 +1,146 @@
+"""Any nesting of scopes, in any order of steps: device and owner are always those of the innermost scope."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import devguard
+from devguard.modes import MODES
+from devguard.ownership import in_force
+from devguard.ownership.owner import parse_owner
+from devguard.ownership.resolve import LAUNCHERS, owner_from_environment
+from devguard.ownership.stack import local
+from tests.helpers.fakecuda import FakeCuda
+
+pytestmark = pytest.mark.usefixtures("clean")
+
+FEW = settings(max_examples=60, deadline=None)
+
+DEVICES = st.sampled_from(["cpu", "cuda:0", "cuda:1", "cuda:2", None])  # None: unguarded
+
+
+def scope_of(device: str | None, mode: Any = None) -> Any:
+    return devguard.unguarded() if device is None else devguard.guard(device, mode=mode)
+
+
+@FEW
+@given(st.recursive(st.just([]), lambda inner: st.lists(st.tuples(DEVICES, st.booleans(), inner), max_size=3)))
+def test_nested_scopes_restore_device_and_owner(tree: Any) -> None:
+    def walk(branches: Any, device: int, owner: str | None) -> None:
+        for name, fails, children in branches:
+            with contextlib.suppress(LookupError), scope_of(name):
+                inside = int(name[5:]) if name and name != "cpu" else device
+                assert cuda.current == inside
+                assert str(devguard.owner()) == str(name)
+                walk(children, inside, name)
+                if fails:
+                    raise LookupError
+            assert cuda.current == device
+            assert str(devguard.owner()) == str(owner)
+
+    with FakeCuda(3).installed() as cuda:
+        walk(tree, 0, None)
+        assert not local.stack
+
+
+@FEW
+@given(st.lists(st.tuples(DEVICES, st.sampled_from([*MODES, None])), max_size=5))
+def test_the_innermost_mode_wins(levels: list[tuple[str | None, Any]]) -> None:
+    with FakeCuda(3).installed(), contextlib.ExitStack() as stack:
+        guarded = "repair"  # what the guards around say; unguarded() is off for what runs directly in it
+        for device, mode in levels:
+            stack.enter_context(scope_of(device, mode))
+            guarded = guarded if device is None else mode or guarded
+            assert in_force.mode_of("load") == ("off" if device is None else guarded)
+
+
+@FEW
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["next", "throw", "close"])), max_size=30), st.integers(0, 2)
+)
+def test_generators_in_any_order_of_steps_see_their_own_device_only(steps: list[tuple[int, str]], home: int) -> None:
+    with FakeCuda(4).installed() as cuda, devguard.guard(home):
+        seen: list[bool] = []
+
+        @devguard.guard(argument="index")
+        def work(index: int) -> Generator[None, None, None]:
+            def right() -> None:
+                seen.append(cuda.current == index and str(devguard.owner()) == f"cuda:{index}")
+
+            try:
+                while True:
+                    right()
+                    with contextlib.suppress(LookupError):
+                        with devguard.guard(3):
+                            yield
+                        right()
+                    right()
+            finally:
+                right()
+
+        running = [work(index) for index in range(4)]
+        for index, what in steps:
+            if what == "next":
+                next(running[index], None)
+            elif what == "close":
+                running[index].close()
+                running[index] = work(index)
+            else:
+                with contextlib.suppress(LookupError):
+                    running[index].throw(LookupError())
+            assert cuda.current == home
+            assert str(devguard.owner()) == f"cuda:{home}"
+        for each in running:
+            each.close()
+        assert all(seen)
+        assert cuda.current == home
+
+
+@FEW
+@given(
+    device=st.none() | st.integers(0, 200) | st.sampled_from(["cpu", "cuda:3"]),
+    mode=st.none() | st.sampled_from(MODES),
+    doors=st.none() | st.dictionaries(st.sampled_from(["load", "jit", "buffers"]), st.sampled_from(MODES)),
+    kind=st.sampled_from([devguard.guard, devguard.remap]),
+    protocol=st.integers(0, pickle.HIGHEST_PROTOCOL),
+)
+def test_a_scope_is_a_value(device: Any, mode: Any, doors: Any, kind: Any, protocol: int) -> None:
+    value = kind(device, mode=mode, doors=doors)
+    again = kind(device, mode=mode, doors=doors)
+    back = pickle.loads(pickle.dumps(value, protocol))
+    assert value == again == back
+    assert hash(value) == hash(again) == hash(back)
+    assert repr(value) == repr(back)
+    assert eval(repr(value)) == value
+
+
+@FEW
+@given(st.text(max_size=8) | st.integers() | st.floats() | st.booleans() | st.none() | st.binary(max_size=4))
+def test_whatever_is_given_as_a_device_is_an_owner_or_a_resolution_error(device: Any) -> None:
+    try:
+        owner = parse_owner(device)
+    except devguard.DeviceResolutionError as error:
+        ok = "Valid" in str(error)
+    else:
+        ok = owner.tag in ("cpu", f"cuda:{owner.index}") and parse_owner(owner.tag) is owner
+    assert ok
+
+
+@FEW
+@given(st.dictionaries(st.sampled_from([launcher.rank for launcher in LAUNCHERS]), st.text(max_size=4), max_size=3))
+def test_whatever_a_launcher_says_is_an_owner_or_a_resolution_error(environ: dict[str, str]) -> None:
+    with FakeCuda(4).installed():
+        try:
+            owner, looked = owner_from_environment(environ)
+        except devguard.DeviceResolutionError as error:
+            ok = any(name in str(error) for name in environ)
+        else:
+            ok = bool(looked) and (owner is None or 0 <= owner.index < 4)
+    assert ok

@@ -1,0 +1,163 @@
+"""The door ``native`` on real devices: contexts that no other door explains; in processes that held none before."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from tests.placement.doors.arrivals.test_load import child
+
+SHOW = """
+def show():
+    print([(s.door, s.source, s.action) for s in devguard.strays() if s.door == 'native'])
+"""
+
+
+def test_a_device_named_by_hand_in_a_decorated_function_is_found_after_the_call():
+    code = SHOW + (
+        "@devguard.guard(1)\n"
+        "def work():\n"
+        "    return torch.empty(4, device='cuda:0')\n"
+        "x = work()\n"
+        "from devguard.reporting.journal import journal\n"
+        "print([(s.source, s.action) for s in journal.strays()])\n"
+        "note = journal.strays()[0].note\n"
+        "print('after work had returned' in note, 'allocator was used' in note)\n"
+    )
+    assert child(code) == "[('cuda:0', 'observed')]\nTrue True"
+
+
+def test_a_context_of_a_native_thread_is_found_on_request_with_evidence():
+    code = SHOW + (
+        "import ctypes, threading\n"
+        "with devguard.guard(1):\n"
+        "    c = ctypes.c_void_p(); d = ctypes.CDLL('libcuda.so.1')\n"
+        "    d.cuDevicePrimaryCtxRetain(ctypes.byref(c), 0)\n"
+        "show()\n"
+        "print('allocator was not used' in devguard.strays()[-1].note)\n"
+        "show()\n"
+    )
+    assert child(code) == "[('native', 'cuda:0', 'observed')]\nTrue\n[('native', 'cuda:0', 'observed')]"
+
+
+def test_memory_that_comes_by_cuda_array_interface_from_a_device_that_is_not_owned_is_found_by_its_context():
+    """The door ``interop`` cannot watch ``torch.as_tensor``: see there."""
+    code = SHOW + (
+        "class Array:\n"
+        "    def __init__(self):\n"
+        "        with torch.cuda.device(0): self.memory = torch.cuda.caching_allocator_alloc(16)\n"
+        "        self.__cuda_array_interface__ = {\n"
+        "            'shape': (4,), 'typestr': '<f4', 'data': (self.memory, False), 'version': 2}\n"
+        "@devguard.guard(1)\n"
+        "def work(): return torch.as_tensor(Array(), device='cuda:0')\n"
+        "import sys; line = sys._getframe().f_lineno; x = work(); print(x.device)\n"
+        "show(); print(devguard.strays()[-1].site.line == line)"
+    )
+    assert child(code) == "cuda:0\n[('native', 'cuda:0', 'observed')]\nTrue"
+
+
+def test_no_strays_raises():
+    code = (
+        "try:\n"
+        "    with devguard.guard(1), devguard.no_strays():\n"
+        "        torch.empty(4, device='cuda:0')\n"
+        "except devguard.StrayDeviceError as error: print('native: cuda:0' in str(error))\n"
+    )
+    assert child(code) == "True"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "with devguard.guard(1): torch.empty(4, device='cuda')\n",
+        "with devguard.guard(1):\n    with devguard.unguarded(): torch.empty(4, device='cuda:0')\n",
+        "devguard.allow('cuda:0')\nwith devguard.guard(1): torch.empty(4, device='cuda:0')\n",
+        "devguard.allow('cuda:0', modules='offload')\nwith devguard.guard(1): torch.empty(4, device='cuda:0')\n",
+        "with devguard.guard(1, mode='off'):\n    torch.empty(4, device='cuda:0')\n    devguard.strays()\n",
+        "torch.empty(4, device='cuda:0')\nwith devguard.guard(1): torch.empty(4, device='cuda')\n",
+        "with devguard.guard(1): pass\nwith devguard.guard(0): torch.empty(4, device='cuda')\n",
+        "torch.empty(4, device='cuda:0')\n",
+    ],
+    ids=[
+        "owner only",
+        "unguarded",
+        "allowed",
+        "allowed to some",
+        "off",
+        "there before",
+        "owned in turn",
+        "no guard at all",
+    ],
+)
+def test_what_is_owned_allowed_or_older_is_no_stray(code):
+    assert child(SHOW + code + "show()") == "[]"
+
+
+def test_a_stray_that_another_door_left_explains_its_context():
+    code = SHOW + (
+        "with devguard.guard(1, mode='observe'): pickle.loads(data)\nshow()\nprint([s.door for s in devguard.strays()])"
+    )
+    assert child(code, pickle.dumps(torch.ones(4).to("cuda:0"))) == "[]\n['load']"
+
+
+def test_closed_it_sees_nothing():
+    code = SHOW + "with devguard.guard(1):\n    devguard.uninstall()\n    torch.empty(4, device='cuda:0')\nshow()"
+    assert child(code) == "[]"
+
+
+@pytest.mark.parametrize("mode", ["warn", "error"])
+def test_torchs_own_check_of_contexts_follows_the_process_mode_where_torch_has_one(mode):
+    code = (
+        "import os\n"
+        "name = 'TORCH_CUDA_CHECK_STRAY_CONTEXT'\n"
+        f"devguard.install(mode={mode!r}, device=1)\n"
+        "has = hasattr(torch.cuda, '_check_stray_context')\n"
+        "with devguard.guard(0), devguard.guard(1): pass\n"  # our own exchanges are no business of it
+        f"print(os.environ.get(name) == ({mode!r} if has else None))\n"
+        "devguard.uninstall()\n"
+        "print(name in os.environ)\n"
+        f"os.environ[name] = 'off'; devguard.install(mode={mode!r}, device=1); print(os.environ[name])\n"
+    )
+    assert child(code) == "True\nFalse\noff"
+
+
+def test_contexts_that_are_accepted_are_nobodys_stray():
+    code = SHOW + (
+        "from devguard.doors import table\n"
+        "with devguard.guard(1):\n"
+        "    torch.empty(4, device='cuda:0')\n"
+        "    table.accept_contexts()\n"
+        "    torch.empty(4, device='cuda:2')\n"
+        "show()\n"
+    )
+    assert child(code) == "[('native', 'cuda:2', 'observed')]"
+
+
+def test_where_torch_keeps_a_history_the_line_is_known_and_the_bytes():
+    code = (
+        "from devguard.support import allocation_history\n"
+        "with devguard.guard(1):\n"
+        "    allocation_history.record()\n"
+        "    def first(): return torch.empty(4, device='cuda:0')\n"
+        "    def second(): return torch.empty(4, device='cuda:0')\n"
+        "    x, y = first(), second()\n"
+        "print([(s.site.function, s.bytes) for s in devguard.strays()])\n"
+    )
+    assert child(code) == "[('first', 32)]"
+
+
+def test_an_owner_that_is_in_force_nowhere_can_be_forgotten():
+    code = SHOW + (
+        "from devguard.ownership.process import forget_past_owners\n"
+        "with devguard.guard(0): pass\n"
+        "with devguard.guard(1):\n"
+        "    print(devguard.status()['owned'])\n"
+        "    forget_past_owners()\n"
+        "    print(devguard.status()['owned'])\n"
+        "show()\n"
+        "with devguard.guard(0) as device: print(device)\n"
+    )
+    lines = child(code).splitlines()
+    assert lines == ["['cuda:0', 'cuda:1']", "['cuda:1']", "[('native', 'cuda:0', 'observed')]", "cuda:0"]

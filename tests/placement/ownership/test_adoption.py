@@ -1,0 +1,339 @@
+"""Activation by environment: whose device a process gets that never names one, and what is done with a wrong guess.
+
+Each test runs in a process of its own in which CUDA is not initialised, and activates devguard there with an
+environment of its own, as ``import torch`` would have done it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.helpers import fresh
+
+SEVERAL = {"LOCAL_WORLD_SIZE": "4"}
+
+
+def run(code: str, **environ: str) -> dict[str, Any]:
+    """Run `code` after an activation with these variables; ``loads(tag)`` unpickles a tensor tagged so."""
+    before = f"""
+import os, pickle, warnings
+from devguard.activation.activate import activate
+from devguard.activation.install import assign
+from devguard.cli.selfcheck import tagged_pickle
+def loads(tag): return str(pickle.loads(tagged_pickle(tag)).device)
+activate({{"DEVGUARD": "repair", **{environ!r}}})
+"""
+    return fresh.run(before + code)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _server() -> Iterator[None]:
+    """One server of forks for all tests here."""
+    yield
+    fresh.stop()
+
+
+def out(code: str, **environ: str) -> str:
+    return str(run(code, **environ)["out"])
+
+
+def actions(answer: dict[str, Any], door: str = "load") -> list[str]:
+    return [stray["action"] for stray in answer["strays"] if stray["door"] == door]
+
+
+def test_activation_initialises_no_cuda_and_opens_no_context() -> None:
+    code = "print(torch.cuda.is_initialized(), devguard.contexts(), devguard.owner())"
+    assert out(code) == "False () None"
+    assert out(code, DEVGUARD_DEVICE="cuda:1") == "False () cuda:1"
+    assert out(code, LOCAL_RANK="2", **SEVERAL) == "False () cuda:2"
+
+
+def test_before_there_is_an_owner_nothing_is_moved_and_nothing_recorded() -> None:
+    answer = run("print(loads('cuda:3'), ctx())", **SEVERAL)
+    assert answer["out"] == "cuda:3 [3]"
+    assert actions(answer) == []
+
+
+def test_the_device_that_the_main_thread_chose_becomes_the_owner_in_one_of_several_processes() -> None:
+    answer = run("torch.cuda.set_device(1); print(loads('cuda:0'), ctx(), devguard.owner())", **SEVERAL)
+    assert answer["out"] == "cuda:1 [1] cuda:1"
+    assert actions(answer) == ["repaired"]
+
+
+@pytest.mark.parametrize("mode", ["repair", "error", "warn"])
+def test_a_process_by_itself_only_observes(mode: str) -> None:
+    answer = run("torch.cuda.set_device(1); print(loads('cuda:0'))", DEVGUARD=mode)
+    assert answer["out"] == "cuda:0"
+    assert actions(answer) == ["observed"]
+
+
+def test_error_mode_refuses_in_one_of_several() -> None:
+    code = """
+torch.cuda.set_device(1)
+try: loads('cuda:0')
+except devguard.StrayDeviceError as error: print(ctx(), "load" in str(error))
+"""
+    assert out(code, DEVGUARD="error", **SEVERAL) == "[1] True"
+
+
+def test_the_local_rank_owns_and_is_current_from_the_first_touch() -> None:
+    code = "print(torch.ones(1).to('cuda').device, loads('cuda:0'), ctx())"
+    assert out(code, LOCAL_RANK="2", **SEVERAL) == "cuda:2 cuda:2 [2]"
+
+
+def test_a_tensor_made_at_import_lands_on_the_local_ranks_device() -> None:
+    code = """
+class Layer: scale = torch.ones(1).to("cuda")
+torch.cuda.set_device(2)
+print(Layer.scale.device, ctx())
+"""
+    assert out(code, LOCAL_RANK="2", **SEVERAL) == "cuda:2 [2]"
+
+
+def test_a_program_that_chooses_another_device_than_its_local_rank_is_followed() -> None:
+    code = "torch.cuda.set_device(3); print(loads('cuda:0'), devguard.owner(), ctx())"
+    assert out(code, LOCAL_RANK="2", **SEVERAL) == "cuda:3 cuda:3 [3]"
+
+
+def test_a_local_rank_alone_says_nothing_of_several_processes() -> None:
+    answer = run("torch.cuda.set_device(1); print(loads('cuda:0'))", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    assert answer["out"] == "cuda:0"
+
+
+def test_a_stream_of_another_device_is_entered_for_a_while_and_is_no_choice() -> None:
+    code = """
+torch.cuda.set_device(1)
+with torch.cuda.stream(torch.cuda.Stream(2)):
+    print(devguard.owner(), loads('cuda:0'))
+print(devguard.owner(), torch.cuda.current_device())
+"""
+    answer = run(code, **SEVERAL)
+    assert answer["out"] == "cuda:1 cuda:1\ncuda:1 1"
+    code = "torch.cuda.set_stream(torch.cuda.Stream(2)); print(devguard.owner())"
+    assert out(code, **SEVERAL) == "cuda:2"
+
+
+def test_a_loop_over_the_devices_is_followed_to_its_end() -> None:
+    code = """
+for index in range(4):
+    torch.cuda.set_device(index)
+    torch.cuda.synchronize()
+torch.cuda.set_device(2)
+print(loads('cuda:0'), devguard.owner())
+"""
+    answer = run(code, **SEVERAL)
+    assert answer["out"] == "cuda:2 cuda:2"
+    assert actions(answer, "set_device") == []
+
+
+def test_code_that_saves_and_restores_the_device_changes_nothing() -> None:
+    code = """
+torch.cuda.set_device(1)
+def elsewhere():
+    before = torch.cuda.current_device()
+    torch.cuda.set_device(3)
+    torch.cuda.set_device(before)
+elsewhere()
+print(loads('cuda:0'), devguard.owner())
+elsewhere()
+print(loads('cuda:0'), devguard.owner(), devguard.status()["adoption"]["demoted"])
+"""
+    answer = run(code, **SEVERAL)
+    assert answer["out"].split("\n") == ["cuda:1 cuda:1", "cuda:1 cuda:1 False"]
+
+
+def test_only_the_main_thread_chooses() -> None:
+    code = """
+import threading
+torch.cuda.set_device(1)
+thread = threading.Thread(target=torch.cuda.set_device, args=(3,)); thread.start(); thread.join()
+print(devguard.owner(), loads('cuda:0'))
+"""
+    assert out(code, **SEVERAL) == "cuda:1 cuda:1"
+
+
+def test_a_main_thread_that_leaves_its_device_later_demotes_the_owner_with_one_warning() -> None:
+    code = """
+warnings.simplefilter("always")
+torch.cuda.set_device(1)
+print(loads('cuda:0'))
+with warnings.catch_warnings(record=True) as caught:
+    torch.cuda.set_device(3)
+    print(loads('cuda:0'), loads('cuda:0'))
+(warning,) = [w for w in caught if "devguard took" in str(w.message)]
+print(warning.lineno == 13, str(warning.message).split(";")[0])
+print(devguard.status()["adoption"]["demoted"], torch.cuda.current_device())
+"""
+    answer = run(code, **SEVERAL)
+    assert answer["out"].split("\n") == [
+        "cuda:1",
+        "cuda:0 cuda:0",
+        "True devguard took cuda:1 for the device of this process, because set_device said so",
+        "True 3",
+    ]
+    assert sorted(actions(answer)) == ["observed", "repaired"]
+
+
+def test_one_model_over_all_gpus_in_one_process_is_left_alone() -> None:
+    code = """
+torch.cuda.set_device(1)
+parts = [torch.nn.Linear(4, 4).to(f"cuda:{index}") for index in range(4)]
+saved = pickle.dumps([part.state_dict() for part in parts])
+back = [str(part["weight"].device) for part in pickle.loads(saved)]
+model = torch.nn.DataParallel(torch.nn.Linear(4, 4).to("cuda:0"))
+replicas = [str(replica.weight.device) for replica in model.replicate(model.module, model.device_ids)]
+print(back, replicas)
+"""
+    answer = run(code)
+    everywhere = [f"cuda:{index}" for index in range(4)]
+    assert answer["out"] == f"{everywhere} {everywhere}"
+    assert "repaired" not in [stray["action"] for stray in answer["strays"]]
+
+
+def test_a_named_device_is_firm_and_current_from_the_first_touch() -> None:
+    code = """
+print(torch.ones(1).to('cuda').device, ctx())
+torch.cuda.set_device(3)
+print(loads('cuda:0'), devguard.owner(), devguard.status()["adoption"]["firm"])
+"""
+    assert out(code, DEVGUARD_DEVICE="cuda:1").split("\n") == ["cuda:1 [1]", "cuda:1 cuda:1 True"]
+
+
+def test_a_process_that_owns_the_cpu_keeps_what_arrives_on_the_host() -> None:
+    assert out("print(loads('cuda:0'), ctx())", DEVGUARD_DEVICE="cpu") == "cpu []"
+
+
+def test_the_only_visible_device_is_the_owner_whatever_the_rank() -> None:
+    code = "print(loads('cuda:1'), devguard.owner())"
+    before = 'os.environ["CUDA_VISIBLE_DEVICES"] = "3"\n'
+    assert out(before + code, CUDA_VISIBLE_DEVICES="3", LOCAL_RANK="3", **SEVERAL) == "cuda:0 cuda:0"
+
+
+def test_a_device_that_does_not_exist_is_an_error_that_leaves_torch_as_it_was() -> None:
+    code = """
+devguard.uninstall()
+for environ in ({"DEVGUARD_DEVICE": "cuda:4"}, {"LOCAL_RANK": "4", "LOCAL_WORLD_SIZE": "8"}):
+    try: activate({"DEVGUARD": "repair", **environ})
+    except devguard.DeviceResolutionError as error: print("CUDA_VISIBLE_DEVICES" in str(error))
+print(any(row["open"] for row in devguard.status()["doors"].values()), torch._C._cuda_init.__module__)
+"""
+    assert out(code).split("\n")[:2] == ["True", "True"]
+    assert out(code).split("\n")[2].startswith("False")
+
+
+def test_what_the_program_installs_and_guards_has_precedence() -> None:
+    code = """
+with devguard.guard("cuda:3"):
+    print(loads('cuda:0'), devguard.status()["mode"])
+devguard.install("repair", "cuda:2")
+activate({"DEVGUARD": "error", "DEVGUARD_DEVICE": "cuda:1"})
+print(devguard.owner(), devguard.status()["mode"], devguard.status()["said_by"])
+print(assign("cuda:0", role="a role"), devguard.owner())
+"""
+    assert out(code, DEVGUARD="warn", DEVGUARD_DEVICE="cuda:1").split("\n") == [
+        "cuda:0 warn",
+        "cuda:2 repair install",
+        "False cuda:2",
+    ]
+
+
+def test_a_guard_inside_a_process_that_only_observes_repairs() -> None:
+    code = """
+torch.cuda.set_device(1)
+with devguard.guard("cuda:2"): print(loads('cuda:0'))
+print(loads('cuda:0'))
+"""
+    assert out(code).split("\n") == ["cuda:2", "cuda:0"]
+
+
+def test_a_role_names_the_owner_and_keeps_the_mode_and_doors_of_the_environment() -> None:
+    code = """
+print(assign(2, role="scheduler TP2"), devguard.owner(), torch.cuda.current_device(), ctx())
+status = devguard.status()
+print(status["said_by"], status["mode"], status["doors"]["load"]["mode"], status["adoption"])
+torch.cuda.set_device(1)
+print(loads('cuda:0'), devguard.owner())
+"""
+    assert out(code, DEVGUARD="error", DEVGUARD_DOORS="load=repair").split("\n") == [
+        "True cuda:2 2 [2]",
+        "scheduler TP2 error repair None",
+        "cuda:2 cuda:2",
+    ]
+
+
+def test_a_touch_before_the_device_was_chosen_is_recorded_with_its_line() -> None:
+    answer = run("torch.ones(1).to('cuda')\ntorch.cuda.set_device(1)\ntorch.ones(1).to('cuda')", **SEVERAL)
+    (stray,) = [stray for stray in answer["strays"] if stray["door"] == "first_touch"]
+    assert (stray["source"], stray["owner"], stray["site"]["line"]) == ("cuda:0", "cuda:1", 8)
+
+
+def test_a_forked_child_has_no_owner_until_it_chooses_whatever_the_launcher_said_to_its_parent() -> None:
+    code = """
+import multiprocessing
+def child(answers):
+    first = str(devguard.owner())
+    torch.cuda.set_device(1)
+    answers.put((first, loads('cuda:0'), str(devguard.owner())))
+fork = multiprocessing.get_context("fork")
+answers = fork.SimpleQueue()
+process = fork.Process(target=child, args=(answers,)); process.start(); process.join()
+print(*answers.get(), devguard.owner())
+"""
+    assert out(code, LOCAL_RANK="2", **SEVERAL) == "None cuda:1 cuda:1 cuda:2"
+
+
+def test_a_local_rank_above_0_is_one_of_several_though_no_size_is_said() -> None:
+    assert out("print(loads('cuda:0'), ctx())", LOCAL_RANK="2", WORLD_SIZE="4") == "cuda:2 [2]"
+
+
+def test_uninstall_ends_what_the_environment_asked_for() -> None:
+    code = "torch.cuda.set_device(1); devguard.uninstall(); print(loads('cuda:0'), devguard.owner())"
+    assert out(code, **SEVERAL) == "cuda:0 None"
+
+
+def test_a_guards_own_entry_is_no_choice_of_the_programs() -> None:
+    code = """
+with devguard.guard("cuda:2"):
+    pass
+print(devguard.owner(), loads('cuda:0'))
+"""
+    assert out(code, LOCAL_RANK="1", **SEVERAL) == "cuda:1 cuda:1"
+
+
+def test_a_thread_on_the_owners_device_is_no_stray_before_anything_else_has_strayed() -> None:
+    code = """
+import threading
+torch.cuda.set_device(1)
+thread = threading.Thread(target=lambda: torch.ones(1).to("cuda:1") if torch.cuda.set_device(1) is None else None)
+thread.start(); thread.join()
+"""
+    assert actions(run(code, DEVGUARD="observe", **SEVERAL), "threads") == []
+
+
+def test_calls_that_do_nothing_before_cuda_is_initialised_initialise_nothing() -> None:
+    code = """
+torch.cuda.empty_cache(); torch.cuda.memory_allocated(); torch.cuda.memory_stats(); torch.cuda.Event()
+print(torch.cuda.is_initialized(), ctx())
+"""
+    assert out(code, DEVGUARD_DEVICE="cuda:1") == "False []"
+
+
+def test_an_exported_program_lands_on_an_owner_that_nothing_has_entered_yet() -> None:
+    code = """
+import io, torch.export
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3).to("cuda:0"))
+    def forward(self, x): return x + self.weight
+with devguard.unguarded():
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(Model(), (torch.ones(3).to("cuda:0"),)), file)
+    file.seek(0)
+loaded = torch.export.load(file)
+print(loaded.state_dict["weight"].device, loaded.example_inputs[0][0].device)
+"""
+    assert out(code, DEVGUARD_DEVICE="cuda:1") == "cuda:1 cuda:1"

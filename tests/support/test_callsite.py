@@ -1,0 +1,268 @@
+"""Which line of the user's code did it, and by which transport it came."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import inspect
+import io
+import linecache
+import multiprocessing
+import os
+import pickle
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import cloudpickle
+import dill
+import joblib
+import pytest
+import torch
+import zmq
+
+import devguard
+from devguard.support import callsite
+from devguard.support.callsite import Site
+from tests.helpers import tagging
+
+pytestmark = pytest.mark.usefixtures("clean")
+
+PAYLOAD = tagging.dumps(torch.arange(4.0))
+FILE = tagging.save(torch.arange(4.0))
+
+
+def here() -> int:
+    return inspect.currentframe().f_back.f_lineno  # type: ignore[union-attr]
+
+
+def the_stray() -> devguard.Stray:
+    (stray,) = devguard.strays()
+    return stray
+
+
+def pickle_loads(tmp_path: Any) -> int:
+    return (pickle.loads(PAYLOAD), here())[1]
+
+
+def pickle_load(tmp_path: Any) -> int:
+    return (pickle.load(io.BytesIO(PAYLOAD)), here())[1]
+
+
+def pickle_unpickler(tmp_path: Any) -> int:
+    return (pickle.Unpickler(io.BytesIO(PAYLOAD)).load(), here())[1]
+
+
+def pickle_in_python(tmp_path: Any) -> int:
+    return (pickle._loads(PAYLOAD), here())[1]
+
+
+def torch_load_buffer(tmp_path: Any) -> int:
+    return (torch.load(io.BytesIO(FILE)), here())[1]
+
+
+def torch_load_file(tmp_path: Any) -> int:
+    (tmp_path / "f.pt").write_bytes(FILE)
+    return (torch.load(tmp_path / "f.pt", weights_only=False), here())[1]
+
+
+def cloudpickle_loads(tmp_path: Any) -> int:
+    with tagging.tagged("cuda:3"):
+        data = cloudpickle.dumps(torch.arange(4.0))
+    return (cloudpickle.loads(data), here())[1]
+
+
+def dill_loads(tmp_path: Any) -> int:
+    with tagging.tagged("cuda:3"):
+        data = dill.dumps(torch.arange(4.0))
+    return (dill.loads(data), here())[1]
+
+
+def joblib_load(tmp_path: Any) -> int:
+    with tagging.tagged("cuda:3"):
+        joblib.dump(torch.arange(4.0), tmp_path / "f.joblib")
+    return (joblib.load(tmp_path / "f.joblib"), here())[1]
+
+
+def zmq_recv_pyobj(tmp_path: Any) -> int:
+    with zmq.Context() as context, context.socket(zmq.PAIR) as sender, context.socket(zmq.PAIR) as receiver:
+        sender.bind("inproc://tensors")
+        receiver.connect("inproc://tensors")
+        with tagging.tagged("cuda:3"):
+            sender.send_pyobj(torch.arange(4.0))
+        return (receiver.recv_pyobj(), here())[1]
+
+
+def multiprocessing_pipe(tmp_path: Any) -> int:
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    with receiver, sender:
+        sender.send(tagging.Envelope(PAYLOAD))
+        return (receiver.recv(), here())[1]
+
+
+def multiprocessing_queue(tmp_path: Any) -> int:
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    queue.put(tagging.Envelope(PAYLOAD))
+    line = (queue.get(), here())[1]
+    queue.close()
+    return line
+
+
+WAYS: list[tuple[Callable[[Any], int], str | None]] = [
+    (pickle_loads, None),
+    (pickle_load, None),
+    (pickle_unpickler, None),
+    (pickle_in_python, None),
+    (torch_load_buffer, None),
+    (torch_load_file, None),
+    (cloudpickle_loads, None),  # cloudpickle.loads is pickle.loads
+    (dill_loads, "dill"),
+    (joblib_load, "joblib"),
+    (zmq_recv_pyobj, "zmq"),
+    (multiprocessing_pipe, "multiprocessing"),
+    (multiprocessing_queue, "multiprocessing"),
+]
+
+
+@pytest.mark.parametrize(("way", "via"), WAYS, ids=lambda value: getattr(value, "__name__", None) or "")
+def test_the_call_site_is_this_files_own_line(way: Callable[[Any], int], via: str | None, tmp_path: Any) -> None:
+    with devguard.guard("cpu"):
+        line = way(tmp_path)
+    stray = the_stray()
+    assert stray.site == Site(__file__, line, way.__qualname__)
+    assert stray.via == via
+    assert stray.action == "repaired"
+    assert "here())[1]" in stray.site.source
+
+
+@pytest.mark.parametrize(("way", "via"), WAYS, ids=lambda value: getattr(value, "__name__", None) or "")
+def test_each_of_these_ways_fails_while_the_door_is_closed(way: Any, via: str | None, tmp_path: Any) -> None:
+    with pytest.raises(RuntimeError, match=tagging.REFUSAL):
+        way(tmp_path)
+    assert devguard.strays() == ()
+
+
+def test_a_decorator_of_devguard_is_not_the_call_site() -> None:
+    @devguard.guard("cpu")
+    def work() -> int:
+        return (pickle.loads(PAYLOAD), here())[1]
+
+    line = work()
+    assert the_stray().site == Site(__file__, line, work.__qualname__)
+
+
+def test_the_call_site_of_a_nested_pickle_is_the_line_that_unpickles_it() -> None:
+    with devguard.guard("cpu"):
+        torch.load(io.BytesIO(tagging.save(tagging.Nested(PAYLOAD))), weights_only=False)
+    assert the_stray().site is not None
+    assert the_stray().site.function == "Nested.__setstate__"
+    assert the_stray().site.file == tagging.__file__
+
+
+def test_a_stack_that_is_all_library_has_no_call_site() -> None:
+    with devguard.guard("cpu"), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        guarded = devguard.guard("cpu").bind(pickle.loads)
+        assert pool.submit(guarded, PAYLOAD).result().tolist() == [0, 1, 2, 3]
+    stray = the_stray()
+    assert stray.site is None
+    assert stray.via == "concurrent"
+    assert stray.thread.startswith("ThreadPoolExecutor")
+    assert stray.stack
+    assert "no line of user code" in str(stray)
+
+
+def test_code_without_a_file_counts_as_the_users() -> None:
+    namespace = {"pickle": pickle, "payload": PAYLOAD}
+    with devguard.guard("cpu"):
+        exec(compile("\n\npickle.loads(payload)", "<ipython-input-1>", "exec"), namespace)
+    assert the_stray().site == Site("<ipython-input-1>", 3, "<module>")
+    assert the_stray().site.source == ""
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "kind"),
+    [
+        (os.path.abspath(torch.serialization.__file__), "f", callsite._INTERNAL),
+        (os.path.abspath(devguard.__file__), "f", callsite._INTERNAL),
+        (os.path.abspath(threading.__file__), "f", callsite._INTERNAL),
+        (pickle.__file__, "f", callsite._INTERNAL),
+        ("<frozen runpy>", "f", callsite._INTERNAL),
+        (multiprocessing.connection.__file__, "f", "multiprocessing"),
+        (concurrent.futures.thread.__file__, "f", "concurrent"),
+        (zmq.__file__, "f", "zmq"),
+        (cloudpickle.cloudpickle.__file__, "f", "cloudpickle"),
+        (dill.__file__, "f", "dill"),
+        (joblib.__file__, "f", "joblib"),
+        (os.path.join(os.sep, "v", "site-packages", "loky", "process_executor.py"), "f", "loky"),
+        (os.path.join(os.sep, "v", "dist-packages", "wrapt", "wrappers.py"), "f", callsite._INTERNAL),
+        (os.path.join(os.sep, "v", "site-packages", "sglang", "srt", "utils.py"), "f", callsite._USER),
+        (os.path.join(os.sep, "v", "site-packages", "torchvision", "ops.py"), "f", callsite._USER),
+        (os.path.join(os.sep, "v", "site-packages", "dill.py"), "f", "dill"),
+        (os.path.join(os.sep, "home", "me", "torch", "train.py"), "f", callsite._USER),
+        (__file__, "f", callsite._USER),
+        ("<string>", "f", callsite._USER),
+        ("relative.py", "f", callsite._USER),
+    ],
+)
+def test_whose_code_is_whose(file: str, name: str, kind: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callsite, "_kinds", {})
+    code = compile("0", file, "eval").replace(co_name=name)
+    assert callsite._classify(code) == kind
+    assert callsite.is_user(code) == (kind == callsite._USER)
+
+
+def test_equal_code_in_two_files_is_told_apart() -> None:
+    """Python compares code objects without their file name."""
+    text = "def work(load, payload):\n    return load(payload)"
+    functions = []
+    for file in (pickle.__file__, "mine.py", "yours.py"):
+        namespace: dict[str, Any] = {}
+        exec(compile(text, file, "exec"), namespace)
+        functions.append(namespace["work"])
+    library, mine, yours = functions
+    assert library.__code__ == mine.__code__
+    assert not callsite.is_user(library.__code__)
+    assert callsite.is_user(mine.__code__)
+    with devguard.guard("cpu"):
+        mine(pickle.loads, PAYLOAD)
+        yours(pickle.loads, PAYLOAD)
+    assert [(stray.site and stray.site.file, stray.count) for stray in devguard.strays()] == [
+        ("mine.py", 1),
+        ("yours.py", 1),
+    ]
+
+
+def test_torch_in_a_folder_of_its_own_is_still_not_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = type(sys)("torch")
+    stand_in.__file__ = os.path.join(os.sep, "opt", "overlay", "torch", "__init__.py")
+    monkeypatch.setitem(sys.modules, "torch", stand_in)
+    code = compile("0", os.path.join(os.sep, "opt", "overlay", "torch", "storage.py"), "eval")
+    assert callsite._classify(code) == callsite._INTERNAL
+
+
+def test_a_stack_is_short_and_formatted_when_read() -> None:
+    def deep(depth: int) -> Any:
+        return deep(depth - 1) if depth else pickle.loads(PAYLOAD)
+
+    with devguard.guard("cpu"):
+        deep(40)
+    stack = the_stray().stack
+    assert 0 < len(stack) <= callsite.STACK_DEPTH
+    assert all(isinstance(site, Site) for site in stack)
+    assert stack[-1].function == deep.__qualname__
+    assert not any("devguard" + os.sep in site.file for site in stack)
+
+
+def test_a_site_reads_as_a_line_that_an_editor_opens() -> None:
+    line = here()
+    site = Site(__file__, line, "f")
+    assert str(site) == f"{__file__}:{line} in f"
+    assert site.source == linecache.getline(__file__, line).strip() == "line = here()"
+
+
+def test_the_kinds_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callsite, "MAX_KINDS", 10)
+    monkeypatch.setattr(callsite, "_kinds", {})
+    for number in range(100):
+        assert callsite.is_user(compile(str(number), f"made_{number}.py", "eval"))
+        assert len(callsite._kinds) <= 10

@@ -1,0 +1,127 @@
+"""Replacing an attribute of torch, and putting it back."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from devguard.support.patching import DoorError, Patches, overwritten
+
+
+def original() -> str:
+    """Say which one it is."""
+    return "original"
+
+
+@pytest.fixture
+def module() -> types.ModuleType:
+    made = types.ModuleType("made")
+    made.work = original
+    return made
+
+
+@pytest.fixture
+def user_module() -> Iterator[types.ModuleType]:
+    made = types.ModuleType("user_of_made")
+    sys.modules["user_of_made"] = made
+    yield made
+    del sys.modules["user_of_made"]
+
+
+def replacement() -> str:
+    return "ours"
+
+
+def test_a_patch_is_in_force_and_comes_off_exactly(module: types.ModuleType) -> None:
+    patches = Patches()
+    patches.replace(module, "work", lambda: "ours")
+    assert module.work() == "ours"
+    assert patches.restore() == []
+    assert module.work is original
+    assert patches.restore() == []
+
+
+def test_a_patch_keeps_the_names_by_which_pickle_knows_the_function(module: types.ModuleType) -> None:
+    patches = Patches()
+    patches.replace(module, "work", lambda: "ours")
+    for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
+        assert getattr(module.work, attribute) == getattr(original, attribute)
+    assert module.work.__wrapped__ is original
+
+
+def test_an_item_of_a_table_is_put_back_and_told_of_like_an_attribute() -> None:
+    table, patches = {str: original}, Patches()
+    patches.replace(table, str, lambda: "ours")
+    assert table[str]() == "ours"
+    assert table[str].__qualname__ == "original"
+    assert patches.restore() == []
+    assert table == {str: original}
+    patches.replace(table, str, lambda: "ours")
+    table[str] = replacement
+    assert patches.restore() == ["the entry of str in a table"]
+    assert table == {str: replacement}
+    with pytest.raises(DoorError, match="the entry of int in a table is not in torch"):
+        patches.find(table, int)
+
+
+def test_a_patch_over_ours_stays_and_is_reported(module: types.ModuleType) -> None:
+    patches = Patches()
+    patches.replace(module, "work", lambda: "ours")
+    module.work = replacement
+    assert patches.restore() == ["made.work"]
+    assert module.work is replacement
+
+
+def test_an_attribute_that_was_deleted_is_reported_and_not_brought_back(module: types.ModuleType) -> None:
+    patches = Patches()
+    patches.replace(module, "work", lambda: "ours")
+    del module.work
+    assert patches.restore() == ["made.work"]
+    assert not hasattr(module, "work")
+
+
+def test_two_patches_of_one_attribute_come_off_in_reverse(module: types.ModuleType) -> None:
+    patches = Patches()
+    patches.replace(module, "work", lambda: "first")
+    patches.replace(module, "work", lambda: "second")
+    assert patches.restore() == []
+    assert module.work is original
+
+
+def test_what_this_torch_has_not_is_a_door_error(module: types.ModuleType) -> None:
+    with pytest.raises(DoorError, match=rf"made\.missing is not in torch {re.escape(torch.__version__)}"):
+        Patches().find(module, "missing")
+
+
+def test_an_inherited_attribute_is_not_taken_for_the_classs_own() -> None:
+    class Base:
+        def work(self) -> None: ...
+
+    class Derived(Base): ...
+
+    with pytest.raises(DoorError):
+        Patches().find(Derived, "work")
+
+
+def test_copies_taken_before_are_reported(module: types.ModuleType, user_module: types.ModuleType) -> None:
+    patches = Patches()
+    user_module.copied = original
+    assert "user_of_made.copied" not in patches.early_copies()
+    patches.replace(module, "work", replacement)
+    assert "user_of_made.copied" in patches.early_copies()
+    patches.restore()
+
+
+def test_what_somebody_else_patched_over_a_patch_is_named(module: types.ModuleType) -> None:
+    patches, before = Patches(), overwritten()
+    patches.replace(module, "work", replacement)
+    assert overwritten() == before
+    module.work = original
+    assert overwritten() - before == {"made.work"}
+    patches.restore()
+    assert overwritten() == before
