@@ -1,1 +1,1 @@
-"""Ratios of devguard against torch's own ways; ``python -m benchmarks`` prints them all."""
+"""Ratios of devguard's time to torch's own; ``python -m benchmarks`` prints them all."""

@@ -1,8 +1,8 @@
 """Print every ratio as a table: ``python -m benchmarks [--json]``.
 
-Runs on two real GPUs where there are some, else on simulated ones (whose copies are copies in host memory). Each group
-runs in a process of its own: what one has owned costs no other anything. The budgets are those of the project's design;
-a row that is over its budget beyond doubt is marked.
+Runs on two real GPUs if torch sees them, else on simulated ones (whose copies are copies in host memory). Each group
+runs in a separate process, so that the owners of one group do not slow another. The budgets are those of the project's
+design; a row is marked if it is over its budget beyond doubt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--only", metavar="TEXT", default="", help="only the groups whose name contains TEXT")
-    parser.add_argument("--group", metavar="NAME", help=argparse.SUPPRESS)  # run this one here
+    parser.add_argument("--group", metavar="NAME", help=argparse.SUPPRESS)  # Runs the group in this process.
     arguments = parser.parse_args()
 
     import torch
@@ -43,7 +43,7 @@ def main() -> int:
         return 0
     chosen = [name for name in groups if arguments.only in name]
     if not chosen:
-        parser.error(f"no group's name contains {arguments.only!r}; there are {', '.join(groups)}")
+        parser.error(f"no group's name contains {arguments.only!r}. Groups: {', '.join(groups)}")
     rows: list[Row] = []
     for number, name in enumerate(chosen, 1):
         print(f"benchmarks: {name} ({number} of {len(chosen)})", file=sys.stderr)
@@ -51,9 +51,10 @@ def main() -> int:
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         rows += [Row(**row) for row in json.loads(done.stdout)]
     if arguments.json:
-        where = "simulated" if simgpu.active() else torch.cuda.get_device_name(0)
-        about = {"torch": torch.__version__, "python": sys.version.split()[0], "gpus": where}
-        print(json.dumps({**about, "rows": [{**dataclasses.asdict(row), "over": row.over} for row in rows]}, indent=2))
+        gpus = "simulated" if simgpu.active() else torch.cuda.get_device_name(0)
+        versions = {"torch": torch.__version__, "python": sys.version.split()[0], "gpus": gpus}
+        report = {**versions, "rows": [{**dataclasses.asdict(row), "over": row.over} for row in rows]}
+        print(json.dumps(report, indent=2))
     else:
         show(rows)
     return 0
@@ -64,7 +65,7 @@ def show(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="devguard against torch's own ways (median of rounds, and where it lies 19 times out of 20)")
+    table = Table(title="devguard against torch's own ways (median of the rounds, and its 95% interval)")
     table.add_column("what")
     for name in ("figure", "from", "to", "budget", "baseline"):
         table.add_column(name, justify="right")

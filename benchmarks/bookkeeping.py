@@ -1,8 +1,8 @@
-"""What the doors bookkeeping, set_device and streams cost where nothing strays.
+"""The cost of the doors bookkeeping, set_device and streams without a stray.
 
-On simulated GPUs the calls themselves cost next to nothing (an ``empty_cache`` 0.2 us), so the ratios are at their
-worst there; on a real GPU they take micro- to milliseconds. What any function in Python costs around the shortest of
-them is a row of its own: no door that looks before each call can be below it.
+On simulated GPUs the calls themselves take almost no time (an ``empty_cache`` 0.2 us), so the ratios are worst there;
+on a real GPU the calls take micro- to milliseconds. A separate row shows the cost of any Python function around the
+shortest call: no door that checks before each call can be faster.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def _changes() -> None:
 
 
 def _empty_what_was_cached() -> None:
-    torch.empty(1 << 20, dtype=torch.uint8, device="cuda")  # freed at once, and cached
+    torch.empty(1 << 20, dtype=torch.uint8, device="cuda")  # Freed at once, and cached.
     torch.cuda.empty_cache()
 
 
 def bookkeeping() -> list[Row]:
-    """Calls that name no device, on the owner: inside a guard, and on the threads of a process with an owner."""
+    """Time calls that name no device, on the owner: inside a guard, and in a process with an owner."""
     torch.empty(1, device="cuda:0"), torch.empty(1, device="cuda:1")
     calls: dict[str, tuple[Callable[[], Any], float | None]] = {
         "torch.cuda.synchronize()": (lambda: torch.cuda.synchronize(), 1.10),
@@ -52,7 +52,7 @@ def bookkeeping() -> list[Row]:
 
 
 def _passing_on() -> tuple[Run, Run]:
-    """A call, and the same through the least that can stand in front of it: one look at the thread, and one branch."""
+    """Return a call, and the same call behind the least that a door needs: one look at the thread and one branch."""
     original, local = torch.cuda.empty_cache, threading.local()
     local.stack = None
 

@@ -1,4 +1,4 @@
-"""What is compared: groups of rows, each a function."""
+"""The comparisons: groups of rows, one function a group."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES = {"16 B": 16, "1 MB": 1 << 20, "256 MB": 256 << 20}
 
 
 def entering() -> list[Row]:
-    """``with guard(i)`` against ``with torch.cuda.device(i)``; guards must be cheap enough to use anywhere."""
+    """Compare ``with guard(i)`` with ``with torch.cuda.device(i)``; guards must be cheap enough to use anywhere."""
 
     def base(index: int) -> Run:
         def run(times: int) -> None:
@@ -81,7 +81,7 @@ def _load(file: io.BytesIO, **options: Any) -> Callable[[], Any]:
 
 
 def harmless() -> list[Row]:
-    """What has nothing to repair: guarded against unguarded."""
+    """Compare guarded with unguarded calls that need no repair."""
     rows = []
     value = {"text": "x" * 100, "numbers": list(range(100)), "nested": [{"a": (1, 2.0, None)}] * 10}
     data = pickle.dumps(value)
@@ -107,7 +107,7 @@ def harmless() -> list[Row]:
 
 
 def repaired() -> list[Row]:
-    """A stray put right, against the same bytes loaded right from the start."""
+    """Compare a repaired load with a load of the same bytes onto the right device."""
     rows = []
     for name, nbytes in SIZES.items():
         stray, own = _pickled(nbytes, f"cuda:{1 - OWNER}"), _pickled(nbytes, f"cuda:{OWNER}")
@@ -125,7 +125,7 @@ def repaired() -> list[Row]:
 
 
 def coroutines() -> list[Row]:
-    """What one suspend and resume of a decorated coroutine costs on top, in microseconds."""
+    """Measure the additional cost of a suspend and resume of a decorated coroutine, in microseconds."""
 
     async def work(times: int) -> None:
         for _ in range(times):
@@ -142,15 +142,15 @@ def coroutines() -> list[Row]:
     times = 20_000
     decorated = devguard.guard(OWNER)(work)
     seconds(decorated, 100)
-    torch.cuda.set_device(0)  # so that each step really exchanges
+    torch.cuda.set_device(0)  # So that each step really changes the device.
     costs = [(seconds(decorated, times) - seconds(work, times)) / times * 1e6 for _ in range(ROUNDS)]
     return [row("suspend + resume of a decorated coroutine", costs, 3.0, "us")]
 
 
 def importing() -> list[Row]:
-    """``import devguard`` and the command line's help, in milliseconds on top of Python."""
+    """Measure ``import devguard`` and the command line's help, in milliseconds on top of Python's start."""
     rows = []
-    environ = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # an installed package has its bytecode
+    environ = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # An installed package has its bytecode.
     for what, code, budget in (
         ("import devguard", "import devguard", 15.0),
         ("devguard --help, imports (most of it argparse)", "import devguard.cli", None),

@@ -1,4 +1,4 @@
-"""Receiving what another process shares: memory of the owner, guarded against unguarded."""
+"""Receiving memory that another process shares on the owner's GPU, guarded against unguarded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
-import torch.multiprocessing  # registers the reductions
+import torch.multiprocessing  # Registers the reductions.
 
 import devguard
 from benchmarks.measure import Row, compare
@@ -20,7 +20,7 @@ BUDGET = 1.02
 
 
 def _produce(connection: Connection) -> None:
-    """Share a tensor on the owner's GPU, and keep it until the other side hangs up."""
+    """Share a tensor on the owner's GPU, and keep it until the other end closes the connection."""
     tensor = torch.zeros(1 << 20, dtype=torch.uint8).to(f"cuda:{OWNER}")
     connection.send_bytes(ForkingPickler.dumps(tensor))
     with contextlib.suppress(EOFError):
@@ -28,7 +28,7 @@ def _produce(connection: Connection) -> None:
 
 
 def ipc() -> list[Row]:
-    """A tensor of 1 MB on the owner's GPU, read from one message over and over: the producer keeps the memory."""
+    """Time the receipt of a tensor of 1 MB on the owner's GPU, always from the same message of a live producer."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     producer = context.Process(target=_produce, args=(theirs,))

@@ -1,9 +1,9 @@
-"""Two ways of doing one thing, timed in turn, as a ratio with its interval.
+"""Time two ways of doing one thing in turn, and return their ratio with its interval.
 
-The machine's speed drifts, so the two are timed close together and in both orders, A B B A, and each such round gives
-one ratio: what drifts evenly cancels. The figure is the median of the rounds' ratios. Its interval is the distribution-
-free one of the median (by the sign test): the true figure lies in it 19 times out of 20. A row is over its budget only
-if the whole interval is.
+The machine's speed drifts, so the two are timed close together and in both orders, A B B A. Each such round gives one
+ratio, in which an even drift cancels. The figure is the median of the rounds' ratios. Its interval is that of the sign
+test, which assumes no distribution: the true figure lies in it 19 times out of 20. A row is over its budget only if
+the whole interval is.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 ROUNDS = 25
-FEWER_ROUNDS = 9  # where one repetition takes longer than a whole sample
-SAMPLE_NS = 20_000_000  # how long one sample takes, about
+FEWER_ROUNDS = 9  # If one repetition takes longer than a sample.
+SAMPLE_NS = 20_000_000  # The approximate time of a sample.
 
-Run = Callable[[int], None]  # does the thing that many times
+Run = Callable[[int], None]  # Repeats the work; the argument is how often.
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,13 @@ class Row:
     Attributes
     ----------
     what : str
-        What is compared with what.
+        The two ways that are compared.
     ratio, low, high : float
-        The median of the rounds, and the interval in which the true one lies 19 times out of 20; ratios, or
-        microseconds or milliseconds where `unit` says so.
+        The median of the rounds, and the interval in which the true median lies 19 times out of 20, in `unit`.
     budget : float or None
-        What DESIGN allows.
+        The budget of the project's design.
     unit : str
-        ``"x"`` for a ratio.
+        ``"x"`` for a ratio, otherwise ``"us"`` or ``"ms"``.
     base_us : float
         The median time of the baseline in microseconds.
     """
@@ -56,10 +55,10 @@ class Row:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the interval that holds the median of what the values were drawn from 19 times out of 20.
+    """Return the interval that holds the true median of the values 19 times out of 20.
 
-    By the sign test: as many values lie below the true median as heads fall in as many tosses of a coin. The whole
-    range if there are fewer than six values.
+    By the sign test: the number of values below the true median is distributed as the heads in as many tosses of a
+    coin. With fewer than six values, the interval is their whole range.
     """
     ordered, count = sorted(values), len(values)
     outside, rank = 0.0, 0
@@ -72,14 +71,14 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def row(what: str, values: Sequence[float], budget: float | None, unit: str = "x", base_us: float = 0.0) -> Row:
-    """Return the row of the rounds' figures."""
+    """Return the row for the figures of the rounds."""
     return Row(what, statistics.median(values), *interval(values), budget, unit, base_us)
 
 
 def sample(run: Run, times: int, clock: Callable[[], int] = time.thread_time_ns) -> float:
-    """Return how long one of `times` repetitions takes, in nanoseconds of this thread's processor time.
+    """Return the time of one of `times` repetitions, in nanoseconds of this thread's processor time.
 
-    Not the wall's: a shared machine would add what others do.
+    Wall time would include the work of other programs on the machine.
     """
     start = clock()
     run(times)
@@ -98,7 +97,7 @@ def compare(
 ) -> Row:
     """Time `ours` against `base`; `before_base` and `before_ours` run untimed before each of their samples.
 
-    So does a quarter of a sample: opening and closing doors makes Python forget what it had specialised.
+    A quarter of a sample also runs untimed, because opening and closing doors makes Python discard specialised code.
     """
     before_ours()
     ours(1)

@@ -1,4 +1,4 @@
-"""The states that rows compare, unguarded, guarded and installed, and how a call is run in each."""
+"""The states that rows compare (unguarded, guarded, installed), and functions to run a call in each state."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ OWNER = 1
 
 
 def closed() -> None:
-    """Close the doors, and make the owner's device current: an unguarded process that did set_device."""
+    """Close the doors and make the owner's device current, as in an unguarded process that called set_device."""
     devguard.uninstall()
     torch.cuda.set_device(OWNER)
 
 
 def opened() -> None:
-    """Open the doors, which takes a millisecond the first time, and choose the device before there is a guard."""
+    """Open the doors, which takes a millisecond the first time, and select the device before the guard."""
     with devguard.guard(OWNER):
         pass
     torch.cuda.set_device(OWNER)
 
 
 def installed() -> None:
-    """Make the owner that of the whole process, and of no scope."""
+    """Set the owner of the whole process, without a scope."""
     devguard.install(device=OWNER)
 
 
@@ -36,7 +36,7 @@ INSTALLED = {"before_base": closed, "before_ours": installed}
 
 
 def plain(call: Callable[[], Any]) -> Run:
-    """Run `call` as often as asked."""
+    """Return a function that repeats `call`."""
 
     def run(times: int) -> None:
         for _ in range(times):
@@ -46,7 +46,7 @@ def plain(call: Callable[[], Any]) -> Run:
 
 
 def guarded(call: Callable[[], Any]) -> Run:
-    """Run `call` as often as asked, in one guard."""
+    """Return a function that repeats `call` in one guard."""
 
     def run(times: int) -> None:
         with devguard.guard(OWNER):

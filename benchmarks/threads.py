@@ -1,6 +1,6 @@
-"""What it costs to start a thread, and to run a task in a pool of threads, under a guard.
+"""The cost under a guard of starting a thread, and of running a task in a pool of threads.
 
-In processor time of the whole process: half of what a start costs is paid by the thread that starts.
+The figures are processor time of the whole process, because half of the cost of a start falls on the new thread.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import devguard
 from benchmarks.measure import Row, Run, compare
 from benchmarks.states import OWNER, closed
+from devguard.modes import Mode
 
 
 def _nothing() -> None:
@@ -28,7 +29,7 @@ def _start(times: int) -> None:
 
 
 def _start_placed(times: int) -> None:
-    """Start a thread whose function is of the standard library: placed, and no stray."""
+    """Start a thread whose function is in the standard library, so it is placed without being recorded as a stray."""
     for _ in range(times):
         thread = threading.Thread(target=threading.main_thread)
         thread.start()
@@ -41,7 +42,7 @@ def _set_and_do_nothing() -> None:
 
 
 def _start_and_set(times: int) -> None:
-    """Do by hand what the guard does: the thread's function sets the device, then does the same."""
+    """Do the work of the guard by hand: the thread's function sets the device."""
     for _ in range(times):
         thread = threading.Thread(target=_set_and_do_nothing)
         thread.start()
@@ -60,13 +61,13 @@ def _nothing_on_the_owner() -> None:
 
 
 def _submit_by_hand(times: int) -> None:
-    """Do by hand what the guard does: the task takes the device and gives it back."""
+    """Do the work of the guard by hand: the task sets the device and restores it."""
     with ThreadPoolExecutor(1) as pool:
         for _ in range(times):
             pool.submit(_nothing_on_the_owner).result()
 
 
-def _guarded(run: Run, mode: devguard.settings.Mode) -> Run:
+def _guarded(run: Run, mode: Mode) -> Run:
     def guarded(times: int) -> None:
         with devguard.guard(OWNER, mode=mode):
             run(times)
@@ -75,7 +76,7 @@ def _guarded(run: Run, mode: devguard.settings.Mode) -> Run:
 
 
 def _open(run: Run) -> Run:
-    """Run without an owner while the doors are open."""
+    """Return `run` with open doors, but without an owner."""
 
     def opened(times: int) -> None:
         with devguard.guard("cpu"):
@@ -86,7 +87,7 @@ def _open(run: Run) -> Run:
 
 
 def threads() -> list[Row]:
-    """A thread started and joined, guarded against unguarded; and a task of a pool."""
+    """Compare, guarded and unguarded, a thread that is started and joined, and a task of a pool."""
     bare, by_hand = _start, _start_and_set
     placed = _guarded(_start_placed, "repair")
 

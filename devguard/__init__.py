@@ -1,23 +1,19 @@
 """devguard keeps each process of a multi-GPU PyTorch program on its own GPU.
 
-Say once which device a process owns. Its work is kept there; what would land elsewhere is repaired or
-refused, and the line of code that did it is named. Importing this package imports neither torch nor wrapt,
-and patches nothing.
-
->>> @devguard.guard(argument="gpu_id")
-... def run_worker(config, gpu_id): ...
+Name the device that a process owns, once. Work that would land on another device is repaired or refused, and the line
+of code that caused it is reported. Importing this package imports neither torch nor wrapt, and patches nothing.
 
 >>> with devguard.guard("cuda:1"):
 ...     state = torch.load("checkpoint.pt")
 
-PYTEST_DONT_REWRITE: who imports devguard before pytest starts need not be warned that it came too early for that.
+PYTEST_DONT_REWRITE: avoids pytest's warning when devguard is imported before pytest.
 """
 
 from __future__ import annotations
 
 from devguard._version import __version__
 
-TYPE_CHECKING = False  # as typing's, whose import would cost more than all the rest
+TYPE_CHECKING = False  # Not typing's, because importing typing takes longer than the rest of this module.
 if TYPE_CHECKING:
     from devguard.activation.install import install, uninstall
     from devguard.activation.status import contexts, owner, status, strays
@@ -60,7 +56,7 @@ __all__ = [
     "uninstall",
 ]
 
-# public name -> the module that has it, imported when the name is first used (PEP 562)
+# Public name -> the module that defines it, which is imported when the name is first used (PEP 562).
 _HOMES = {
     **dict.fromkeys(("install", "uninstall"), "activation.install"),
     **dict.fromkeys(("contexts", "owner", "status", "strays"), "activation.status"),

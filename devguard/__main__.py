@@ -1,4 +1,4 @@
-"""``python -m devguard`` is the ``devguard`` command."""
+"""Run the ``devguard`` command: ``python -m devguard``."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""What torch calls at the end of ``import torch``: the entry point ``devguard`` of the group ``torch.backends``.
+"""The entry point ``devguard`` of the group ``torch.backends``, which torch calls at the end of ``import torch``.
 
-It does nothing where ``DEVGUARD`` is not set, and imports nothing for it. It never raises: ``import torch`` would fail.
+If ``DEVGUARD`` is not set, it does nothing and imports nothing. It never raises: ``import torch`` would then fail.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ __all__ = ["activate"]
 
 
 def activate() -> None:
-    """Put in force what ``DEVGUARD`` and its companions say; a failure becomes one warning, and the guard stays off."""
+    """Apply ``DEVGUARD`` and devguard's other variables; if that fails, warn once and leave devguard off."""
     if not os.environ.get("DEVGUARD", "").strip():
         return
     try:
@@ -25,13 +25,13 @@ def activate() -> None:
             except Exception:
                 uninstall()
                 raise
-    except Exception as error:  # noqa: BLE001 - see above
-        _say(f"{type(error).__name__}: {error}")
+    except Exception as error:  # noqa: BLE001 - an error here would make `import torch` fail
+        _warn(f"{type(error).__name__}: {error}")
 
 
-def _say(what: str) -> None:
+def _warn(problem: str) -> None:
     from devguard.ownership.process import process
     from devguard.support.notices import warn_user
 
-    process.problem = what
-    warn_user(f"devguard is off in this process, although DEVGUARD={os.environ.get('DEVGUARD')!r}: {what}")
+    process.fail(problem)
+    warn_user(f"devguard is off in this process, although DEVGUARD={os.environ.get('DEVGUARD')!r}: {problem}")

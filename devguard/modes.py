@@ -1,7 +1,6 @@
-"""Modes, door settings and the environment variables: what they may be, and how they are checked.
+"""Modes and the settings of doors: their valid values, and the checks of them.
 
-This module knows nothing of torch, of devices or of what a door does. It checks values and says what is
-valid.
+This module depends on neither torch nor a door.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ from typing import Literal
 
 from devguard.errors import ConfigError
 
-__all__ = ["MODES", "DoorMode", "Mode", "check_mode", "killed"]
+__all__ = ["check_mode", "DoorMode", "is_killed", "Mode", "MODES"]
 
 Mode = Literal["off", "observe", "warn", "repair", "error"]
 
-# what one door may be told; which doors know more than the modes says the table of doors
+# The settings of a single door. EXTRA_MODES in doors/table.py names the doors that accept more than the modes.
 DoorMode = Literal["off", "observe", "warn", "repair", "error", "copy", "uuid"]
 
 MODES: tuple[Mode, ...] = ("off", "observe", "warn", "repair", "error")
 DEFAULT_MODE: Mode = "repair"
-REPAIRING: frozenset[DoorMode] = frozenset({"repair", "copy", "uuid"})  # modes that put right what strays
+REPAIRING: frozenset[DoorMode] = frozenset({"repair", "copy", "uuid"})  # Settings that repair a stray.
 
 _KILL_VALUES = frozenset({"off", "0"})
 
@@ -33,7 +32,7 @@ def check_mode(mode: object) -> Mode:
     raise ConfigError(f"{mode!r} is not a mode. Valid modes: {', '.join(MODES)}.")
 
 
-def killed(environ: Mapping[str, str] | None = None) -> bool:
-    """Tell whether ``DEVGUARD=off`` (or ``0``) forbids every door in this process, whatever the code asks for."""
+def is_killed(environ: Mapping[str, str] | None = None) -> bool:
+    """Return whether ``DEVGUARD=off`` (or ``0``) keeps every door of this process closed, whatever code requests."""
     value = (os.environ if environ is None else environ).get("DEVGUARD", "")
     return value.strip().lower() in _KILL_VALUES

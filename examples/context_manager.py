@@ -12,7 +12,7 @@ import devguard
 
 
 def saved_elsewhere():
-    """Make a checkpoint whose tag says cuda:7, as a file from a bigger machine does."""
+    """Make a checkpoint with the tag cuda:7, like a file from a machine with more GPUs."""
     file = io.BytesIO()
     torch.save({"weight": torch.tensor([1.0, 2.0])}, file, _use_new_zipfile_serialization=False)
     tag = b"X\x03\x00\x00\x00cpu"
@@ -22,7 +22,7 @@ def saved_elsewhere():
 def main():
     """Show each scope in turn."""
     if torch.cuda.device_count() < 2:
-        sys.exit("Two GPUs are needed. Without: devguard sim --gpus 2 -- python examples/context_manager.py")
+        sys.exit("Two GPUs are needed. To simulate them: devguard sim --gpus 2 -- python examples/context_manager.py")
 
     with devguard.guard("cuda:1"):
         print("current device:", torch.cuda.current_device())

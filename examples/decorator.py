@@ -17,8 +17,8 @@ import devguard
 
 @devguard.guard(argument="gpu_id")
 def worker(message, gpu_id, answers):
-    """Answer with what arrived, and where."""
-    batch = pickle.loads(message)  # the message says cuda:0; the guard knows better
+    """Report the batch and its device."""
+    batch = pickle.loads(message)  # The message names cuda:0; the guard puts the batch on this worker's GPU.
     held = ", ".join(str(device) for device in devguard.contexts())
     answers.put(f"worker {gpu_id}: batch {batch.cpu().tolist()} on {batch.device}, contexts on {held}")
 
@@ -26,7 +26,7 @@ def worker(message, gpu_id, answers):
 def main():
     """Start one worker after the other."""
     if torch.cuda.device_count() < 2:
-        sys.exit("Two GPUs are needed. Without: devguard sim --gpus 2 -- python examples/decorator.py")
+        sys.exit("Two GPUs are needed. To simulate them: devguard sim --gpus 2 -- python examples/decorator.py")
     message = pickle.dumps(torch.tensor([1.0, 2.0, 3.0]).to("cuda:0"))
     spawn = multiprocessing.get_context("spawn")
     for gpu_id in range(2):

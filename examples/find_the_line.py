@@ -1,4 +1,4 @@
-"""Which line does it? The mode "observe" changes nothing and names every line that strays.
+"""Find the line that puts work on the wrong GPU: the mode "observe" changes nothing and names every stray line.
 
 devguard sim --gpus 2 -- python examples/find_the_line.py
 """
@@ -14,7 +14,7 @@ import devguard
 
 
 def receive(message):
-    """Take a message from another process."""
+    """Load a message from another process."""
     return pickle.loads(message)
 
 
@@ -26,8 +26,8 @@ def resume(checkpoint):
 def main():
     """Let two lines stray, then name them."""
     if torch.cuda.device_count() < 2:
-        sys.exit("Two GPUs are needed. Without: devguard sim --gpus 2 -- python examples/find_the_line.py")
-    with devguard.unguarded():  # another process's work, in truth
+        sys.exit("Two GPUs are needed. To simulate them: devguard sim --gpus 2 -- python examples/find_the_line.py")
+    with devguard.unguarded():  # Stands for the work of another process.
         tensor = torch.zeros(1024).to("cuda:0")
         message, file = pickle.dumps(tensor), io.BytesIO()
         torch.save(tensor, file)

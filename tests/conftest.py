@@ -1,4 +1,4 @@
-"""Fixtures for every test: devguard as after import, devices that are none, programs on simulated GPUs."""
+"""Fixtures for every test: a reset devguard, fake devices, and programs on simulated GPUs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytest_plugins = ["pytester"]
 if TYPE_CHECKING:
     from tests.helpers.fakecuda import FakeCuda
 
-NAMING_A_DEVICE = (
+DEVICE_VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "DEVGUARD",
     "DEVGUARD_DEVICE",
@@ -27,17 +27,17 @@ NAMING_A_DEVICE = (
 
 @pytest.fixture
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """devguard as after import, before the test and after it, and no variable that says which device is whose."""
+    """Reset devguard to its state after import, before and after the test, and unset variables that name a device."""
     from tests.helpers import tagging
 
-    for name in NAMING_A_DEVICE:
+    for name in DEVICE_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     yield from tagging.fresh()
 
 
 @pytest.fixture
 def cuda() -> Iterator[FakeCuda]:
-    """Eight devices that only know which of them is current (tests/helpers/fakecuda.py)."""
+    """Install eight fake devices, which only have a current index (tests/helpers/fakecuda.py)."""
     from tests.helpers.fakecuda import FakeCuda
 
     with FakeCuda(8).installed() as devices:
@@ -46,7 +46,7 @@ def cuda() -> Iterator[FakeCuda]:
 
 @pytest.fixture(scope="session")
 def sim_environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
-    """``sim_environment(gpus=2, **options)``: an environment for a child process, with a fresh state file each time."""
+    """Return ``sim_environment(gpus=2, **options)``: an environment for a child process, with a new state file."""
     if not simulated.POSSIBLE:
         pytest.skip("simulated GPUs exist for Linux on x86-64 only")
     folder = tmp_path_factory.mktemp("sim")
@@ -55,7 +55,7 @@ def sim_environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., d
 
 @pytest.fixture(scope="session")
 def run_simulated(sim_environment: Callable[..., dict[str, str]]) -> Callable[..., simulated.Finished]:
-    """``run_simulated(code, gpus=2)``, ``run_simulated([script, ...], env=...)``: see tests/helpers/simulated.py."""
+    """Return ``run_simulated(code, gpus=2)`` or ``([script, ...], env=...)``; see tests/helpers/simulated.py."""
 
     def run(program: Any, *, env: Any = None, gpus: int = 2, **options: Any) -> simulated.Finished:
         passed = {name: options.pop(name) for name in ("input", "check", "timeout") if name in options}

@@ -1,12 +1,12 @@
-"""Checks the door ``triton`` with the real Triton, on simulated GPUs; prints a line for each launch.
+"""Check the door ``triton`` with the real Triton on simulated GPUs; prints a line for each launch.
 
-Triton is 700 MB, so no test needs it: tests/placement/test_triton.py has a stand-in of its shape. To see that the shape
-is right still, for any release since 3.4::
+Triton is 700 MB, so the tests use a stand-in (tests/helpers/triton_stand_in.py). To check that the stand-in still has
+Triton's shape, for any release since 3.4::
 
     pip install --no-deps --target /tmp/triton/site-packages triton==3.7.1
     devguard sim --gpus 4 -- python -m tests.real_triton /tmp/triton/site-packages
 
-Everything in it is Triton's own but the driver and the compiler's result: a simulated GPU runs no kernels.
+Only the driver and the result of the compiler are replaced, because a simulated GPU runs no kernels.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """``python -m tests.soak``: processes x threads x mixed operations with three owners, on simulated GPUs.
 
-Each thread owns a GPU and does, in random order: pickles of tensors tagged for another GPU, nested guards,
-exceptions out of guards, threads, cancelled tasks, and CUDA IPC with its neighbour process. Every tensor must
-lie on its owner, and at the end nothing may be left: no memory, patch, thread, file descriptor or entered
-scope. Prints one line of JSON; exit status 1 if anything went wrong.
+Each thread owns a GPU and does in random order: pickles of tensors tagged for another GPU, nested guards, exceptions
+out of guards, threads, cancelled tasks, and CUDA IPC with its neighbour process. Every tensor must lie on its owner,
+and no memory, patch, thread, file descriptor or entered scope may be left at the end. Prints one line of JSON; the
+exit status is 1 if anything went wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 OWNERS = (1, 2, 3)
 GPUS = 4
-PERIOD = 64  # how many operations between two IPC messages of a thread
+PERIOD = 64  # Operations between two IPC messages of a thread.
 
 
 class Thread:
@@ -120,7 +120,7 @@ class Thread:
 
 
 class Process:
-    """What the threads of one process share."""
+    """State that the threads of one process share."""
 
     def __init__(self, rank: int, message: bytes, inbox: Any, outbox: Any) -> None:
         self.rank = rank
@@ -130,7 +130,7 @@ class Process:
 
 
 def work(rank: int, message: bytes, boxes: list[Any], threads: int, operations: int, gate: Any, results: Any) -> None:
-    """Soak in one process, and say what was done and what was left."""
+    """Run the threads of one process; put a report of their operations and of everything left into `results`."""
     import torch
 
     import devguard
@@ -145,7 +145,7 @@ def work(rank: int, message: bytes, boxes: list[Any], threads: int, operations: 
         thread.start()
     for thread in running:
         thread.join()
-    gate.wait()  # nobody frees what a neighbour may still open
+    gate.wait()  # A process frees its memory only when its neighbour no longer opens it.
     while True:
         try:
             process.inbox.get(timeout=1)
@@ -180,7 +180,7 @@ def _resources() -> dict[str, int]:
 
 
 def soak(processes: int, threads: int, operations: int) -> dict[str, Any]:
-    """Run it all in this environment, which must have simulated or real GPUs; the sums and what went wrong."""
+    """Run all processes here, on simulated or real GPUs; return the sums and the errors."""
     import torch
     import torch.multiprocessing as mp
 
@@ -188,7 +188,7 @@ def soak(processes: int, threads: int, operations: int) -> dict[str, Any]:
     message = pickle.dumps(torch.arange(8.0).to("cuda:0"))
     boxes = [context.Queue(maxsize=64) for _ in range(processes)]
     gate, results = context.Barrier(processes), context.Queue()
-    begin = time.monotonic()
+    start = time.monotonic()
     args = (message, boxes, threads, operations, gate, results)
     children = [context.Process(target=work, args=(rank, *args)) for rank in range(processes)]
     for child in children:
@@ -210,7 +210,7 @@ def soak(processes: int, threads: int, operations: int) -> dict[str, Any]:
         "patches_left": sorted({name for row in rows for name in row["patches_left"]}),
         "counts": dict(sum((Counter(row["counts"]) for row in rows), Counter())),
         "wrong": [text for row in rows for text in row["wrong"]][:10],
-        "seconds": round(time.monotonic() - begin, 1),
+        "seconds": round(time.monotonic() - start, 1),
     }
 
 
@@ -218,7 +218,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--threads", type=int, default=8)
-    parser.add_argument("--operations", type=int, default=2000, help="of each thread")
+    parser.add_argument("--operations", type=int, default=2000, help="operations of each thread")
     arguments = parser.parse_args()
     from devguard import simgpu
 

@@ -1,21 +1,24 @@
-"""What importing devguard costs, and what it does not import."""
+"""The cost of importing devguard, and the modules that it must not import."""
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 import devguard
+from tests.helpers.simulated import ROOT
 
 MAX_MILLISECONDS = 15
-MOST_ROUNDS = 30  # the least of them counts, so a busy machine needs a few more
+MOST_ROUNDS = 30  # The minimum counts; a busy machine needs more rounds.
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    dropped = ("DEVGUARD", "PYTHONPROFILE", "PYTHONDONTWRITEBYTECODE")  # an installed package has its bytecode
+    dropped = ("DEVGUARD", "PYTHONPROFILE", "PYTHONDONTWRITEBYTECODE")  # An installed package has its bytecode.
     environ = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     done = subprocess.run([sys.executable, *arguments], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -23,7 +26,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def import_milliseconds(*arguments: str) -> float:
-    """Return what the imports of devguard take, all that they import included, of a run without any other cost."""
+    """Return the time of devguard's imports, including all modules that they import; the minimum of several runs."""
 
     def once() -> float:
         total = 0
@@ -32,7 +35,7 @@ def import_milliseconds(*arguments: str) -> float:
             if len(fields) != 3 or not fields[1].strip().isdigit():
                 continue
             name = fields[2].removeprefix(" ")
-            if name.split(".")[0] == "devguard":  # not indented: nobody who is counted already has imported it
+            if name.split(".")[0] == "devguard":  # Not indented, so no counted module has imported it.
                 total += int(fields[1])
         assert total > 0
         return total / 1000
@@ -87,6 +90,14 @@ def test_every_public_name_can_be_imported_and_is_listed() -> None:
         assert getattr(devguard, name) is not None
 
 
+def test_the_public_names_are_sorted_and_documented() -> None:
+    assert devguard.__all__ == sorted(devguard.__all__, key=str.casefold)
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(document.read_text() for document in documents)
+    undocumented = [name for name in devguard.__all__ if not re.search(rf"\b{name}\b", text) and name != "__version__"]
+    assert not undocumented, f"describe in README.md or docs/: {', '.join(undocumented)}"
+
+
 def test_public_names_are_not_shadowed_by_modules_of_the_package() -> None:
     program = """
 import devguard.activation.status, devguard.guards.unguarded, devguard.guards.no_strays, devguard.guards.remap, devguard
@@ -102,7 +113,7 @@ def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
         devguard.gaurd  # noqa: B018
 
 
-def test_without_torch_entering_a_guard_says_what_to_install() -> None:
+def test_without_torch_entering_a_guard_raises_with_the_package_to_install() -> None:
     program = """
 import sys
 sys.modules["torch"] = None
@@ -112,9 +123,9 @@ try:
 except devguard.DevGuardError as error:
     print(isinstance(error, ImportError), error)
 """
-    said = run("-c", program).stdout
-    assert said.startswith("True ")
-    assert "pip install 'torch-devguard[torch]'" in said
+    printed = run("-c", program).stdout
+    assert printed.startswith("True ")
+    assert "pip install 'torch-devguard[torch]'" in printed
 
 
 def test_a_torch_that_is_too_old_is_refused_with_its_version() -> None:
@@ -127,6 +138,26 @@ try:
 except devguard.DevGuardError as error:
     print(error)
 """
-    said = run("-c", program).stdout
-    assert "2.6" in said
-    assert "2.5.1" in said
+    printed = run("-c", program).stdout
+    assert "2.6" in printed
+    assert "2.5.1" in printed
+
+
+# Public names besides those of devguard itself: they stay when modules move.
+PUBLIC = {
+    "devguard.errors": "ConfigError DevGuardError DeviceResolutionError SimulationError StrayDeviceError "
+    "StrayDeviceWarning TracingError",
+    "devguard.integrations": "arm disarm is_asked_for",
+    "devguard.integrations.sglang": "arm Bug BUGS disarm guarded_engine known_bugs NEWEST OLDEST plugin "
+    "UnsupportedVersionError worker",
+    "devguard.integrations.vllm": "arm disarm plugin",
+    "devguard.simgpu": "active DeviceState environment ProcessState SimulationError state",
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_of_the_modules_stay(module: str) -> None:
+    found = importlib.import_module(module)
+    names = PUBLIC[module].split()
+    assert set(names) <= set(found.__all__)
+    assert all(getattr(found, name) is not None for name in names)

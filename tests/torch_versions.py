@@ -1,8 +1,8 @@
-"""Runs the placement tests and the demo with several versions of torch on simulated GPUs, and prints a table.
+"""Run the placement tests and the demo with several versions of torch on simulated GPUs, and print a table.
 
-``python -m tests.torch_versions 2.8.0 2.11.0 2.15.0``; this environment's own version without arguments. Each
-version that is new here is downloaded (0.5 to 0.9 GB). Exits with 1 if anything failed. This is no test module: the
-tests of one version take a minute.
+``python -m tests.torch_versions 2.8.0 2.11.0 2.15.0``; without arguments, the version of this environment. A version
+that is not in the cache is downloaded (0.5 to 0.9 GB). Exits with 1 if anything failed. This is not a test module,
+because the tests of one version take a minute.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from devguard.errors import SimulationError
 from devguard.simgpu import overlay
 
 ROOT = Path(__file__).parent.parent
-# Programs that run on simulated GPUs through tests/helpers/simulated.py take the version from DEVGUARD_TEST_TORCH.
+# tests/helpers/simulated.py takes the version from DEVGUARD_TEST_TORCH.
 SIMULATION = ("tests/simgpu/test_devices.py", "tests/simgpu/test_ipc.py")
 PLACEMENT = ("tests/placement",)
 HEAD = ("torch", "overlay", "the simulation's tests", "placement tests", "demo")
 
 
 def main(versions: Sequence[str]) -> int:
-    """Run everything for each version; the exit status."""
+    """Run everything for each version; return the exit status."""
     rows, fine = [HEAD], True
     for version in versions or [overlay.wheels.installed_torch() or overlay.DEFAULT_TORCH]:
-        cells = _one(version)
+        cells = _run(version)
         fine = fine and not any(cell.startswith("FAILED") for cell in cells)
         rows.append((version, *cells))
         print("  ".join(rows[-1]), file=sys.stderr, flush=True)
@@ -39,15 +39,15 @@ def main(versions: Sequence[str]) -> int:
     return 0 if fine else 1
 
 
-def _one(version: str) -> tuple[str, ...]:
-    begin = time.monotonic()
+def _run(version: str) -> tuple[str, ...]:
+    start = time.monotonic()
     try:
         overlay.prepare(version)
     except SimulationError as error:
         print(error, file=sys.stderr)
         return "FAILED", "-", "-", "-"
     return (
-        f"ready, {time.monotonic() - begin:.0f} s",
+        f"ready, {time.monotonic() - start:.0f} s",
         _tests(version, SIMULATION),
         _tests(version, PLACEMENT),
         _demo(version),
@@ -75,7 +75,7 @@ def _demo(version: str) -> str:
     try:
         shown = json.loads(done.stdout)
         before, after = shown["unguarded"], shown["guarded"]
-        text = f"{before['stray_bytes'] >> 20} MiB astray before, {after['stray_bytes']} bytes after"
+        text = f"{before['stray_bytes'] >> 20} MiB on other GPUs before, {after['stray_bytes']} bytes after"
         cured = before["stray_bytes"] > 0 and after["stray_bytes"] == 0 and after["values_equal"]
         right = cured and not after["stray_contexts"] and done.returncode == 0
     except (ValueError, KeyError, TypeError):

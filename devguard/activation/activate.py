@@ -1,4 +1,4 @@
-"""Activation by environment, for a program that does not use devguard itself."""
+"""Activation by environment variables, for a program that does not use devguard itself."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ import os
 from collections.abc import Mapping
 
 from devguard.activation import environment
-from devguard.activation.environment import Said
+from devguard.activation.environment import Settings
+from devguard.activation.install import BY_ENVIRONMENT, INSTALLED, lock, uninstall
 from devguard.doors import table
 from devguard.ownership import adoption
 from devguard.ownership.adoption import Adoption
 from devguard.ownership.owner import Owner, owner_of_index
 from devguard.ownership.process import process
-from devguard.ownership.resolve import is_one_of_several, owner_from_environment
+from devguard.ownership.resolve import has_local_siblings, owner_from_environment
 from devguard.support import accelerator, process_exit
 
 __all__ = ["activate"]
 
-from devguard.activation.install import BY_ENVIRONMENT, INSTALLED, lock, uninstall
-
 
 def activate(environ: Mapping[str, str] | None = None) -> bool:
-    """Put in force what ``DEVGUARD``, ``DEVGUARD_DEVICE``, ``DEVGUARD_DOORS`` and ``DEVGUARD_LOG`` say.
+    """Apply ``DEVGUARD``, ``DEVGUARD_DEVICE``, ``DEVGUARD_DOORS`` and ``DEVGUARD_LOG``.
 
-    Without a device it waits for the owner to become known: from an integration that knows the process's role, or as
-    adoption.py says. What the program itself has installed stays in force. Initialises no CUDA, and opens no context.
+    If no device is named, the owner comes later: from an integration that knows the role of the process, or as
+    adoption.py describes. An ``install()`` of the program stays in force. Initialises no CUDA, and opens no context.
 
     Parameters
     ----------
@@ -34,42 +33,43 @@ def activate(environ: Mapping[str, str] | None = None) -> bool:
     Returns
     -------
     bool
-        Whether the environment asks for a guard, and the program has not installed one itself.
+        Whether ``DEVGUARD`` sets a mode other than ``off``, and the program has not called ``install()``.
 
     Raises
     ------
     ConfigError
-        If a variable means nothing.
+        If a variable is not valid.
     DeviceResolutionError
         If a variable names a device that this process does not see.
     """
     environ = os.environ if environ is None else environ
-    said = environment.read(environ)
-    if said.mode in (None, "off") or process.source == INSTALLED:
+    settings = environment.read(environ)
+    if settings.mode in (None, "off") or process.source == INSTALLED:
         return False
     with lock:
         try:
             table.open_all()
-            if process.mode is None:  # else a parent that was told more has said it
-                process.configure(said.mode, said.doors, BY_ENVIRONMENT)
+            if process.mode is None:  # Otherwise the parent process has set it, and knew more than the environment.
+                process.configure(settings.mode, settings.doors, BY_ENVIRONMENT)
             if process.owner is None:
-                _adopt(said, environ)
-                process.restart = lambda: _adopt_again(said, environ)
+                _adopt(settings, environ)
+                process.restart_with(lambda: _adopt_again(settings, environ))
             accelerator.set_torchs_own_check(process.mode_of(""))
         except Exception:
             uninstall()
             raise
-    process_exit.register(_at_end)
+    process_exit.register(_look_at_end)
     return True
 
 
-def _adopt(said: Said, environ: Mapping[str, str], child: bool | None = None) -> None:
-    """Let this process adopt the owner, or the first candidate for it, that the environment names."""
-    several = is_one_of_several(environ)
+def _adopt(settings: Settings, environ: Mapping[str, str], child: bool | None = None) -> None:
+    """Set the owner of this process that the environment names, or the first candidate."""
+    several = has_local_siblings(environ)
     if child is None:
-        child = adoption.is_child()  # what a launcher says is said to its parent, and an owner is not inherited
-    if said.owner is not None:
-        owner, _ = owner_from_environment(environ)  # which checks that it is one device for one process
+        # The launcher's variables describe the parent of a child, and a child does not inherit an owner.
+        child = adoption.is_child()
+    if settings.owner is not None:
+        owner, _ = owner_from_environment(environ)  # also checks that it is one device for one process
         _check_visible(owner)
         process.own(owner, Adoption(process, "DEVGUARD_DEVICE", firm=not child, pin=not child, several=several))
         return
@@ -85,9 +85,10 @@ def _adopt(said: Said, environ: Mapping[str, str], child: bool | None = None) ->
     process.own(owner, Adoption(process, source, firm=firm, pin=pin, several=several))
 
 
-def _adopt_again(said: Said, environ: Mapping[str, str]) -> None:
-    _adopt(said, environ, child=True)  # multiprocessing does not say so yet
-    process_exit.register(_at_end)
+def _adopt_again(settings: Settings, environ: Mapping[str, str]) -> None:
+    """Adopt an owner in a forked child, which `multiprocessing` has not marked as a child yet."""
+    _adopt(settings, environ, child=True)
+    process_exit.register(_look_at_end)
 
 
 def _check_visible(owner: Owner | None) -> None:
@@ -95,7 +96,7 @@ def _check_visible(owner: Owner | None) -> None:
         raise accelerator.out_of_range("DEVGUARD_DEVICE", owner.index)
 
 
-def _at_end() -> None:
-    """Look at the contexts a last time, for the log."""
+def _look_at_end() -> None:
+    """Look for contexts a last time, for the log."""
     if process.adoption is not None:
         table.look("at the end of the process")

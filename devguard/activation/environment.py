@@ -1,7 +1,7 @@
-"""The environment variables by which a program is guarded that knows nothing of devguard: what they say, checked.
+"""The settings in devguard's environment variables, read and checked; they guard a program that does not use devguard.
 
-``DEVGUARD`` (a mode), ``DEVGUARD_DEVICE``, ``DEVGUARD_DOORS`` and ``DEVGUARD_LOG``. Nothing is put in force here: see
-activation.py. It reads no device and needs no torch.
+The variables are ``DEVGUARD`` (a mode), ``DEVGUARD_DEVICE``, ``DEVGUARD_DOORS`` and ``DEVGUARD_LOG``. activate.py
+applies them. This module reads no device and needs no torch.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from devguard.errors import ConfigError, DevGuardError
 from devguard.modes import DoorMode, Mode
 from devguard.ownership.owner import Owner, parse_owner
 
-__all__ = ["Said", "problems", "read"]
+__all__ = ["find_problems", "parse_doors", "read", "Settings"]
 
 MODES: dict[str, Mode] = {**{mode: mode for mode in modes.MODES}, "0": "off", "1": "repair"}
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Said:
-    """What devguard's variables say.
+class Settings:
+    """The settings in devguard's variables.
 
     Attributes
     ----------
     mode : str or None
-        None if ``DEVGUARD`` is not set, and then nothing is asked for.
+        ``DEVGUARD``; None if it is not set, and then the other settings have no effect.
     owner : Owner or None
-        Of ``DEVGUARD_DEVICE``.
+        ``DEVGUARD_DEVICE``.
     doors : dict of str to str
-        Of ``DEVGUARD_DOORS``: the modes of single doors.
+        ``DEVGUARD_DOORS``: the modes of single doors.
     log : Path or None
-        Of ``DEVGUARD_LOG``: the folder for the journals of all processes.
+        ``DEVGUARD_LOG``: the folder for the journals of all processes.
     """
 
     mode: Mode | None = None
@@ -46,29 +46,29 @@ class Said:
     log: Path | None = None
 
 
-def read(environ: Mapping[str, str] | None = None) -> Said:
-    """Return what the variables say.
+def read(environ: Mapping[str, str] | None = None) -> Settings:
+    """Return the settings in the variables.
 
     Raises
     ------
     ConfigError
-        If any of them means nothing; it names them all, with what is valid.
+        If a variable is not valid; the message names all such variables, and the valid values.
     """
-    said, wrong = _parse(os.environ if environ is None else environ)
+    settings, wrong = _parse(os.environ if environ is None else environ)
     if wrong:
         raise ConfigError(" ".join(wrong))
-    return said
+    return settings
 
 
-def problems(environ: Mapping[str, str]) -> list[str]:
+def find_problems(environ: Mapping[str, str]) -> list[str]:
     """Return what is wrong with the variables, one sentence each."""
     return _parse(environ)[1]
 
 
-def _parse(environ: Mapping[str, str]) -> tuple[Said, list[str]]:
+def _parse(environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
     wrong: list[str] = []
 
-    def value(name: str, parse: Callable[[str], T]) -> T | None:
+    def parsed(name: str, parse: Callable[[str], T]) -> T | None:
         text = environ.get(name, "").strip()
         if not text:
             return None
@@ -78,16 +78,16 @@ def _parse(environ: Mapping[str, str]) -> tuple[Said, list[str]]:
             wrong.append(str(error))
             return None
 
-    said = Said(
-        mode=value("DEVGUARD", _mode),
-        owner=value("DEVGUARD_DEVICE", lambda text: parse_owner(text, "DEVGUARD_DEVICE")),
-        doors=value("DEVGUARD_DOORS", parse_doors) or {},
-        log=value("DEVGUARD_LOG", _log),
+    settings = Settings(
+        mode=parsed("DEVGUARD", _parse_mode),
+        owner=parsed("DEVGUARD_DEVICE", lambda text: parse_owner(text, "DEVGUARD_DEVICE")),
+        doors=parsed("DEVGUARD_DOORS", parse_doors) or {},
+        log=parsed("DEVGUARD_LOG", _parse_folder),
     )
-    return said, wrong
+    return settings, wrong
 
 
-def _mode(text: str) -> Mode:
+def _parse_mode(text: str) -> Mode:
     mode = MODES.get(text.lower())
     if mode is None:
         raise ConfigError(f"DEVGUARD={text!r} is not a mode. Valid: {', '.join(MODES)}.")
@@ -102,16 +102,16 @@ def parse_doors(text: str, what: str = "DEVGUARD_DOORS") -> dict[str, DoorMode]:
     text : str
         Pairs ``door=mode``, separated by commas.
     what : str
-        Where it came from, for the message.
+        The source of the text, for the message.
 
     Raises
     ------
     ConfigError
-        If it cannot be read, or names a door or a mode that does not exist.
+        If `text` is malformed, or names a door or a mode that does not exist.
     """
     pairs = [pair.strip() for pair in text.split(",") if pair.strip()]
     if not all("=" in pair for pair in pairs):
-        raise ConfigError(f"{what}={text!r} cannot be read. Valid: door=mode, with commas, as in load=warn.")
+        raise ConfigError(f"{what}={text!r} cannot be read. Valid: door=mode, separated by commas, as in load=warn.")
     modes = {name.strip(): mode.strip() for name, _, mode in (pair.partition("=") for pair in pairs)}
     try:
         return table.check_doors(modes)
@@ -119,10 +119,10 @@ def parse_doors(text: str, what: str = "DEVGUARD_DOORS") -> dict[str, DoorMode]:
         raise ConfigError(f"{what}: {error}") from None
 
 
-def _log(text: str) -> Path:
+def _parse_folder(text: str) -> Path:
     path = Path(os.path.abspath(text))
     if path.exists() and not path.is_dir():
         raise ConfigError(
-            f"DEVGUARD_LOG={text!r} is not a directory. Name a directory; it is made if it does not exist."
+            f"DEVGUARD_LOG={text!r} is not a directory. Name a directory; devguard creates it if it does not exist."
         )
     return path

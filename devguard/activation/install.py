@@ -1,7 +1,7 @@
 """Installing devguard for a whole process, and uninstalling it.
 
 ``install`` gives every thread of the process an owner where no guard is in force. ``assign`` does so for an integration
-that knows the role of the process. ``uninstall`` leaves torch as it was found.
+that knows the role of the process. ``uninstall`` restores torch.
 """
 
 from __future__ import annotations
@@ -22,39 +22,41 @@ from devguard.ownership.resolve import owner_from_environment, owner_not_found
 from devguard.ownership.stack import local
 from devguard.reporting import allowlist
 from devguard.support import accelerator
+from devguard.support.installed_torch import import_torch
 
 __all__ = ["assign", "BY_ENVIRONMENT", "install", "INSTALLED", "lock", "on_uninstall", "uninstall"]
 
-lock = threading.RLock()  # importing torch inside it may activate devguard
+lock = threading.RLock()  # reentrant, because importing torch inside it may activate devguard
 
-_undo: dict[Callable[[], list[str]], None] = {}  # what `uninstall` calls first
+_undo: dict[Callable[[], list[str]], None] = {}  # called first by `uninstall`
 
-INSTALLED = "install"  # who said what is in force
+# Sources of the settings of the process.
+INSTALLED = "install"
 BY_ENVIRONMENT = "environment"
 
 
 def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str, DoorMode] | None = None) -> None:
     """Make a device the owner of this whole process, and open the doors.
 
-    The current device of the calling thread becomes the owner's. A guard inside has precedence. Calling it
-    again replaces what the first call said.
+    The current device of the calling thread becomes the owner's. A guard has precedence. A second call replaces the
+    settings of the first.
 
     Parameters
     ----------
     mode : {'off', 'observe', 'warn', 'repair', 'error'}
-        What the doors do with a stray where no scope says otherwise.
+        What the doors do with a stray where no scope sets a mode.
     device : int, str or torch.device, optional
-        The owner. Left out, it is ``DEVGUARD_DEVICE``, else the launcher's local rank, else the enclosing
-        guard's.
+        The owner; by default ``DEVGUARD_DEVICE``, else the launcher's local rank, else the owner of the enclosing
+        guard.
     doors : mapping of str to str, optional
-        The mode of single doors.
+        The modes of single doors.
 
     Raises
     ------
     ConfigError
         For a mode or a door that does not exist.
     DeviceResolutionError
-        If nothing names a device, or if this process does not see it.
+        If no device is named, or if this process does not see the device.
     """
     checked = modes.check_mode(mode)
     checked_doors = {} if doors is None else table.check_doors(doors)
@@ -70,38 +72,38 @@ def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str
 
 
 def assign(device: Any, *, role: str) -> bool:
-    """Make a device the owner of this process, because of what the process is; for integrations.
+    """Make a device the owner of this process, because of the role of the process; for integrations.
 
-    The mode and the modes of single doors stay as the environment or the parent process says. What the program itself
-    has installed stays in force.
+    The modes stay as the environment or the parent process sets them. An ``install()`` of the program stays in force.
 
     Parameters
     ----------
     device : int, str or torch.device
         The owner.
     role : str
-        What this process is, such as ``"SGLang scheduler TP1"``; shown by ``status()``.
+        The role of this process, such as ``"SGLang scheduler TP1"``; shown by ``status()``.
 
     Returns
     -------
     bool
-        Whether the device owns this process now; False where the program's own ``install()`` stays in force.
+        Whether the device is the owner now; False where the program's own ``install()`` stays in force.
 
     Raises
     ------
     DeviceResolutionError
         If this process does not see the device.
     """
-    if process.source == INSTALLED and process.owner is not None:  # a forked child has left its owner behind
+    if process.source == INSTALLED and process.owner is not None:  # A forked child has no owner.
         return False
-    said = environment.read()
-    _own(parse_owner(device, role), process.mode or said.mode or DEFAULT_MODE, dict(process.doors) or said.doors, role)
+    settings = environment.read()
+    mode = process.mode or settings.mode or DEFAULT_MODE
+    _own(parse_owner(device, role), mode, dict(process.doors) or settings.doors, role)
     return True
 
 
 def _own(owner: Owner, mode: Mode, doors: dict[str, DoorMode], source: str) -> None:
     """Make `owner` the firm owner of this process."""
-    accelerator.torch_module()  # before the lock, which torch's own loading of devguard takes
+    import_torch()  # Before the lock is taken: `import torch` may activate devguard, which takes the lock.
     with lock:
         table.open_all()
         prepare(owner, lambda door: doors.get(door, mode))
@@ -118,14 +120,14 @@ def on_uninstall(undo: Callable[[], list[str]]) -> None:
 
 
 def uninstall() -> list[str]:
-    """Close every door, forget the process's owner, and leave torch as it was found.
+    """Close every door, forget the process's owner, and restore torch.
 
-    Scopes that are still entered go on to set devices. A guard entered later opens the doors again.
+    Scopes that are still entered continue to set devices. A guard entered later opens the doors again.
 
     Returns
     -------
     list of str
-        The names that somebody else patched over devguard, which stay as they are; normally empty.
+        The patched names that other code has replaced since, which stay as they are; normally empty.
     """
     with lock:
         left: list[str] = []
@@ -134,6 +136,6 @@ def uninstall() -> list[str]:
         left += table.close_all()
         forget()
         process.reset()
-        allowlist.forget_allowed()
+        allowlist.forget_allowances()
         accelerator.restore_torchs_own_check()
     return left

@@ -15,6 +15,7 @@ from devguard.ownership.process import process
 from devguard.reporting.journal import journal
 from devguard.reporting.stray import Stray
 from devguard.support import accelerator
+from devguard.support.installed_torch import import_torch
 
 __all__ = ["contexts", "owner", "status", "strays"]
 
@@ -30,57 +31,56 @@ def owner() -> Any:
     found = in_force.owner()
     if found is None or found.device is not None:
         return found and found.device
-    return accelerator.torch_module().device(found.tag)  # the environment named it, and nothing has entered it yet
+    return import_torch().device(found.tag)  # The environment named it; no code has entered it yet.
 
 
 def strays() -> tuple[Stray, ...]:
-    """Return what strayed in this process so far: one record per call site, in the order of their first time."""
-    table.look("when strays() was asked")
+    """Return the strays of this process so far: one record per call site, in the order of the first stray."""
+    table.look("when strays() was called")
     return journal.strays()
 
 
 def contexts() -> tuple[Any, ...]:
     """Return the devices on which this process holds a primary CUDA context.
 
-    Asking opens none and does not initialise CUDA.
+    The query opens no context and does not initialise CUDA.
 
     Returns
     -------
     tuple of torch.device
-        Empty where CUDA was never initialised.
+        Empty if CUDA was never initialised.
     """
     held = accelerator.contexts()
     if not held:
         return ()
-    torch = accelerator.torch_module()
+    torch = import_torch()
     return tuple(torch.device("cuda", index) for index in held)
 
 
 def status() -> dict[str, Any]:
-    """Return how devguard stands in this process, as plain data.
+    """Return the state of devguard in this process, as plain data.
 
     Returns
     -------
     dict
         ``version``, ``torch`` (None if not imported), ``killed`` (``DEVGUARD=off``), ``mode`` and ``owner``
-        in force on this thread, ``process_owner``, ``problem`` (why ``DEVGUARD`` is not in
-        force), ``log`` (the file of ``DEVGUARD_LOG``, or why it cannot be written), ``said_by`` (who gave the
-        process its settings), ``adoption`` (how the environment found its owner), ``owned`` and ``contexts`` (device
-        names), ``doors`` (per door: ``open``, ``mode``, problems, copies taken before it opened), ``strays`` (total),
-        ``strays_not_kept``.
+        in force on this thread, ``process_owner``, ``problem`` (why ``DEVGUARD`` is not in force), ``log`` (the file of
+        ``DEVGUARD_LOG``, or why it cannot be written), ``said_by`` (the source of the process's settings), ``adoption``
+        (how the environment found the owner), ``owned`` and ``contexts`` (device names), ``doors`` (per door: ``open``,
+        ``mode``, problems, copies taken before it opened), ``strays`` (total), ``strays_not_kept``.
     """
     torch = sys.modules.get("torch")
     owned_by = in_force.owner()
-    table.look("when status() was asked")
+    table.look("when status() was called")
     rows = table.status()
     for name, row in rows.items():
-        asked = name not in table.ON_REQUEST or in_force.is_requested(name)
-        row["mode"] = in_force.mode_of(name) if row["open"] and asked else "off"
+        is_active = name not in table.ON_REQUEST or in_force.is_requested(name)
+        row["mode"] = in_force.mode_of(name) if row["open"] and is_active else "off"
     return {
         "version": __version__,
         "pid": os.getpid(),
         "torch": getattr(torch, "__version__", None),
-        "killed": modes.killed(),
+        "killed": modes.is_killed(),
         "mode": in_force.mode_of(""),
         "owner": owned_by and owned_by.tag,
         "process_owner": process.owner and process.owner.tag,

@@ -1,7 +1,7 @@
-"""The ``devguard`` command: one subcommand a module, imported only when it is called.
+"""The ``devguard`` command: one module for each subcommand, imported only when that subcommand is called.
 
-A command module has ``configure(parser)`` and ``run(arguments) -> int``. Importing it must stay cheap: torch, rich and
-the rest are imported by ``run``.
+A command module defines ``configure(parser)`` and ``run(arguments) -> int``. Importing it must stay cheap, so ``run``
+imports torch, rich and other large packages.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-# name -> one line of help; the module is devguard.cli.<name>
+# The name of each command and its line of help. The module is devguard.cli.<name>.
 COMMANDS = {
-    "demo": "show the disease and the cure: stray tensors on GPU 0, before and after the guard",
-    "doctor": "check versions, devices, doors and settings, and say what to do next",
-    "log": "show the journals that DEVGUARD_LOG, or devguard run --log, collected: per call site, most bytes first",
-    "run": "run any program guarded, without a change to it; or print who opens which context, with --trace-contexts",
+    "demo": "show the bug and the fix: stray tensors on GPU 0, before and after the guard",
+    "doctor": "check versions, devices, doors and settings, and suggest what to do next",
+    "log": "show the strays that DEVGUARD_LOG or devguard run --log recorded: per call site, most bytes first",
+    "run": "run any program guarded, without changing it; or report which calls open CUDA contexts (--trace-contexts)",
     "sim": "run any program on simulated GPUs, on a machine that has none",
 }
 
@@ -40,19 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status: 0 fine, 1 a problem was found or met, 2 bad usage or bad configuration.
+        The exit status: 0 if all is well, 1 if there is a problem, 2 for bad usage or bad configuration.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="devguard",
-        description="Keeps each process of a multi-GPU PyTorch program on its own GPU, and names the line that strays.",
+        description="Keeps each process of a multi-GPU PyTorch program on its own GPU, and names the line of code that "
+        "strays.",
     )
     parser.add_argument("--version", action="version", version=f"devguard {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     chosen = next((a for a in arguments if not a.startswith("-")), None)
-    for name, line in COMMANDS.items():
-        command = commands.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
-        if name == chosen:  # the others stay unimported
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == chosen:
             module = importlib.import_module(f"devguard.cli.{name}")
             module.configure(command)
             command.set_defaults(run=module.run)

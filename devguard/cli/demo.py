@@ -10,9 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 
-__all__ = ["HELP", "configure", "run"]
-
-HELP = "show the disease and the cure: stray tensors on GPU 0, before and after the guard"
+__all__ = ["configure", "run"]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--ranks",
         type=int,
         metavar="N",
-        help="rank processes, one GPU each: 2 to 16 (default: 4, or the real GPUs there are)",
+        help="number of rank processes, one GPU each: 2 to 16 (default: 4, or fewer if there are 2 or 3 real GPUs)",
     )
     parser.add_argument(
         "--image",
@@ -29,10 +27,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="FILE",
-        help="pictures to send (default: one that ships with it)",
+        help="pictures to send (default: the built-in one)",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print the result as JSON, and nothing else, on standard output"
+        "--json", action="store_true", help="print the result as JSON on standard output, and nothing else"
     )
     parser.add_argument("--plot", metavar="FILE.png", help="also draw the result: process x GPU, before and after")
     parser.add_argument(
@@ -44,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=("auto", "simulated", "real"),
         default="auto",
-        help="on which GPUs (default: real ones if torch sees enough, else simulated)",
+        help="which GPUs to use; auto uses real ones if torch sees enough, else simulated ones (default: auto)",
     )
 
 
@@ -54,8 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
     Returns
     -------
     int
-        0 if the guarded pass was clean and its values equal; 1 if not, or if the demonstration failed; bad
-        arguments raise `ConfigError`, for which the shell returns 2.
+        0 if the guarded pass was clean and its values equal; 1 if not, or if the demonstration failed.
+
+    Raises
+    ------
+    ConfigError
+        If an argument is not valid. `devguard.cli.main` then returns 2.
     """
     from devguard.demo import DemoError, pictures
     from devguard.errors import ConfigError, SimulationError
@@ -69,17 +71,18 @@ def run(arguments: argparse.Namespace) -> int:
         if error.name is None or error.name.startswith("devguard"):
             raise
         raise ConfigError(
-            f"the demonstration needs {error.name}, which is not installed. Install it with: pip install "
-            "'torch-devguard[demo]'."
+            f"the demonstration needs {error.name}, which is not installed. Install it with: "
+            "pip install 'torch-devguard[demo]'."
         ) from None
-    pictures.read_all(arguments.image)  # a bad file is known before anything expensive starts
+    pictures.read_all(arguments.image)  # A bad file must be reported before anything expensive starts.
     if arguments.plot is not None:
         plot.check(arguments.plot)
     stage = launch.choose(arguments.backend, arguments.ranks, arguments.torch)
     print(f"devguard demo: {stage.ranks} ranks on {stage.backend} GPUs ({stage.reason})", file=sys.stderr)
     try:
         if stage.backend == "simulated":
-            with tempfile.TemporaryDirectory() as folder:  # builds what is missing, with a progress bar of its own
+            # Build what is missing now: the build shows its own progress bar.
+            with tempfile.TemporaryDirectory() as folder:
                 simgpu.environment(stage.ranks, torch=arguments.torch, state=os.path.join(folder, "state"))
         with _progress() as on_stage:
             result = launch.run_both(stage, arguments.image, arguments.torch, simgpu.environment, on_stage)
@@ -94,12 +97,12 @@ def run(arguments: argparse.Namespace) -> int:
         report.show(result, Console())
         if arguments.plot is not None:
             print(f"Chart: {arguments.plot}")
-    return 0 if report.clean(result) else 1
+    return 0 if report.is_clean(result) else 1
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """Show one line for what goes on now: a bar on a terminal, plain lines elsewhere."""
+    """Yield a function that shows the current stage: as a progress bar on a terminal, as plain lines elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -112,11 +115,11 @@ def _progress() -> Iterator[Callable[[str], None]]:
     columns = (BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=2 * len(STAGES))
-        begun = 0
+        finished = 0
 
         def advance(text: str) -> None:
-            nonlocal begun
-            progress.update(bar, description=text, completed=begun)
-            begun += 1
+            nonlocal finished
+            progress.update(bar, description=text, completed=finished)
+            finished += 1
 
         yield advance

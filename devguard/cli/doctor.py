@@ -1,6 +1,7 @@
-"""``devguard doctor``: versions, devices, doors and settings, whether the guard is effective here, and what to do next.
+"""``devguard doctor``: check versions, devices, doors, settings and the guard itself, and suggest what to do next.
 
-What needs torch runs in a child (selfcheck.py), so that the doctor itself opens no context and outlives a broken torch.
+Checks that need torch run in a child process (selfcheck.py), so that the doctor opens no context and a broken torch
+cannot crash it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from devguard._version import __version__
+from devguard.cli import variables
 
-__all__ = ["configure", "HELP", "run"]
+__all__ = ["configure", "run"]
 
-HELP = "check versions, devices, doors and settings, and say what to do next"
-
-LIMIT = 300.0  # seconds for the self-check; importing torch on a cold, busy machine takes most of them
+LIMIT = 300.0  # seconds for the self-check, most of them for importing torch on a cold, busy machine
 TAIL = 6  # lines of a failed self-check to show
 
 
@@ -33,12 +33,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Examine this environment and print what was found.
+    """Examine this environment and print the findings.
 
     Returns
     -------
     int
-        0 fine, 1 something is wrong, 2 a setting means nothing.
+        0 if all is well, 1 if there is a problem, 2 if a setting is not valid.
     """
     found = examine(os.environ)
     if arguments.json:
@@ -49,72 +49,49 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def examine(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return everything the doctor knows, as plain data.
+    """Return all findings about this environment as plain data.
 
     Returns
     -------
     dict
         ``status`` (the exit status), ``versions``, ``devices``, ``doors``, ``check``, ``environment``,
-        ``simulated_gpus``, ``sglang`` (None where it is not installed), ``configuration`` (settings that mean
-        nothing), ``problems``, ``notes`` and ``advice`` (lists of text).
+        ``simulated_gpus``, ``sglang`` (None where it is not installed), ``configuration`` (what is wrong
+        with the settings), ``problems``, ``notes`` and ``advice`` (lists of text).
     """
-    from devguard.cli import variables
-
-    configuration = variables.check_settings(environ)
-    problems: list[str] = []
-    notes: list[str] = []
-    torch = _version("torch")
-    inner: dict[str, Any] = {}
-    if torch is None:
-        problems.append(
-            "torch is not installed here, and devguard guards torch. Install the build that fits your machine "
-            "(pytorch.org), or any build with: pip install 'torch-devguard[torch]'."
-        )
-    else:
-        inner = _self_check(environ)
-        _judge(inner, environ, configuration, problems, notes)
-    simulated = _simulation(environ)
-    wrapt = _version("wrapt")
-    if wrapt is None:
-        problems.append("wrapt is not installed, and the doors need it. Install it with: pip install 'wrapt>=2'.")
+    installed = {name: _find_version(name) for name in ("torch", "wrapt", "sglang")}
+    checked = {} if installed["torch"] is None else _self_check(environ)
+    configuration = _list_bad_settings(checked, environ)
+    problems = _list_problems(checked, installed, environ, configuration)
+    sglang, sglang_notes = _examine_sglang(installed["sglang"])
     found = {
         "status": 2 if configuration else 1 if problems else 0,
-        "versions": {
-            "devguard": __version__,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "torch": inner.get("torch", torch),
-            "torch_file": inner.get("torch_file"),
-            "cuda": inner.get("cuda"),
-            "driver": inner.get("driver"),
-            "wrapt": wrapt,
-        },
+        "versions": _list_versions(checked, installed),
         "devices": {
-            "visible": inner.get("visible"),
-            "names": inner.get("names", []),
+            "visible": checked.get("visible"),
+            "names": checked.get("names", []),
             "simulated": f"{variables.SIMULATION}GPUS" in environ,
-            "owner": inner.get("owner"),
+            "owner": checked.get("owner"),
         },
-        "doors": inner.get("doors", {}),
-        "check": inner.get("check"),
-        "environment": variables.that_matter(environ),
-        "simulated_gpus": simulated,
-        "sglang": _sglang(notes),
+        "doors": checked.get("doors", {}),
+        "check": checked.get("check"),
+        "environment": variables.select_relevant(environ),
+        "simulated_gpus": _examine_simulation(environ),
+        "sglang": sglang,
         "configuration": configuration,
         "problems": problems,
-        "notes": notes,
+        "notes": _list_notes(checked, environ) + sglang_notes,
     }
-    return {**found, "advice": _advice(found)}
+    return {**found, "advice": _advise(found)}
 
 
 def _self_check(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Run selfcheck.py in a child and return what it found, or ``{"failed": reason}``."""
-    from devguard.demo.launch import importable
+    """Run selfcheck.py in a child process and return its findings, or ``{"failed": reason}``."""
+    from devguard.demo.launch import make_importable
 
     command = [sys.executable, "-m", "devguard.cli.selfcheck"]
     try:
         done = subprocess.run(
-            command, env=importable(environ), capture_output=True, text=True, timeout=LIMIT, check=False
+            command, env=make_importable(environ), capture_output=True, text=True, timeout=LIMIT, check=False
         )
     except subprocess.TimeoutExpired:
         return {"failed": f"it took longer than {LIMIT:g} s"}
@@ -125,22 +102,63 @@ def _self_check(environ: Mapping[str, str]) -> dict[str, Any]:
         found = {}
     if found:
         return found
-    words = "\n    ".join(done.stderr.strip().splitlines()[-TAIL:]) or "it said nothing"
-    return {"failed": f"it ended with status {done.returncode}:\n    {words}"}
+    output = "\n    ".join(done.stderr.strip().splitlines()[-TAIL:]) or "(no output)"
+    return {"failed": f"it ended with status {done.returncode}:\n    {output}"}
 
 
-def _judge(
-    inner: dict[str, Any], environ: Mapping[str, str], configuration: list[str], problems: list[str], notes: list[str]
-) -> None:
-    """Turn what the self-check found into sentences."""
-    if "failed" in inner:
-        problems.append(f"the self-check could not run: {inner['failed']}")
-        return
-    killed = environ.get("DEVGUARD", "").strip().lower() in ("off", "0")
-    check = inner["check"]
-    if killed:
+def _list_versions(checked: dict[str, Any], installed: Mapping[str, str | None]) -> dict[str, str | None]:
+    return {
+        "devguard": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": checked.get("torch", installed["torch"]),
+        "torch_file": checked.get("torch_file"),
+        "cuda": checked.get("cuda"),
+        "driver": checked.get("driver"),
+        "wrapt": installed["wrapt"],
+    }
+
+
+def _list_bad_settings(checked: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
+    """Return what is wrong with the settings, and why the environment names no valid owner."""
+    wrong = variables.check_settings(environ)
+    owner_error = checked.get("owner", {}).get("error")
+    if owner_error and owner_error not in wrong:
+        wrong.append(owner_error)
+    return wrong
+
+
+def _list_problems(
+    checked: dict[str, Any],
+    installed: Mapping[str, str | None],
+    environ: Mapping[str, str],
+    configuration: list[str],
+) -> list[str]:
+    """Return what keeps the guard from working here, one sentence each."""
+    problems = []
+    if installed["torch"] is None:
         problems.append(
-            "DEVGUARD=off keeps every door closed here, whatever the code asks for. Unset it to be guarded."
+            "torch is not installed here, so there is nothing to guard. Install the build that fits your machine "
+            "(pytorch.org), or any build with: pip install 'torch-devguard[torch]'."
+        )
+    elif "failed" in checked:
+        problems.append(f"the self-check could not run: {checked['failed']}")
+    else:
+        problems += _list_guard_problems(checked, environ, configuration)
+    if installed["wrapt"] is None:
+        problems.append("wrapt is not installed, and the doors need it. Install it with: pip install 'wrapt>=2'.")
+    return problems
+
+
+def _list_guard_problems(checked: dict[str, Any], environ: Mapping[str, str], configuration: list[str]) -> list[str]:
+    """Return what the self-check found wrong with the guard and its doors."""
+    problems = []
+    mode = environ.get("DEVGUARD", "").strip()
+    is_off = mode.lower() in ("off", "0")
+    check = checked["check"]
+    if is_off:
+        problems.append(
+            "DEVGUARD=off keeps every door closed here, even where the code uses a guard. Unset it to enable the guard."
         )
     elif not check["effective"]:
         problems.append(
@@ -149,29 +167,32 @@ def _judge(
             f"contexts: {check['contexts'] or 'none'}). "
             f"{check['error'] or ''}".rstrip()
         )
-    problems += [f"door {name}: {row['problem']}" for name, row in inner["doors"].items() if "problem" in row]
-    early = [copy for row in inner["doors"].values() for copy in row.get("early_copies", ())]
-    if early:
-        notes.append(f"copies of torch's functions taken before the doors opened pass them by: {', '.join(early)}.")
-    owner_error = inner["owner"]["error"]
-    if owner_error and owner_error not in configuration:
-        configuration.append(owner_error)
-    wanted = environ.get("DEVGUARD", "").strip()
-    if wanted and not killed and not configuration and not inner["open_at_import"]:
+    problems += [f"door {name}: {row['problem']}" for name, row in checked["doors"].items() if "problem" in row]
+    if mode and not is_off and not configuration and not checked["open_at_import"]:
         problems.append(
-            f"DEVGUARD={wanted} is set, but importing torch opened no door. Guard in code instead: the decorator, or "
+            f"DEVGUARD={mode} is set, but importing torch opened no door. Guard in code instead, with the decorator or "
             "devguard.install()."
         )
-    if inner["contexts"]:
-        notes.append(f"importing torch alone opened contexts on {', '.join(inner['contexts'])}.")
-    if inner["cuda"] and not inner["visible"]:
+    return problems
+
+
+def _list_notes(checked: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
+    """Return the findings of the self-check that deserve a note but are not problems."""
+    notes = []
+    early = [copy for row in checked.get("doors", {}).values() for copy in row.get("early_copies", ())]
+    if early:
+        notes.append(f"copies of torch functions made before the doors opened bypass the doors: {', '.join(early)}.")
+    if checked.get("contexts"):
+        notes.append(f"importing torch alone opened contexts on {', '.join(checked['contexts'])}.")
+    if checked.get("cuda") and not checked["visible"]:
         visible = environ.get("CUDA_VISIBLE_DEVICES")
         why = "is a driver installed?" if visible is None else f"CUDA_VISIBLE_DEVICES={visible!r}."
-        notes.append(f"torch is built for GPUs and sees none: {why}")
+        notes.append(f"torch is built for GPUs but sees none: {why}")
+    return notes
 
 
-def _simulation(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Tell whether simulated GPUs can be had here; nothing is built or downloaded to find out."""
+def _examine_simulation(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return whether simulated GPUs can be built here, without building or downloading anything."""
     missing = []
     if sys.platform != "linux" or platform.machine() != "x86_64":
         missing.append(f"Linux on x86-64 (this is {sys.platform} on {platform.machine()})")
@@ -180,20 +201,20 @@ def _simulation(environ: Mapping[str, str]) -> dict[str, Any]:
     if compiler is None:
         missing.append(f"a C compiler ({', '.join(compilers)}: not found)")
     missing += [f"the program {tool} (binutils)" for tool in ("nm", "readelf") if shutil.which(tool) is None]
-    packages = [name for name in ("filelock", "platformdirs", "rich") if _version(name) is None]
+    packages = [name for name in ("filelock", "platformdirs", "rich") if _find_version(name) is None]
     if packages:
         missing.append(f"{', '.join(packages)} (pip install 'torch-devguard[sim]')")
     return {"possible": not missing, "compiler": compiler, "missing": missing}
 
 
-def _advice(found: dict[str, Any]) -> list[str]:
+def _advise(found: dict[str, Any]) -> list[str]:
     """Return what to do next, most urgent first."""
     if found["configuration"]:
-        return ["Correct or unset the settings above; until then nobody can rely on the guard."]
+        return ["Correct or unset the settings above; until then the guard is not reliable."]
     if found["versions"]["torch"] is None:
         advice = ["Install torch, then run `devguard doctor` again."]
         if found["simulated_gpus"]["possible"]:
-            advice.append("Or see it work without: devguard demo (it fetches a torch of its own into your cache).")
+            advice.append("Or see it work without: devguard demo (it downloads its own torch into your cache).")
         return advice
     if found["problems"]:
         return ["Solve the problems above, then run `devguard doctor` again."]
@@ -207,27 +228,26 @@ def _advice(found: dict[str, Any]) -> list[str]:
         advice.append("See it work on simulated GPUs: devguard demo")
         advice.append("Run your own program on simulated GPUs: devguard sim --gpus 2 -- python your_program.py")
     else:
-        advice.append(f"For simulated GPUs this machine lacks: {'; '.join(found['simulated_gpus']['missing'])}.")
+        advice.append(f"Simulated GPUs are not possible without: {'; '.join(found['simulated_gpus']['missing'])}.")
     return advice
 
 
-def _sglang(notes: list[str]) -> dict[str, Any] | None:
-    """Return the installed SGLang and those of its known bugs that it has."""
-    version = _version("sglang")
+def _examine_sglang(version: str | None) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return the installed SGLang with its known bugs (None if there is none), and notes about it."""
     if version is None:
-        return None
+        return None, []
     from devguard.integrations import sglang
     from devguard.integrations.sglang import versions
 
     try:
         versions.check(version)
     except sglang.UnsupportedVersionError as error:
-        notes.append(str(error))
-        return {"version": version, "known": False, "bugs": []}
-    return {"version": version, "known": True, "bugs": [dataclasses.asdict(bug) for bug in sglang.known_bugs(version)]}
+        return {"version": version, "known": False, "bugs": []}, [str(error)]
+    bugs = [dataclasses.asdict(bug) for bug in sglang.known_bugs(version)]
+    return {"version": version, "known": True, "bugs": bugs}, []
 
 
-def _version(distribution: str) -> str | None:
+def _find_version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -245,7 +265,7 @@ def show(found: dict[str, Any]) -> None:
     kind = "simulated devices" if devices["simulated"] else "devices"
     print(f"{kind} visible: {'unknown' if devices['visible'] is None else devices['visible']}{names}")
     if devices["owner"] and devices["owner"]["device"]:
-        print(f"owner that the environment names: {devices['owner']['device']}")
+        print(f"owner according to the environment: {devices['owner']['device']}")
     if check is not None:
         verdict = "effective" if check["effective"] else "NOT effective"
         print(

@@ -1,4 +1,4 @@
-"""``devguard log``: what the processes of a run recorded with ``DEVGUARD_LOG``, merged per call site."""
+"""``devguard log``: show the strays that the processes of a run recorded with ``DEVGUARD_LOG``, per call site."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from devguard.reporting.log_reader import Merged, Process
 
-__all__ = ["HELP", "configure", "run"]
-
-HELP = "show the journals that DEVGUARD_LOG, or devguard run --log, collected: per call site, most bytes first"
+__all__ = ["configure", "run"]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the folder that DEVGUARD_LOG named")
+    """Add the arguments of ``devguard log``."""
+    parser.add_argument(
+        "folder", metavar="DIR", type=Path, help="the folder given to DEVGUARD_LOG or devguard run --log"
+    )
     parser.add_argument("--json", action="store_true", help="print the merged records as JSON on standard output")
-    parser.add_argument("--processes", action="store_true", help="list the processes too: their owners and their ends")
+    parser.add_argument("--processes", action="store_true", help="also list the processes, with owner and contexts")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carry the command out.
+    """Show the merged records of ``arguments.folder``.
 
     Returns
     -------
     int
-        0, however much strayed: a journal is no verdict. 1 if a file holds lines that cannot be read.
+        0, whether or not anything strayed; 1 if a file holds lines that cannot be read.
     """
     from devguard.reporting import log_reader
 
@@ -41,39 +41,40 @@ def run(arguments: argparse.Namespace) -> int:
         }
         print(json.dumps(found, indent=2))
     else:
-        _show(processes, merged, everybody=arguments.processes)
+        _show(processes, merged, list_processes=arguments.processes)
         for place in damaged:
             print(f"cannot be read: {place}")
     return 1 if damaged else 0
 
 
-def _show(processes: list[Process], merged: list[Merged], *, everybody: bool) -> None:
+def _show(processes: list[Process], merged: list[Merged], *, list_processes: bool) -> None:
     count, nbytes = sum(site.count for site in merged), sum(site.bytes for site in merged)
-    print(f"{len(processes)} process(es), {count} stray(s) at {len(merged)} call site(s), {_size(nbytes)}")
+    print(f"{len(processes)} process(es), {count} stray(s) at {len(merged)} call site(s), {_format_size(nbytes)}")
     for site in merged:
         where = f"{site.file}:{site.line} in {site.function}" if site.file else "no line of user code"
         via = f" (via {site.via})" if site.via else ""
-        print(f"\n{_size(site.bytes):>10}  {site.count} x  {site.door}: {', '.join(site.devices)} [{site.action}]")
+        size, devices = _format_size(site.bytes), ", ".join(site.devices)
+        print(f"\n{size:>10}  {site.count} x  {site.door}: {devices} [{site.action}]")
         print(f"{'':10}  at {where}{via}")
         if site.note:
             print(f"{'':10}  {site.note}")
-        print(f"{'':10}  in {_pids(site.processes)}")
-    if everybody:
+        print(f"{'':10}  in {_format_pids(site.processes)}")
+    if list_processes:
         print()
         for process in processes:
             rank = f", rank {process.rank}" if process.rank else ""
-            owner = process.owner or "nothing that is known"
+            owner = process.owner or "no known device"
             contexts = ", ".join(process.contexts) or "none"
             end = f"owned {owner}, contexts {contexts}" if process.ended else "still running, or killed"
             print(f"pid {process.pid} on {process.host}{rank}: {end}\n    {process.command}")
 
 
-def _pids(pids: list[int], most: int = 8) -> str:
+def _format_pids(pids: list[int], most: int = 8) -> str:
     more = f" and {len(pids) - most} more" if len(pids) > most else ""
     return f"pid {', '.join(map(str, pids[:most]))}{more}"
 
 
-def _size(nbytes: int) -> str:
+def _format_size(nbytes: int) -> str:
     if nbytes < 1024:
         return f"{nbytes} B"
     power = min((nbytes.bit_length() - 1) // 10, 4)

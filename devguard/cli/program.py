@@ -1,4 +1,4 @@
-"""Becoming another program: what ``devguard sim`` and ``devguard run`` do with the command behind ``--``."""
+"""Find the program named after ``--`` and replace this process with it, for ``devguard sim`` and ``devguard run``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOT_FOUND, NOT_RUNNABLE = 127, 126  # the exit statuses of a shell
 
 
 def find(command: str, program: str) -> str | None:
-    """Return the path of `program`; None, and a message from ``devguard <command>``, if PATH has none."""
+    """Return the path of `program`, or None after a message from ``devguard <command>`` if it is not on PATH."""
     path = shutil.which(program)
     if path is None:
         print(f"devguard {command}: there is no program {program!r} on PATH", file=sys.stderr)
@@ -21,7 +21,7 @@ def find(command: str, program: str) -> str | None:
 
 
 def become(command: str, path: str, program: list[str], environment: Mapping[str, str]) -> int:
-    """Replace this process by `program`; return the exit status, after a message, if that cannot be done."""
+    """Replace this process with `program`. If that fails, print a message and return the exit status."""
     sys.stdout.flush()
     sys.stderr.flush()
     try:

@@ -1,7 +1,7 @@
-"""The part of ``devguard doctor`` that needs torch, in a process of its own: ``python -m devguard.cli.selfcheck``.
+"""Run the checks of ``devguard doctor`` that need torch, and print one JSON object.
 
-It prints one JSON object. It really sends a tagged storage through pickle under a guard, so it may open a
-context on the device that it takes as owner; the doctor itself opens none, and this process ends at once.
+The doctor runs ``python -m devguard.cli.selfcheck`` as a child process. The check unpickles a tagged storage under a
+guard, so it may open a context on the device that it uses as owner. The context is closed when this process exits.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import devguard
 from devguard.errors import DevGuardError
 from devguard.ownership.resolve import owner_from_environment
+from devguard.support import accelerator
 
 __all__ = ["examine", "tagged_pickle"]
 
@@ -25,7 +26,7 @@ VALUES = [float(number) for number in range(8)]
 
 
 class _TaggedStorage:
-    """Pickles as torch pickles a storage, with the device tag of our choice."""
+    """Pickles like a torch storage, with a device tag of our choice."""
 
     def __init__(self, legacy: bytes) -> None:
         self.legacy = legacy
@@ -37,7 +38,7 @@ class _TaggedStorage:
 
 
 class _TaggedTensor:
-    """Pickles as torch pickles a tensor."""
+    """Pickles like a torch tensor."""
 
     def __init__(self, storage: _TaggedStorage) -> None:
         self.storage = storage
@@ -50,17 +51,17 @@ class _TaggedTensor:
 
 
 def tagged_pickle(tag: str) -> bytes:
-    """Return the pickle of a tensor of eight float32 whose tag says `tag`, made without touching that device.
+    """Return the pickle of a tensor of eight float32 with the device tag `tag`, without using that device.
 
     Parameters
     ----------
     tag : str
-        Such as ``"cuda:0"``.
+        A device, for example ``"cuda:0"``.
 
     Returns
     -------
     bytes
-        What a process that holds the tensor on that device would pickle.
+        The pickle that a process with this tensor on that device would send.
     """
     import torch
 
@@ -70,26 +71,26 @@ def tagged_pickle(tag: str) -> bytes:
         wrap_storage=storage, dtype=torch.float32, _internal=True
     )
     torch.save(typed, buffer, _use_new_zipfile_serialization=False)
-    found = buffer.getvalue()
-    cpu, other = (b"X" + len(text).to_bytes(4, "little") + text.encode() for text in ("cpu", tag))
-    if found.count(cpu) != 1:
+    on_cpu = buffer.getvalue()
+    old_tag, new_tag = (b"X" + len(text).to_bytes(4, "little") + text.encode() for text in ("cpu", tag))
+    if on_cpu.count(old_tag) != 1:
         raise DevGuardError(
-            f"torch {torch.__version__} writes storages in a way that this check does not know. Please report it."
+            f"torch {torch.__version__} writes storages in a format that this check does not know. Please report this."
         )
-    return pickle.dumps(_TaggedTensor(_TaggedStorage(found.replace(cpu, other))))
+    return pickle.dumps(_TaggedTensor(_TaggedStorage(on_cpu.replace(old_tag, new_tag))))
 
 
 def examine() -> dict[str, Any]:
-    """Return what torch says of itself and of the devices, and whether the doors are effective here."""
+    """Return facts about torch and the devices, and whether the guard is effective here."""
     import torch
 
     found: dict[str, Any] = {
         "torch": torch.__version__,
         "torch_file": torch.__file__,
         "cuda": torch.version.cuda or torch.version.hip,
-        "driver": _driver(),
-        "visible": torch.cuda.device_count(),
-        "contexts": [str(device) for device in devguard.contexts()],  # before anything of ours has run
+        "driver": _describe_driver(),
+        "visible": accelerator.device_count(),
+        "contexts": [str(device) for device in devguard.contexts()],  # read before the check opens one
         "open_at_import": sorted(name for name, row in devguard.status()["doors"].items() if row["open"]),
     }
     try:
@@ -97,13 +98,14 @@ def examine() -> dict[str, Any]:
         found["owner"] = {"device": None if owner is None else owner.tag, "looked_at": looked, "error": None}
     except DevGuardError as error:
         found["owner"] = {"device": None, "looked_at": [], "error": str(error)}
-    found["check"], found["doors"] = _check(torch, found["visible"])
-    found["names"] = [torch.cuda.get_device_name(index) for index in range(found["visible"])]  # last: it starts CUDA
+    found["check"], found["doors"] = _check_guard(found["visible"])
+    # The names come last, because reading them initialises CUDA.
+    found["names"] = [accelerator.name_of(index) for index in range(found["visible"])]
     return found
 
 
-def _driver() -> str | None:
-    """Return the newest CUDA that the driver serves, None where there is no driver; asking starts nothing."""
+def _describe_driver() -> str | None:
+    """Return the newest CUDA that the driver supports, or None without a driver. This does not initialise CUDA."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -111,11 +113,11 @@ def _driver() -> str | None:
     version = ctypes.c_int()
     if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
         return None
-    return f"serves CUDA up to {version.value // 1000}.{version.value % 1000 // 10}"
+    return f"supports CUDA up to {version.value // 1000}.{version.value % 1000 // 10}"
 
 
-def _check(torch: Any, visible: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Send a storage with a foreign tag through pickle under a guard; return what became of it, and the doors."""
+def _check_guard(visible: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Unpickle a storage with a foreign tag under a guard; return the outcome, and the state of the doors."""
     owner, tag = ("cpu", "cuda:1") if visible == 0 else ("cuda:0", "cuda:1") if visible == 1 else ("cuda:1", "cuda:0")
     result: dict[str, Any] = {
         "owner": owner,
@@ -136,7 +138,7 @@ def _check(torch: Any, visible: int) -> tuple[dict[str, Any], dict[str, Any]]:
             result["contexts"] = [str(device) for device in devguard.contexts()]
             result["values"] = tensor.tolist() == VALUES
         result["error"] = None
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is what the doctor is asked for
+    except Exception as error:  # noqa: BLE001 - the doctor reports any failure of the guard
         result["error"] = "".join(traceback.format_exception_only(type(error), error)).strip()
     expected = [] if owner == "cpu" else [owner]
     result["effective"] = (

@@ -1,4 +1,4 @@
-"""``devguard sim``: run a program on simulated GPUs, or show what the processes on them hold."""
+"""``devguard sim``: run a program on simulated GPUs, or show what each process holds on them."""
 
 from __future__ import annotations
 
@@ -11,38 +11,40 @@ import sys
 from devguard.cli import program
 from devguard.errors import SimulationError
 
-__all__ = ["HELP", "configure", "run"]
+__all__ = ["configure", "run"]
 
-HELP = "run any program on simulated GPUs, on a machine that has none"
-UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
+    """Add the arguments of ``devguard sim``."""
     forms = ("devguard sim [options] -- COMMAND [ARGUMENT ...]", "devguard sim --state FILE [--json]", "devguard sim")
     parser.usage = "\n       ".join(forms)
-    parser.epilog = "Without a command: with --state, show what each process holds; else make everything ready."
+    parser.epilog = (
+        "Without a command, --state shows what each process holds on each GPU. Without --state too, devguard sim only "
+        "prepares the simulation."
+    )
     parser.add_argument("--gpus", type=int, metavar="N", help="how many simulated GPUs, 1 to 16 (default 2)")
     parser.add_argument("--torch", metavar="VERSION", help="the version of torch (default: this environment's)")
-    parser.add_argument("--memory", metavar="SIZE", help="memory of each GPU, such as 8G or 512M (default 8G)")
-    parser.add_argument("--state", metavar="FILE", help="the state file: who holds what on which GPU")
+    parser.add_argument("--memory", metavar="SIZE", help="memory of each GPU, for example 512M (default 8G)")
+    parser.add_argument("--state", metavar="FILE", help="the file that records what each process holds on each GPU")
     parser.add_argument("--log", metavar="FILE", help="write one line for each interesting CUDA call")
-    parser.add_argument("--json", action="store_true", help="show the state, or where the overlay is, as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON: the state, or the path of the overlay")
     parser.add_argument("program", nargs="*", metavar="COMMAND", help="the program to run, after --")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carry the command out; with a program, this process becomes that program."""
+    """Run the program (this process becomes it), show a state file, or prepare the simulation."""
     from devguard.simgpu import launch
 
     arguments.gpus = 2 if arguments.gpus is None else arguments.gpus
-    arguments.memory = None if arguments.memory is None else _bytes(arguments.memory)
+    arguments.memory = None if arguments.memory is None else _parse_size(arguments.memory)
     launch.checked(arguments.gpus, arguments.memory)
     if arguments.program:
         return _execute(arguments)
     if arguments.state:
-        return _show(arguments.state, as_json=arguments.json)
-    return _ready(arguments)
+        return _show_state(arguments.state, as_json=arguments.json)
+    return _prepare(arguments)
 
 
 def _execute(arguments: argparse.Namespace) -> int:
@@ -64,22 +66,21 @@ def _execute(arguments: argparse.Namespace) -> int:
 
 
 def _warn_other_python(name: str, path: str) -> None:
-    """The overlay holds torch for this very version of Python; a program that is another Python cannot import it."""
+    """Warn if the program is another Python: the overlay holds torch for the version of this Python only."""
     base = os.path.basename(name)
     if not re.fullmatch(r"python[0-9.]*t?", base):
         return
     if os.path.realpath(path) != os.path.realpath(sys.executable):
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         print(
-            f"devguard sim: warning: {path} is not the Python that devguard runs on ({sys.executable}, "
-            f"{version}); torch on "
-            f"simulated GPUs is made for that one, so run `{sys.executable} -m devguard sim -- "
-            f"{sys.executable} ...` if it fails",
+            f"devguard sim: warning: {path} is not the Python that runs devguard ({sys.executable}, {version}), and "
+            f"the simulated torch is built for Python {version}. If the program fails, run "
+            f"`{sys.executable} -m devguard sim -- {sys.executable} ...`",
             file=sys.stderr,
         )
 
 
-def _ready(arguments: argparse.Namespace) -> int:
+def _prepare(arguments: argparse.Namespace) -> int:
     from devguard.simgpu import overlay
 
     made = overlay.prepare(arguments.torch)
@@ -92,7 +93,7 @@ def _ready(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _show(path: str, *, as_json: bool) -> int:
+def _show_state(path: str, *, as_json: bool) -> int:
     from devguard import simgpu
 
     processes = simgpu.state(path)
@@ -107,7 +108,8 @@ def _show(path: str, *, as_json: bool) -> int:
         from rich.table import Table
     except ImportError as error:
         raise SimulationError(
-            "the table needs rich: install the extra with `pip install 'torch-devguard[sim]'`, or ask for --json"
+            "the table needs rich, which is not installed. Install it with: pip install 'torch-devguard[sim]', or use "
+            "--json."
         ) from error
 
     table = Table(title="Simulated GPUs: MiB held (peak)", title_justify="left")
@@ -118,15 +120,15 @@ def _show(path: str, *, as_json: bool) -> int:
     for index in range(count):
         table.add_column(f"GPU {index}", justify="right")
     for process in processes:
-        cells = [_cell(device) for device in process.devices]
+        cells = [_format_cell(device) for device in process.devices]
         cells += [""] * (count - len(cells))
         table.add_row(process.name, str(process.pid), "yes" if process.alive else "no", *cells)
     Console().print(table)
-    print("- no context    a dead process: what it held at its end")
+    print("-: no context    a dead process is shown with what it held when it ended")
     return 0
 
 
-def _cell(device: object) -> str:
+def _format_cell(device: object) -> str:
     from devguard.simgpu import DeviceState
 
     assert isinstance(device, DeviceState)
@@ -135,8 +137,8 @@ def _cell(device: object) -> str:
     return f"{device.bytes / 2**20:.0f} ({device.peak_bytes / 2**20:.0f})"
 
 
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise SimulationError(f"--memory {text}: give a size such as 8G, 512M or 8589934592")
-    return int(float(found[1]) * 2 ** UNITS[found[2].upper()])
+def _parse_size(text: str) -> int:
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if parts is None:
+        raise SimulationError(f"--memory {text}: this is not a size. Valid: a size such as 8G, 512M or 8589934592.")
+    return int(float(parts[1]) * 2 ** POWERS[parts[2].upper()])

@@ -1,6 +1,6 @@
-"""The environment variables that play a part: which are set, and which of devguard's own mean nothing.
+"""Environment variables for ``devguard doctor``: which relevant ones are set, and which of devguard's are not valid.
 
-A module of ``devguard doctor``. It reads no device and needs no torch.
+It reads no device and needs no torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from devguard.activation import environment
 from devguard.ownership.resolve import LAUNCHERS
 
-__all__ = ["check_settings", "SIMULATION", "that_matter"]
+__all__ = ["check_settings", "select_relevant", "SIMULATION"]
 
 KNOWN = (
     "DEVGUARD",
@@ -21,7 +21,7 @@ KNOWN = (
     "DEVGUARD_RANK_LOCK",
 )
 SIMULATION = "DEVGUARD_SIM_"
-# set by `devguard sim`, by the tests of this package, by `devguard run --trace-contexts`
+# Variables set by `devguard sim`, by the tests of this package, and by `devguard run --trace-contexts`.
 INTERNAL = (SIMULATION, "DEVGUARD_TEST_", "DEVGUARD_TRACE_")
 OTHERS = (
     "CUDA_DEVICE_ORDER",
@@ -36,16 +36,16 @@ OTHERS = (
 
 def check_settings(environ: Mapping[str, str]) -> list[str]:
     """Return what is wrong with devguard's own variables, one sentence each."""
-    wrong = environment.problems(environ)
+    wrong = environment.find_problems(environ)
     wrong += [
-        f"{name} is not a variable that devguard knows. Known: {', '.join(KNOWN)}."
+        f"{name} is not a variable of devguard. Valid: {', '.join(KNOWN)}."
         for name in sorted(environ)
         if name.startswith("DEVGUARD") and name not in KNOWN and not name.startswith(INTERNAL)
     ]
     return wrong
 
 
-def that_matter(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that play a part, those that are set."""
+def select_relevant(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables in `environ` that influence devguard or the choice of its owner."""
     names = {*OTHERS, *(name for launcher in LAUNCHERS for name in (launcher.rank, *launcher.size))}
     return {name: value for name, value in sorted(environ.items()) if name in names or name.startswith("DEVGUARD")}

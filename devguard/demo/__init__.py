@@ -1,13 +1,12 @@
-"""``devguard demo``: SGLang issue 5732 live, in real processes, before and after the guard.
+"""``devguard demo``: SGLang issue 5732 in real processes, before and after the guard.
 
-A tokenizer process puts a picture on ``cuda:0``, as a fast image processor does, and sends it by pickle to N
-rank processes that own one GPU each. The parts, in the order in which the data meets them: `pictures` (a file
-to pixels), `patches` (pixels to model input), `transport` (the two ways to the ranks), `worker` (one rank),
-`crew` (all of them), `scenario` (one pass, run as a process of its own), `launch` (both passes), `report` and
-`plot`.
+A tokenizer process puts a picture on ``cuda:0``, as a fast image processor does, and sends it by pickle to N rank
+processes that own one GPU each. The modules, in the order of the data flow: `pictures` (a file to pixels),
+`image_patches` (pixels to model input), `transport` (tokenizer to ranks), `worker` (one rank), `crew` (all ranks),
+`scenario` (one pass, in its own process), `launch` (both passes), `report` and `plot`.
 
-Only `patches`, `transport`, `worker` and `scenario` use torch; the command that shows the result never
-imports it.
+Only `image_patches`, `transport`, `worker` and `scenario` use torch. The command that shows the result never imports
+torch.
 """
 
 from __future__ import annotations
@@ -18,4 +17,4 @@ __all__ = ["DemoError"]
 
 
 class DemoError(DevGuardError):
-    """The demonstration could not be carried through; the message says which process failed and why."""
+    """The demonstration failed. The message names the process that failed, and the reason."""

@@ -1,4 +1,4 @@
-"""The rank processes seen from the tokenizer: start them, talk to them, never wait for a dead one."""
+"""Start the rank processes, exchange messages with them, and end them, without ever waiting for a dead one."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from devguard.demo import DemoError
 
 __all__ = ["Crew"]
 
-PATIENCE = 180.0  # seconds for one answer; importing torch on a cold, busy machine is the slowest of them
-FAREWELL = 10.0  # seconds for a process to end after it was asked to
+ANSWER_LIMIT = 180.0  # seconds for one answer; the first one waits for torch to import on a cold, busy machine
+EXIT_LIMIT = 10.0  # seconds for a process to exit after the command "stop"
 
 
 class Crew:
-    """N processes, each with a pipe to this one; a context manager that ends them all.
+    """Rank processes with a pipe to each; a context manager that ends them all.
 
     Parameters
     ----------
     ranks : int
-        How many.
+        The number of processes.
     entry : callable
-        ``entry(link, gpu_id, ranks, meeting)``, importable by name: the processes are spawned.
+        ``entry(link, gpu_id, ranks, meeting)``. It must be importable by name, because the processes are spawned.
     meeting : str
         Passed on to `entry`.
-    patience : float
+    limit : float
         Seconds to wait for an answer.
     """
 
@@ -40,9 +40,9 @@ class Crew:
         ranks: int,
         entry: Callable[[Connection, int, int, str], None],
         meeting: str,
-        patience: float = PATIENCE,
+        limit: float = ANSWER_LIMIT,
     ) -> None:
-        self._patience = patience
+        self._limit = limit
         self.links: list[Connection] = []
         self.processes: list[BaseProcess] = []
         spawn = multiprocessing.get_context("spawn")
@@ -53,11 +53,11 @@ class Crew:
                     target=entry, args=(theirs, rank, ranks, meeting), name=f"rank {rank}", daemon=True
                 )
                 process.start()
-                theirs.close()  # or the end of the process would not end the pipe
+                theirs.close()  # Otherwise the pipe would stay open when the process exits.
                 self.links.append(ours)
                 self.processes.append(process)
         except BaseException:
-            self.end(asked=False)
+            self.end(wait_for_exit=False)
             raise
 
     def __enter__(self) -> Crew:
@@ -66,24 +66,24 @@ class Crew:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.end(asked=kind is None)
+        self.end(wait_for_exit=kind is None)
 
-    def tell(self, command: str, *ranks: int) -> None:
-        """Send `command` to the named ranks, to all of them if none is named."""
+    def send(self, command: str, *ranks: int) -> None:
+        """Send `command` to the given ranks, or to all ranks if none is given."""
         for rank in ranks or range(len(self.links)):
-            with self.watching(rank):
-                self.links[rank].send(command)
+            with self.link_to(rank) as link:
+                link.send(command)
 
     @contextlib.contextmanager
-    def watching(self, rank: int) -> Iterator[Connection]:
-        """Turn a broken pipe to `rank` into an error that says what became of that rank."""
+    def link_to(self, rank: int) -> Iterator[Connection]:
+        """Yield the pipe to `rank`; turn a broken pipe into an error that reports how the rank ended."""
         try:
             yield self.links[rank]
         except (BrokenPipeError, ConnectionResetError):
-            raise DemoError(self._obituary(rank)) from None
+            raise DemoError(self._describe_exit(rank)) from None
 
     def gather(self, expected: str) -> list[Any]:
-        """Wait for one answer from every rank.
+        """Wait for one answer from each rank.
 
         Parameters
         ----------
@@ -98,64 +98,65 @@ class Crew:
         Raises
         ------
         DemoError
-            If a rank fails, dies, or stays silent for too long.
+            If a rank fails, dies, or does not answer in time.
         """
         answers: dict[int, Any] = {}
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + self._limit
         while len(answers) < len(self.links):
             waiting = {self.links[rank]: rank for rank in range(len(self.links)) if rank not in answers}
-            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))  # a dead rank's pipe is ready too
+            # The pipe of a dead rank is ready too.
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
                 silent = ", ".join(f"rank {rank}" for rank in waiting.values())
                 raise DemoError(
-                    f"no {expected} within {self._patience:g} s from: {silent}. The machine may be overloaded."
+                    f"no {expected} within {self._limit:g} s from: {silent}. The machine may be overloaded."
                 )
             for link in ready:
                 rank = waiting[link]  # type: ignore[index]
                 try:
                     kind, content = self.links[rank].recv()
                 except (EOFError, OSError):
-                    raise DemoError(self._obituary(rank)) from None
+                    raise DemoError(self._describe_exit(rank)) from None
                 if kind != expected:
-                    raise DemoError(f"rank {rank} failed.\n{content}".rstrip() + self._other_deaths(rank))
+                    raise DemoError(f"rank {rank} failed.\n{content}".rstrip() + self._describe_other_exits(rank))
                 answers[rank] = content
         return [answers[rank] for rank in range(len(self.links))]
 
-    def end(self, asked: bool = True) -> None:
-        """End every process: by asking first, if `asked`, then by force."""
+    def end(self, wait_for_exit: bool = True) -> None:
+        """Send "stop" to all processes, wait for them to exit if `wait_for_exit`, then kill those that still run."""
         for link in self.links:
             with contextlib.suppress(OSError):
                 link.send("stop")
             link.close()
-        deadline = time.monotonic() + (FAREWELL if asked else 0.0)
+        deadline = time.monotonic() + (EXIT_LIMIT if wait_for_exit else 0.0)
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         for stop in (BaseProcess.terminate, BaseProcess.kill):
             for process in self.processes:
                 if process.exitcode is None:
                     stop(process)
-                    process.join(FAREWELL)
+                    process.join(EXIT_LIMIT)
 
-    def _obituary(self, rank: int) -> str:
+    def _describe_exit(self, rank: int) -> str:
         process = self.processes[rank]
-        process.join(FAREWELL)
+        process.join(EXIT_LIMIT)
         return (
-            f"rank {rank} (pid {process.pid}) ended before it answered: {_cause(process.exitcode)}."
-            + self._other_deaths(rank)
+            f"rank {rank} (pid {process.pid}) ended before it answered: {_describe_status(process.exitcode)}."
+            + self._describe_other_exits(rank)
         )
 
-    def _other_deaths(self, rank: int) -> str:
-        dead = [
-            f"rank {other}: {_cause(process.exitcode)}"
+    def _describe_other_exits(self, rank: int) -> str:
+        exits = [
+            f"rank {other}: {_describe_status(process.exitcode)}"
             for other, process in enumerate(self.processes)
             if other != rank and process.exitcode
         ]
-        return f" Also ended: {'; '.join(dead)}." if dead else ""
+        return f" Also ended: {'; '.join(exits)}." if exits else ""
 
 
-def _cause(status: int | None) -> str:
+def _describe_status(status: int | None) -> str:
     if status is None:
-        return "it closed its pipe and still runs"
+        return "it closed its pipe but is still running"
     if status < 0:
         with contextlib.suppress(ValueError):
             return f"killed by {signal.Signals(-status).name}"

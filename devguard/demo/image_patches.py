@@ -1,8 +1,8 @@
-"""Turn pictures into model input as the image processor of Qwen2-VL and Qwen2.5-VL does, on the CPU.
+"""Turn pictures into model input on the CPU, as the image processor of Qwen2-VL and Qwen2.5-VL does.
 
-Source of the rules: ``transformers``, ``models/qwen2_vl/image_processing_qwen2_vl.py`` (smart resize, CLIP
-normalisation, and the order in which patches are laid out, so that the vision tower can merge neighbours by a
-plain reshape). Written anew here: the demonstration needs neither transformers nor numpy.
+The rules come from ``models/qwen2_vl/image_processing_qwen2_vl.py`` of ``transformers``: smart resize, CLIP
+normalisation, and the order of the patches, which lets the vision tower merge neighbours with a plain reshape. They
+are reimplemented here, so that the demonstration needs neither transformers nor numpy.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["batch", "patchify", "smart_resize"]
+__all__ = ["make_batch", "normalise", "patchify", "smart_resize"]
 
 PATCH = 14  # pixels a side
-TEMPORAL = 2  # frames to a patch; a still picture is shown twice
-MERGE = 2  # patches a side that the model merges into one token
+TEMPORAL = 2  # frames in a patch; a still picture is repeated
+MERGE = 2  # the model merges 2 x 2 patches into one token
 CHANNELS = 3
-FEATURES = CHANNELS * TEMPORAL * PATCH * PATCH  # 1176 numbers to a patch
+FEATURES = CHANNELS * TEMPORAL * PATCH * PATCH  # 1176 numbers in a patch
 FACTOR = PATCH * MERGE
 MIN_PIXELS = 56 * 56
 MAX_PIXELS = 14 * 14 * 4 * 1280
@@ -39,24 +39,24 @@ def smart_resize(
     min_pixels: int = MIN_PIXELS,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[int, int]:
-    """Return the size at which a picture is fed to the model.
+    """Return the size to which a picture is scaled for the model.
 
-    Both sides become multiples of `factor`, the area lies between `min_pixels` and `max_pixels`, and the
-    aspect ratio is kept as closely as that allows.
+    Both sides become multiples of `factor`, the area lies between `min_pixels` and `max_pixels`, and the aspect
+    ratio changes as little as possible.
 
     Parameters
     ----------
     height, width : int
-        The picture's size, pixels.
+        The picture's size, in pixels.
     factor : int
-        What both sides must divide by, pixels.
+        Both sides become multiples of this number of pixels.
     min_pixels, max_pixels : int
-        Bounds of the area, pixels.
+        Bounds of the area, in pixels.
 
     Returns
     -------
     tuple of int
-        Height and width, pixels.
+        Height and width, in pixels.
 
     Raises
     ------
@@ -65,9 +65,8 @@ def smart_resize(
     """
     if min(height, width) < 1 or max(height, width) / min(height, width) > MAX_ASPECT:
         raise ValueError(
-            f"a picture of {width} x {height} pixels is too thin: one side may be at most {MAX_ASPECT} times "
-            "the other. "
-            "Crop it first."
+            f"a picture of {width} x {height} pixels is too thin: one side may be at most {MAX_ASPECT} times the "
+            "other. Crop it first."
         )
     rows = round(height / factor) * factor
     columns = round(width / factor) * factor
@@ -83,18 +82,18 @@ def smart_resize(
 
 
 def patchify(frames: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """Cut frames into patches, neighbours that will be merged side by side.
+    """Cut frames into patches, with the patches that the model merges next to each other.
 
     Parameters
     ----------
     frames : Tensor, any dtype, shape [frames, 3, height, width]
-        Height and width are multiples of 28. An odd number of frames is filled up with the last one.
+        Height and width are multiples of 28. If the number of frames is odd, the last one is repeated.
 
     Returns
     -------
     patches : Tensor, same dtype, shape [grid_t * grid_h * grid_w, 1176]
-        A row is one patch: channel, then frame, then the 14 x 14 pixels. Rows go over frames in pairs, then
-        over blocks of 2 x 2 patches from left to right and top to bottom, and inside a block likewise.
+        One patch a row: channel, then frame, then the 14 x 14 pixels. Rows are ordered by pairs of frames, then by
+        blocks of 2 x 2 patches from left to right and top to bottom, then likewise inside a block.
     grid : tuple of int
         Patches in time, down and across: (grid_t, grid_h, grid_w).
     """
@@ -114,13 +113,13 @@ def patchify(frames: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
     return rows.reshape(grid_t * grid_h * grid_w, FEATURES).contiguous(), (grid_t, grid_h, grid_w)
 
 
-def pixels(picture: Image.Image) -> torch.Tensor:
-    """Return one picture resized and normalised.
+def normalise(picture: Image.Image) -> torch.Tensor:
+    """Resize and normalise one picture.
 
     Returns
     -------
     Tensor, float32, shape [3, height, width]
-        Both sides multiples of 28; each channel minus CLIP's mean, over CLIP's standard deviation.
+        Both sides are multiples of 28. Each channel is (value - mean) / std, with CLIP's mean and std.
     """
     from PIL import Image
 
@@ -133,7 +132,7 @@ def pixels(picture: Image.Image) -> torch.Tensor:
     return (scaled - mean) / std
 
 
-def batch(pictures: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+def make_batch(pictures: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn pictures into one batch of model input on the CPU.
 
     Returns
@@ -143,5 +142,5 @@ def batch(pictures: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
     image_grid_thw : Tensor, int64, shape [images, 3]
         Patches in time, down and across, for each picture.
     """
-    cut = [patchify(pixels(picture).unsqueeze(0)) for picture in pictures]
-    return torch.cat([patches for patches, _ in cut]), torch.tensor([grid for _, grid in cut], dtype=torch.int64)
+    parts = [patchify(normalise(picture).unsqueeze(0)) for picture in pictures]
+    return torch.cat([patches for patches, _ in parts]), torch.tensor([grid for _, grid in parts], dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""Choose the GPUs, run both passes as child processes, and put their results together.
+"""Choose the GPUs, run both passes as child processes, and combine their results.
 
-This module imports no torch: the environment that calls the demonstration may have none, and the processes
-that need it get the environment of the simulation.
+This module does not import torch, because the calling environment may not have it. The child processes that need
+torch run in the environment of the simulation.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from devguard.errors import ConfigError
 __all__ = ["choose", "run_both"]
 
 DEFAULT_RANKS = 4
-MAX_RANKS = 16  # simulated devices
-LIMIT = 600.0  # seconds for one pass, after which something hangs
+MAX_RANKS = 16  # the number of simulated devices
+LIMIT = 600.0  # seconds for one pass; a pass that takes longer hangs
 TAIL = 25  # lines of a failed process's output to show
 
-# What would change who owns what in the processes of the demonstration.
+# Variables that could change the owners in the processes of the demonstration.
 FOREIGN = ("DEVGUARD", "LOCAL_", "SLURM_", "OMPI_", "MV2_", "MPI_", "PMI_", "PALS_")
 FOREIGN_EXACT = frozenset({"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
 
 
 @dataclass(frozen=True)
 class Stage:
-    """On what the demonstration runs.
+    """The GPUs on which the demonstration runs.
 
     Attributes
     ----------
     backend : str
         ``"real"`` or ``"simulated"``.
     ranks : int
-        How many ranks, one GPU each.
+        The number of ranks, one GPU each.
     reason : str
-        Why this backend, for people.
+        The reason for this backend, as text for the user.
     """
 
     backend: str
@@ -58,38 +58,38 @@ class Stage:
     reason: str
 
 
-def importable(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return `environ`, in which a child of this Python can import this very package, source tree or installed."""
+def make_importable(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return `environ`, changed so that a child process can import this copy of devguard, even from a source tree."""
     kept = dict(environ)
     home = str(Path(devguard.__file__).parents[1])
-    if home not in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:  # a source tree
+    if home not in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
         kept["PYTHONPATH"] = os.pathsep.join(filter(None, [kept.get("PYTHONPATH"), home]))
     return kept
 
 
 def clean(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return `environ` without devguard's and the launchers' variables, and with this package importable."""
-    return importable({name: value for name, value in environ.items() if not _is_foreign(name)})
+    """Return `environ` without the variables of devguard and launchers, and with this copy of devguard importable."""
+    return make_importable({name: value for name, value in environ.items() if not _is_foreign(name)})
 
 
 def _is_foreign(name: str) -> bool:
     if name.startswith("DEVGUARD_SIM_"):
-        return False  # an enclosing simulation, which stands for the GPUs of this machine
+        return False  # The variables of an enclosing simulation, which provides the GPUs here.
     return name in FOREIGN_EXACT or name.startswith(FOREIGN)
 
 
 def count_real(environ: Mapping[str, str]) -> int:
-    """Return how many GPUs torch sees here; asks in a child, and only if the machine seems to have any."""
+    """Return how many GPUs torch sees here. A child process imports torch, and only if there are GPU device files."""
     if not any(Path("/dev").glob("nvidia[0-9]*")) and not any(Path(p).exists() for p in ("/dev/kfd", "/dev/dxg")):
         return 0
-    return _ask_torch(environ)
+    return _count_with_torch(environ)
 
 
-def _ask_torch(environ: Mapping[str, str]) -> int:
-    question = "import torch; print('devices', torch.cuda.device_count())"
+def _count_with_torch(environ: Mapping[str, str]) -> int:
+    program = "import torch; print('devices', torch.cuda.device_count())"
     try:
-        answer = subprocess.run(
-            [sys.executable, "-c", question],
+        done = subprocess.run(
+            [sys.executable, "-c", program],
             env=dict(environ),
             capture_output=True,
             text=True,
@@ -98,47 +98,47 @@ def _ask_torch(environ: Mapping[str, str]) -> int:
         )
     except subprocess.TimeoutExpired:
         return 0
-    words = answer.stdout.split()
-    return int(words[-1]) if answer.returncode == 0 and len(words) >= 2 and words[-2] == "devices" else 0
+    words = done.stdout.split()
+    return int(words[-1]) if done.returncode == 0 and len(words) >= 2 and words[-2] == "devices" else 0
 
 
 def choose(backend: str, ranks: int | None, torch: str | None) -> Stage:
-    """Choose real or simulated GPUs, and how many ranks.
+    """Choose real or simulated GPUs, and the number of ranks.
 
     Parameters
     ----------
     backend : str
         ``"auto"``, ``"real"`` or ``"simulated"``.
     ranks : int or None
-        As asked for; None means four, or fewer if there are two or three real GPUs.
+        The requested number. None means four, or fewer if there are two or three real GPUs.
     torch : str or None
-        The version of torch for simulated GPUs, as asked for.
+        The requested version of torch for simulated GPUs.
 
     Raises
     ------
     ConfigError
-        If what was asked for does not go together, or is not there.
+        If the requests contradict each other, or there are too few real GPUs.
     """
     if ranks is not None and not 2 <= ranks <= MAX_RANKS:
         raise ConfigError(
-            f"--ranks {ranks}: valid are 2 to {MAX_RANKS}. A stray needs a rank that does not own GPU 0, so "
-            "one is too few."
+            f"--ranks {ranks} is out of range. Valid: 2 to {MAX_RANKS}, because a stray needs a rank that does not own "
+            "GPU 0."
         )
     if torch is not None and backend == "real":
-        raise ConfigError("--torch chooses the build for simulated GPUs; leave it out with --backend real.")
+        raise ConfigError("--torch selects the version for simulated GPUs. Leave it out with --backend real.")
     wanted = ranks or DEFAULT_RANKS
     if backend == "simulated":
-        return Stage("simulated", wanted, "asked for by --backend simulated")
+        return Stage("simulated", wanted, "selected with --backend simulated")
     if torch is not None:
-        return Stage("simulated", wanted, f"asked for by --torch {torch}")
+        return Stage("simulated", wanted, f"selected with --torch {torch}")
     if backend == "real":
-        real = _ask_torch(clean(os.environ))
+        real = _count_with_torch(clean(os.environ))
         if real < max(2, ranks or 2):
             raise ConfigError(
-                f"--backend real: torch sees {real} GPU(s) here and {ranks or 'at least 2'} are needed. "
+                f"--backend real: torch sees {real} GPU(s) here, but {ranks or 'at least 2'} are needed. "
                 "Use --backend simulated, which needs none."
             )
-        reason = "asked for by --backend real"
+        reason = "selected with --backend real"
         if simgpu.active():
             reason += "; `devguard sim` simulates them"
         return Stage("real", ranks or min(DEFAULT_RANKS, real), reason)
@@ -146,7 +146,7 @@ def choose(backend: str, ranks: int | None, torch: str | None) -> Stage:
     if real >= max(2, ranks or 2):
         return Stage("real", ranks or min(DEFAULT_RANKS, real), f"torch sees {real} GPUs here")
     if real:
-        return Stage("simulated", wanted, f"torch sees {real} GPU(s) here and {wanted} are needed")
+        return Stage("simulated", wanted, f"torch sees {real} GPU(s) here, but {wanted} are needed")
     return Stage("simulated", wanted, "torch sees no GPU here")
 
 
@@ -157,29 +157,29 @@ def run_both(
     prepare: Callable[..., dict[str, str]],
     on_stage: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Run the unguarded, then the guarded pass, each in fresh processes.
+    """Run the unguarded pass, then the guarded pass, each in new processes.
 
     Parameters
     ----------
     stage : Stage
         From `choose`.
     images : sequence of str
-        Picture files; the built-in one if empty.
+        Picture files; if empty, the built-in picture.
     torch : str or None
         The version of torch for simulated GPUs.
     prepare : callable
         `devguard.simgpu.environment`, called for simulated GPUs only.
     on_stage : callable
-        Called with one line of text whenever something begins.
+        Called with one line of text when a stage starts.
 
     Returns
     -------
     dict
-        What ``devguard demo --json`` prints.
+        The data that ``devguard demo --json`` prints.
     """
     base = clean(os.environ)
     if stage.backend == "simulated":
-        base.pop("CUDA_VISIBLE_DEVICES", None)  # it speaks of the real ones
+        base.pop("CUDA_VISIBLE_DEVICES", None)  # It refers to the real GPUs.
     result: dict[str, Any] = {"backend": stage.backend, "reason": stage.reason, "ranks": stage.ranks}
     passes = {}
     for name in ("unguarded", "guarded"):
@@ -195,7 +195,7 @@ def run_both(
                 "folder": folder,
                 "state": state,
             }
-            passes[name] = run_pass(task, environment, functools.partial(_say, on_stage, name))
+            passes[name] = run_pass(task, environment, functools.partial(_report_stage, on_stage, name))
     for key in ("torch", "images", "request_bytes"):
         result[key] = passes["unguarded"][key]
         for done in passes.values():
@@ -203,7 +203,7 @@ def run_both(
     return {**result, "devguard": devguard.__version__, **passes}
 
 
-def _say(on_stage: Callable[[str], None], name: str, text: str) -> None:
+def _report_stage(on_stage: Callable[[str], None], name: str, text: str) -> None:
     on_stage(f"{name}: {text}")
 
 
@@ -218,7 +218,7 @@ def run_pass(
     Raises
     ------
     DemoError
-        If the pass fails, dies, or takes longer than `limit` seconds. No process of it is left.
+        If the pass fails, dies, or takes longer than `limit` seconds. None of its processes is left running.
     """
     with tempfile.TemporaryFile() as output:
         reader, writer = os.pipe()
@@ -230,7 +230,7 @@ def run_pass(
                 stdout=output,
                 stderr=output,
                 pass_fds=(writer,),
-                start_new_session=True,  # so that all of it can be ended at once
+                start_new_session=True,  # so that _end can kill all processes of the pass
             )
         except BaseException:
             os.close(reader)
@@ -247,17 +247,17 @@ def run_pass(
             return dict(outcome["result"])
         if "error" in outcome:
             raise DemoError(str(outcome["error"]))
-        raise DemoError(f"the tokenizer process ended with status {child.returncode}.{_tail(output)}")
+        raise DemoError(f"the tokenizer process ended with status {child.returncode}.{_format_tail(output)}")
 
 
 def _follow(reader: int, on_stage: Callable[[str], None], limit: float) -> dict[str, Any]:
-    """Read events until the pass is over; return the last one that is no stage, empty if it never came."""
+    """Read events until the pass has ended. Return its result or error event, or an empty dict if none arrived."""
     deadline = time.monotonic() + limit
     pending = b""
     outcome: dict[str, Any] = {}
     while True:
         if not select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            raise DemoError(f"a pass took longer than {limit:g} s and was ended. The machine may be overloaded.")
+            raise DemoError(f"a pass took longer than {limit:g} s and was stopped. The machine may be overloaded.")
         read = os.read(reader, 1 << 16)
         if not read:
             return outcome
@@ -271,13 +271,13 @@ def _follow(reader: int, on_stage: Callable[[str], None], limit: float) -> dict[
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """End the child's whole session: the tokenizer, and ranks that outlived it."""
+    """Kill all processes of the child's session: the tokenizer, and ranks that outlived it."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
 
-def _tail(output: IO[bytes]) -> str:
+def _format_tail(output: IO[bytes]) -> str:
     output.seek(0)
     lines = output.read().decode(errors="replace").strip().splitlines()[-TAIL:]
-    return " Its last words:\n  " + "\n  ".join(lines) if lines else " It said nothing."
+    return " Its last output:\n  " + "\n  ".join(lines) if lines else " It printed nothing."

@@ -1,9 +1,9 @@
-"""One pass of the demonstration, run as a process of its own: the tokenizer, which starts the ranks.
+"""Run one pass of the demonstration as a separate process: the tokenizer, which starts the ranks.
 
-``python -m devguard.demo.scenario '<JSON>'``. The JSON holds ``guarded`` (bool), ``ranks`` (int), ``images``
-(list of paths), ``folder`` (a scratch directory), ``state`` (the simulation's state file, null on real GPUs)
-and ``events`` (a file descriptor to which one JSON object a line is written: ``{"stage": ...}``, then
-``{"result": ...}`` or ``{"error": ...}``).
+``python -m devguard.demo.scenario '<JSON>'``. The JSON holds ``guarded`` (bool), ``ranks`` (int), ``images`` (list of
+paths), ``folder`` (a scratch directory), ``state`` (the simulation's state file, null on real GPUs) and ``events`` (a
+file descriptor). The process writes one JSON object a line to ``events``: ``{"stage": ...}`` for each stage, then
+``{"result": ...}`` or ``{"error": ...}``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from devguard.demo import DemoError
 from devguard.demo.crew import Crew
@@ -23,7 +23,10 @@ from devguard.demo.pictures import read_all
 from devguard.demo.worker import answer, serve, serve_guarded
 from devguard.errors import DevGuardError
 
-__all__ = ["STAGES", "perform"]
+if TYPE_CHECKING:
+    from devguard.demo.transport import ImageRequest
+
+__all__ = ["perform", "STAGES"]
 
 STAGES = (
     "start the ranks",
@@ -32,7 +35,7 @@ STAGES = (
     "data-parallel: one message to each rank",
     "measure",
 )
-DISTRIBUTED_LOOPBACK = "GLOO_SOCKET_IFNAME"
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 def main(arguments: list[str]) -> int:
@@ -40,17 +43,17 @@ def main(arguments: list[str]) -> int:
     task = json.loads(arguments[0])
     with open(task.pop("events"), "w", buffering=1, encoding="utf-8") as events:
 
-        def tell(**event: Any) -> None:
+        def emit(**event: Any) -> None:
             events.write(json.dumps(event) + "\n")
 
         try:
-            result = perform(stage=lambda text: tell(stage=text), **task)
+            result = perform(stage=lambda text: emit(stage=text), **task)
         except DevGuardError as error:
-            tell(error=str(error))
-        except Exception:  # noqa: BLE001 - it must reach the parent, whatever it is
-            tell(error=f"the tokenizer process failed.\n{traceback.format_exc()}".rstrip())
+            emit(error=str(error))
+        except Exception:  # noqa: BLE001 - every error must reach the parent process
+            emit(error=f"the tokenizer process failed.\n{traceback.format_exc()}".rstrip())
         else:
-            tell(result=result)
+            emit(result=result)
             return 0
     return 1
 
@@ -58,76 +61,54 @@ def main(arguments: list[str]) -> int:
 def perform(
     guarded: bool, ranks: int, images: list[str], folder: str, state: str | None, stage: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Send one batch of pictures to every rank, both ways, and measure who holds what.
+    """Send one batch of pictures to all ranks in both ways, and measure what each process holds on each GPU.
 
     Parameters
     ----------
     guarded : bool
         Whether the ranks' entry point is the decorated one.
     ranks : int
-        How many ranks; rank r owns ``cuda:r``.
+        The number of ranks. Rank r owns ``cuda:r``.
     images : list of str
-        Picture files; the built-in one if empty.
+        Picture files; if empty, the built-in picture.
     folder : str
-        An empty directory for the ranks' meeting point.
+        An empty directory, for the file through which the ranks find each other.
     state : str or None
-        The simulation's state file. None: each process reports on itself.
+        The simulation's state file. If None, each process reports on itself.
     stage : callable
-        Called with the name of each stage as it begins.
+        Called with the name of each stage when it starts.
 
     Returns
     -------
     dict
-        ``stray_bytes``, ``stray_contexts``, ``values_equal``, ``answers``, ``processes`` and ``torch``,
-        ``images``, ``request_bytes``; plain data. Bytes are peaks.
+        ``stray_bytes``, ``stray_contexts``, ``values_equal``, ``answers``, ``processes``, ``torch``, ``images`` and
+        ``request_bytes``, as plain data. Stray bytes are peaks.
     """
-    if any(name == "lo" for _, name in socket.if_nameindex()):
-        os.environ.setdefault(DISTRIBUTED_LOOPBACK, "lo")  # gloo: do not depend on how this machine resolves its name
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    _set_defaults()
     stage(STAGES[0])
     with Crew(ranks, serve_guarded if guarded else serve, os.path.join(folder, "meeting")) as crew:
         stage(STAGES[1])  # while the ranks import torch
         import torch
 
-        from devguard.demo.image_patches import batch
-        from devguard.demo.transport import ImageRequest, send_request
+        from devguard.demo.image_patches import make_batch
+        from devguard.demo.transport import ImageRequest
 
-        pixel_values, grid = batch(read_all(images))
+        pixel_values, grid = make_batch(read_all(images))
         expected = answer(ImageRequest(pixel_values, grid))
-        request = ImageRequest(pixel_values.to("cuda:0"), grid.to("cuda:0"))  # as a fast image processor leaves them
+        # A fast image processor leaves its tensors on this device.
+        request = ImageRequest(pixel_values.to("cuda:0"), grid.to("cuda:0"))
         crew.gather("ready")
 
         stage(STAGES[2])
-        crew.tell("broadcast")
-        with crew.watching(0) as link:
-            send_request(link, request)
-        answers = [{"transport": "tensor-parallel", **reply} for reply in _numbered(crew.gather("answer"))]
-
+        answers = _broadcast(crew, request)
         stage(STAGES[3])
-        for rank in range(ranks):
-            crew.tell("direct", rank)
-            with crew.watching(rank) as link:
-                send_request(link, request)
-        answers += [{"transport": "data-parallel", **reply} for reply in _numbered(crew.gather("answer"))]
-
+        answers += _send_to_each(crew, request)
+        for reply in answers:
+            reply["equal"] = reply["digest"] == expected["digest"]
         stage(STAGES[4])
-        crew.tell("report")
-        reports = crew.gather("report")
-        processes = [_process("tokenizer", os.getpid(), None, _own_report(torch))]
-        for rank, (process, report) in enumerate(zip(crew.processes, reports, strict=True)):
-            if not guarded:
-                report["owner"] = f"cuda:{rank}"  # said to torch alone, by set_device
-            processes.append(_process(f"rank {rank}", process.pid or 0, rank, report))
-        if state is not None:
-            _ask_simulation(processes, Path(state))  # the ranks still hold what they got
-    for reply in answers:
-        reply["equal"] = reply["digest"] == expected["digest"]
-    on_gpu_0 = [
-        device for process in processes if process["rank"] for device in process["devices"] if device["index"] == 0
-    ]
+        processes = _measure(crew, guarded, state)
     return {
-        "stray_bytes": sum(device["peak_bytes"] for device in on_gpu_0),
-        "stray_contexts": sum(device["context"] for device in on_gpu_0),
+        **_count_strays(processes),
         "values_equal": len(answers) == 2 * ranks and all(reply["equal"] for reply in answers),
         "answers": answers,
         "processes": processes,
@@ -140,12 +121,68 @@ def perform(
     }
 
 
-def _numbered(replies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"rank": rank, **reply} for rank, reply in enumerate(replies)]
+def _set_defaults() -> None:
+    """Set environment variables for the ranks, where the user has not set them."""
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ.setdefault(GLOO_INTERFACE, "lo")  # gloo must not depend on how this machine's name is resolved
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def _own_report(torch: Any) -> dict[str, Any]:
-    """Return the tokenizer's own report; it works on GPU 0 on purpose."""
+def _broadcast(crew: Crew, request: ImageRequest) -> list[dict[str, Any]]:
+    """Send the request to rank 0, which broadcasts it; return the answers of all ranks."""
+    from devguard.demo.transport import send_request
+
+    crew.send("broadcast")
+    with crew.link_to(0) as link:
+        send_request(link, request)
+    return _gather_answers(crew, "tensor-parallel")
+
+
+def _send_to_each(crew: Crew, request: ImageRequest) -> list[dict[str, Any]]:
+    """Send the request to each rank separately; return the answers of all ranks."""
+    from devguard.demo.transport import send_request
+
+    for rank in range(len(crew.links)):
+        crew.send("direct", rank)
+        with crew.link_to(rank) as link:
+            send_request(link, request)
+    return _gather_answers(crew, "data-parallel")
+
+
+def _gather_answers(crew: Crew, transport: str) -> list[dict[str, Any]]:
+    replies = crew.gather("answer")
+    return [{"transport": transport, "rank": rank, **reply} for rank, reply in enumerate(replies)]
+
+
+def _measure(crew: Crew, guarded: bool, state: str | None) -> list[dict[str, Any]]:
+    """Return one report for each process, while the ranks still hold their requests."""
+    crew.send("report")
+    reports = crew.gather("report")
+    processes = [{"name": "tokenizer", "pid": os.getpid(), "rank": None, **_report_tokenizer()}]
+    for rank, (process, report) in enumerate(zip(crew.processes, reports, strict=True)):
+        if not guarded:
+            report["owner"] = f"cuda:{rank}"  # Without a guard, only torch.cuda.set_device has named this device.
+        processes.append({"name": f"rank {rank}", "pid": process.pid or 0, "rank": rank, **report})
+    if state is not None:
+        _apply_simulation_counts(processes, Path(state))
+    return processes
+
+
+def _count_strays(processes: list[dict[str, Any]]) -> dict[str, int]:
+    """Return the bytes and the contexts that ranks other than rank 0 hold on GPU 0."""
+    on_gpu_0 = [
+        device for process in processes if process["rank"] for device in process["devices"] if device["index"] == 0
+    ]
+    return {
+        "stray_bytes": sum(device["peak_bytes"] for device in on_gpu_0),
+        "stray_contexts": sum(device["context"] for device in on_gpu_0),
+    }
+
+
+def _report_tokenizer() -> dict[str, Any]:
+    """Return this process's own report; the tokenizer works on GPU 0 on purpose."""
+    import torch
+
     used = {
         "index": 0,
         "context": True,
@@ -155,22 +192,17 @@ def _own_report(torch: Any) -> dict[str, Any]:
     return {"owner": "cuda:0", "devices": [used], "strays": []}
 
 
-def _process(name: str, pid: int, rank: int | None, report: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "pid": pid, "rank": rank, **report}
-
-
-def _ask_simulation(processes: list[dict[str, Any]], state: Path) -> None:
-    """Replace what the processes say of themselves by what the simulated driver counted."""
+def _apply_simulation_counts(processes: list[dict[str, Any]], state: Path) -> None:
+    """Replace each process's own figures by the ones that the simulated driver counted."""
     from devguard import simgpu
 
     counted = {process.pid: process.devices for process in simgpu.state(state)}
     for process in processes:
         if process["pid"] not in counted:
             raise DemoError(
-                f"{process['name']} (pid {process['pid']}) is not in the simulation's state file {state}: it "
-                "does not run on "
-                "simulated GPUs. Something in its environment comes before the simulation (LD_PRELOAD, "
-                "LD_LIBRARY_PATH)."
+                f"{process['name']} (pid {process['pid']}) is not in the simulation's state file {state}, so it does "
+                "not run on simulated GPUs. Its environment may override the simulation: check LD_PRELOAD and "
+                "LD_LIBRARY_PATH."
             )
         process["devices"] = [
             {

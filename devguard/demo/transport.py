@@ -1,7 +1,7 @@
-"""The two ways by which SGLang's ranks get a request that holds tensors; both are plain pickle.
+"""Send a request that holds tensors to the ranks in SGLang's two ways; both use plain pickle.
 
-Neither names a device, and that is the disease: a pickled CUDA tensor carries its sender's ``cuda:0``, and
-``pickle.loads`` obeys it. Both functions are written as the originals are, and know nothing of devguard.
+Neither way names a device, which causes the bug: a pickled CUDA tensor carries its sender's ``cuda:0``, and
+``pickle.loads`` rebuilds the tensor there. Both are written like the originals and do not use devguard.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed
 
-__all__ = ["ImageRequest", "broadcast_request", "receive_request", "send_request"]
+__all__ = ["broadcast_request", "ImageRequest", "receive_request", "send_request"]
 
 
 @dataclass
 class ImageRequest:
-    """What the tokenizer sends to the ranks for one request with pictures.
+    """One request with pictures, sent by the tokenizer to the ranks.
 
     Attributes
     ----------
     pixel_values : Tensor, float32, shape [patches, 1176]
-        See `devguard.demo.patches.batch`.
+        See `devguard.demo.image_patches.make_batch`.
     image_grid_thw : Tensor, int64, shape [images, 3]
         Patches in time, down and across.
     """
@@ -38,15 +38,14 @@ def send_request(link: Connection, request: ImageRequest) -> None:
 
 
 def receive_request(link: Connection) -> ImageRequest:
-    """Receive a request that was sent to this rank alone (zmq's ``recv_pyobj``, over a pipe)."""
+    """Receive a request sent to this rank only (zmq's ``recv_pyobj``, over a pipe)."""
     message = link.recv_bytes()
     request: ImageRequest = pickle.loads(message)
     return request
 
 
 def broadcast_request(request: ImageRequest | None, rank: int) -> ImageRequest:
-    """Hand the request of rank 0 to every rank (``broadcast_pyobj`` of SGLang, over torch.distributed and
-    gloo).
+    """Broadcast the request of rank 0 to all ranks (SGLang's ``broadcast_pyobj``, over torch.distributed and gloo).
 
     Parameters
     ----------
@@ -58,7 +57,7 @@ def broadcast_request(request: ImageRequest | None, rank: int) -> ImageRequest:
     Returns
     -------
     ImageRequest
-        On rank 0 the object itself, elsewhere a copy.
+        The object itself on rank 0, a copy elsewhere.
     """
     if rank == 0:
         message = bytearray(pickle.dumps(request))

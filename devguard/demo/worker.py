@@ -1,7 +1,7 @@
 """One rank: the process that owns ``cuda:<gpu_id>``, as SGLang's scheduler process does.
 
-The rank program exists once. `serve` is the entry point of the unguarded pass; `serve_guarded` is the same
-behind the decorator, the one line that devguard asks for.
+`serve` is the entry point of the unguarded pass. `serve_guarded` is the same program behind the decorator, the one
+line that devguard needs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GLOO_LIMIT = timedelta(seconds=120)
 
 
 def serve(link: Connection, gpu_id: int, ranks: int, meeting: str) -> None:
-    """Serve requests until the tokenizer says stop or goes away.
+    """Serve requests until the tokenizer sends "stop" or exits.
 
     Parameters
     ----------
@@ -31,14 +31,14 @@ def serve(link: Connection, gpu_id: int, ranks: int, meeting: str) -> None:
     gpu_id : int
         The GPU that this rank owns; also its rank.
     ranks : int
-        How many ranks there are.
+        The number of ranks.
     meeting : str
-        A file through which the ranks find each other.
+        The file through which the ranks find each other.
     """
     try:
         _serve(link, gpu_id, ranks, meeting)
-    except EOFError:  # the tokenizer is gone: nobody is left to answer
-        os._exit(1)
+    except EOFError:
+        os._exit(1)  # The tokenizer has exited, so there is nothing left to do.
     except Exception:
         link.send(("failed", traceback.format_exc()))
         raise
@@ -60,7 +60,7 @@ def _serve(link: Connection, gpu_id: int, ranks: int, meeting: str) -> None:
         "gloo", init_method=f"file://{meeting}", rank=gpu_id, world_size=ranks, timeout=GLOO_LIMIT
     )
     link.send(("ready", os.getpid()))
-    held: list[ImageRequest] = []  # a server keeps its requests while it works on them
+    held: list[ImageRequest] = []  # Like a server, keep each request alive while it is in work.
     while True:
         command = link.recv()
         if command == "broadcast":
@@ -77,21 +77,20 @@ def _serve(link: Connection, gpu_id: int, ranks: int, meeting: str) -> None:
 
 
 def answer(request: Any) -> dict[str, Any]:
-    """Work on a request on the host and return what the tokenizer can check.
+    """Process a request on the host, and return values that the tokenizer can check.
 
     Returns
     -------
     dict
-        ``device`` (where `pixel_values` was), ``digest`` (SHA-256 over both tensors, hexadecimal), ``mean``
-        (of `pixel_values`, no unit), ``grid`` (`image_grid_thw` as lists), ``patches`` (rows of
-        `pixel_values`).
+        ``device`` (of `pixel_values`), ``digest`` (SHA-256 over both tensors, hexadecimal), ``mean`` (of
+        `pixel_values`, no unit), ``grid`` (`image_grid_thw` as lists), ``patches`` (rows of `pixel_values`).
     """
     device = str(request.pixel_values.device)
     pixel_values, grid = request.pixel_values.cpu().contiguous(), request.image_grid_thw.cpu().contiguous()
     digest = hashlib.sha256()
     for tensor in (pixel_values, grid):
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))  # no numpy needed
+        digest.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))  # Tensor.numpy would need numpy.
     return {
         "device": device,
         "digest": digest.hexdigest(),
@@ -102,14 +101,14 @@ def answer(request: Any) -> dict[str, Any]:
 
 
 def report(gpu_id: int) -> dict[str, Any]:
-    """Return what this process holds on each GPU, as it knows itself, and what strayed in it.
+    """Return what this process holds on each GPU, as seen from inside, and its strays.
 
     Returns
     -------
     dict
-        ``owner``; ``devices``: for each GPU with a context or memory its ``index``, ``context``, ``bytes``
-        and ``peak_bytes`` reserved by torch's allocator; ``strays``: the journal, each with the ``code`` of
-        its line.
+        ``owner``; ``devices``: for the process's own GPU and each GPU with a context the ``index``, the ``context``,
+        and the ``bytes`` and ``peak_bytes`` reserved by torch's allocator; ``strays``: the journal, with the ``code``
+        of each stray's line.
     """
     import torch
 

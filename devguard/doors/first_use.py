@@ -1,7 +1,7 @@
-"""Who initialised CUDA first: one record per process, which several doors read.
+"""The first initialisation of CUDA in this process, and the door that reports it.
 
-The door ``first_touch`` writes it. The door ``children`` reads it in a forked child, where it tells what the parent
-did, and takes over the answer for workers that own no GPU.
+The door ``first_touch`` writes the record. The door ``children`` describes it in a forked child, and reports the
+initialisation itself in loader workers, which own no GPU.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ class Touch(NamedTuple):
     Attributes
     ----------
     origin : Origin
-        Where it was done.
+        The call site.
     pid : int
-        In which process.
+        The process.
     thread : str
-        On which thread.
+        The name of the thread.
     time : float
-        When, in seconds since the epoch.
+        The time, in seconds since the epoch.
     unowned : bool
         Whether no scope was entered and the process had no owner.
     module : str
-        The name of the module of the user's code that did it; empty if there is none.
+        The name of the module of the user's code; empty if there is none.
     """
 
     origin: Origin
@@ -48,7 +48,7 @@ class Touch(NamedTuple):
 
 
 class _State:
-    """What is known in this process."""
+    """The first initialisation, and the door that reports it."""
 
     def __init__(self) -> None:
         self.first: Touch | None = None
@@ -59,7 +59,7 @@ _state = _State()
 
 
 def record(touch: Touch) -> None:
-    """Keep the record of the initialisation that has just been made."""
+    """Keep the record of the initialisation that was just done."""
     _state.first = touch
 
 
@@ -69,12 +69,12 @@ def first() -> Touch | None:
 
 
 def report_as(door: str) -> None:
-    """Let `door` report that CUDA is opened where the owner is ``cpu``; in loader workers that is ``children``."""
+    """Set the door that reports an initialisation where the owner is ``cpu``; in loader workers it is ``children``."""
     _state.door = door
 
 
 def door() -> str:
-    """Return the door that reports that CUDA is opened where the owner is ``cpu``."""
+    """Return the door that reports an initialisation where the owner is ``cpu``."""
     return _state.door
 
 
@@ -83,7 +83,8 @@ def describe() -> str:
     first = _state.first
     if first is None:
         return (
-            "before devguard's doors were opened, or by a library; open them earlier (devguard.install) to learn where"
+            "before devguard's doors were opened, or by a library. To find the line, open the doors earlier "
+            "(devguard.install)"
         )
     code, line, _, stack = first.origin
     if code is None:

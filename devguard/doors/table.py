@@ -1,14 +1,13 @@
 """The table of doors, and how they are opened and closed together.
 
-A door is one way by which work gets onto a device that is not the owner's, and one module here. Each module
-has the same small shape:
+A door is one module ``doors/<family>/<door>.py``, which imports no other door. To add one, write the module, its line
+in `DOORS`, its section in docs/doors.md and its tests. The module defines ``NAME``, ``_patches = Patches()`` and:
 
-- ``install()`` patches torch, or raises `DoorError` if this torch has not what it needs;
-- ``uninstall()`` restores exactly what it found, and returns the names that somebody else patched over us
-  meanwhile;
-- ``status()`` returns plain data for ``devguard.status()``.
-
-An open door is inert where no owner is in force. A door never imports another door.
+- ``install()``: replaces functions through ``_patches``; raises `DoorError` if one is missing. Each replacement reads
+  ``in_force.owner_at_door()``, calls the original if there is no owner, and passes a stray to ``verdict.judge``.
+- ``uninstall()``: restores what ``install()`` found, even if that failed halfway, and returns the names that other code
+  has patched since (``_patches.restore()`` does both).
+- ``status()``: plain data for ``devguard.status()``. Variables of the door lie in one ``_State`` object.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from types import ModuleType
 from typing import Any
 
 from devguard.errors import ConfigError
-from devguard.modes import MODES, DoorMode, killed
+from devguard.modes import MODES, DoorMode, is_killed
 from devguard.ownership.process import process
 from devguard.reporting.journal import journal
-from devguard.support import accelerator
 from devguard.support.callsite import Origin
+from devguard.support.installed_torch import import_torch
 from devguard.support.patching import DoorError
 
 __all__ = [
@@ -43,7 +42,7 @@ __all__ = [
     "status",
 ]
 
-# name of the door = name of its module -> the family that the module lies in; they are opened in this order
+# Door, which is also the name of its module -> family, the package of the module. Doors are opened in this order.
 DOORS = {
     "artefacts": "arrivals",
     "bare_cuda": "arrivals",
@@ -64,9 +63,9 @@ DOORS = {
     "visibility": "contexts",
 }
 NAMES = tuple(DOORS)
-# doors that act only inside remap() or where doors= names them
+# Doors that act only inside remap(), or where doors= names them.
 ON_REQUEST = frozenset({"buffers"})
-# modes that single doors know beyond those of all
+# Modes that single doors accept in addition to those of every door.
 EXTRA_MODES: dict[str, tuple[DoorMode, ...]] = {"ipc": ("copy", "uuid")}
 
 _lock = threading.RLock()
@@ -101,10 +100,10 @@ def check_doors(doors: object) -> dict[str, DoorMode]:
 
 
 def open_all() -> None:
-    """Open every door that is not open. ``DEVGUARD=off`` keeps them all closed."""
-    if len(_open) + len(_failed) == len(NAMES) or killed():
+    """Open each door that is not open and has not failed; with ``DEVGUARD=off``, open none."""
+    if len(_open) + len(_failed) == len(NAMES) or is_killed():
         return
-    accelerator.torch_module()
+    import_torch()
     with _lock:
         for name in NAMES:
             if name in _open or name in _failed:
@@ -113,7 +112,7 @@ def open_all() -> None:
             try:
                 module.install()
             except Exception as error:
-                module.uninstall()  # what it had patched before it met what is missing
+                module.uninstall()  # removes the patches from before the failure
                 if not isinstance(error, DoorError):
                     raise
                 _failed[name] = str(error)
@@ -123,16 +122,16 @@ def open_all() -> None:
 
 
 def _start_log() -> None:
-    """Write the journal to a file from now on, where ``DEVGUARD_LOG`` names a folder."""
+    """Start the log file, if ``DEVGUARD_LOG`` names a folder."""
     folder = os.environ.get("DEVGUARD_LOG", "").strip()
-    if folder and journal.log is None:  # importing torch may have opened everything meanwhile
+    if folder and journal.log is None:  # importing torch may have started it already
         from devguard.reporting import log_file
 
         log_file.start(Path(os.path.abspath(folder)), last_look=look)
 
 
 def close_all() -> list[str]:
-    """Close every open door, the last one first; return the names that somebody else patched over ours."""
+    """Close every open door, the last one first; return the names that other code has patched since."""
     left_over: list[str] = []
     with _lock:
         if journal.log is not None:
@@ -145,29 +144,29 @@ def close_all() -> list[str]:
 
 
 def accept_contexts() -> None:
-    """Hold nobody responsible for the contexts that there are now."""
+    """Accept the contexts that exist now: the door ``native`` does not report them."""
     native = _open.get("native")
     if native is not None:
         native.accept()
 
 
-def inspect(where: str, asked_by: Origin | None = None) -> None:
-    """Look for contexts that no door explains; nothing if the doors are closed.
+def inspect(where: str, origin: Origin | None = None) -> None:
+    """Look for contexts that no door explains; do nothing if the doors are closed.
 
     Parameters
     ----------
     where : str
-        What has just happened.
-    asked_by : Origin, optional
-        The call site of a context whose line is not known; the line that asks, by default.
+        What has just happened, for the record.
+    origin : Origin, optional
+        The call site to record for a context of unknown origin; by default, the line that caused the look.
     """
     native = _open.get("native")
     if native is not None:
-        native.inspect(where, asked_by)
+        native.inspect(where, origin)
 
 
 def look(where: str) -> None:
-    """Look for contexts on devices that this process does not own: now, and not only at the next door.
+    """Look for contexts on devices that this process does not own, without waiting for the next door.
 
     Parameters
     ----------
@@ -180,7 +179,7 @@ def look(where: str) -> None:
 
 
 def status() -> dict[str, dict[str, Any]]:
-    """Return, for each door, whether it is open and what it has to say."""
+    """Return for each door whether it is open, its own status, and why it could not be opened."""
     with _lock:
         report: dict[str, dict[str, Any]] = {}
         for name in NAMES:

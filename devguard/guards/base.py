@@ -19,22 +19,29 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 
-INSPECT_EVERY_S = 0.1
-_last_inspection = 0.0
+INSPECT_EVERY_S = 0.1  # decorated functions are called in hot loops
 
 
-def _is_time() -> bool:
-    """Tell whether the last look at the contexts is long enough ago: decorated functions are called in hot loops."""
-    global _last_inspection
-    now = time.monotonic()
-    if now - _last_inspection < INSPECT_EVERY_S:
-        return False
-    _last_inspection = now
-    return True
+class _Inspection:
+    """The time of the last look for contexts after a call."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def claim_turn(self) -> bool:
+        """Return whether the last look was long enough ago; then this one counts as the last."""
+        now = time.monotonic()
+        if now - self._last < INSPECT_EVERY_S:
+            return False
+        self._last = now
+        return True
+
+
+_inspection = _Inspection()
 
 
 class Scope:
-    """What `guard`, `remap` and `unguarded` have in common: an entry on the thread's stack, and decorating."""
+    """Base class of `guard`, `remap` and `unguarded`: an entry on the thread's stack, and a decorator."""
 
     __slots__ = ()
 
@@ -42,26 +49,26 @@ class Scope:
         """Return the mode that this scope sets for `door`, None where it leaves that to the scope around it."""
         return None
 
-    def asks_for(self, door: str) -> bool:
-        """Tell whether this scope asks a door to act that acts on request only."""
+    def requests(self, door: str) -> bool:
+        """Return whether this scope requests a door that acts on request only."""
         return False
 
     def names(self, door: str) -> bool:
-        """Tell whether this scope sets the mode of `door` by its name."""
+        """Return whether this scope sets the mode of `door` by its name."""
         return False
 
     @property
     def parameter(self) -> str | None:
-        """The name of the parameter of a decorated function that holds the device; None if none does."""
+        """The parameter of a decorated function that holds the device; None if none does."""
         return None
 
-    def settled(self, parameter: decorate.Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
+    def resolved(self, parameter: decorate.Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
         """Return this scope with its owner known, for one call of a decorated function."""
         return self
 
-    def ended(self, function: Callable[..., Any]) -> None:
-        """Look for contexts that no door explains, after the outermost call of a decorated function; not often."""
-        if not local.stack and _is_time():
+    def after_call(self, function: Callable[..., Any]) -> None:
+        """Look for contexts that no door explains, after the outermost call of a plain decorated function."""
+        if not local.stack and _inspection.claim_turn():
             table.inspect(f"after {getattr(function, '__qualname__', function)} had returned")
 
     def steps(self, inner: Any) -> Steps:
@@ -83,13 +90,13 @@ class Scope:
     async def __aenter__(self) -> NoReturn:
         name = type(self).__name__
         raise TypeError(
-            f"`async with {name}(...)` cannot keep its promise: Python tells nobody when the event loop switches "
-            f"tasks, so other tasks would run on this device. Use `await {name}(...).run(awaitable)`, or decorate the "
-            f"coroutine function with @{name}(...): both hold the device only while your code runs."
+            f"`async with {name}(...)` is not supported: Python has no hook on a task switch, so other tasks would run "
+            f"on this device. Use `await {name}(...).run(awaitable)`, or decorate the coroutine function with "
+            f"@{name}(...): both hold the device only while your code runs."
         )
 
     async def __aexit__(self, *error: object) -> None:
-        """Never reached: entering raises."""
+        """Do nothing: entering raises."""
 
     def __call__(self, function: F) -> F:
         """Decorate `function`: each call of it runs inside this scope.
@@ -108,7 +115,7 @@ class Scope:
         Raises
         ------
         ConfigError
-            If the function has no parameter of the name that the scope takes its device from.
+            If the function lacks the parameter that the scope takes its device from.
         """
         decorated: F = decorate.wrap(self, function, self.parameter)
         return decorated
@@ -123,13 +130,13 @@ class Scope:
         return Bound(self, function)
 
     async def run(self, awaitable: Awaitable[T]) -> T:
-        """Await `awaitable`; each of its steps runs inside this scope, and the scope is left whenever it sleeps.
+        """Await `awaitable`; each of its steps runs inside this scope, which is left while `awaitable` is suspended.
 
         Parameters
         ----------
         awaitable : awaitable
-            A coroutine, or another object with ``__await__``. Not a Task or Future: the event loop steps
-            those by itself.
+            A coroutine, or another object with ``__await__``. Not a Task or Future, which the event loop steps
+            outside this scope.
 
         Returns
         -------
@@ -138,12 +145,12 @@ class Scope:
         """
         if getattr(awaitable, "_asyncio_future_blocking", None) is not None:
             raise TypeError(
-                f"run() got {awaitable!r}, which the event loop steps by itself, outside this scope. Pass the "
+                f"run() got {awaitable!r}, which the event loop steps outside this scope. Pass the "
                 f"coroutine: asyncio.create_task({type(self).__name__}(...).run(coroutine))."
             )
-        within = self.settled(None, (), {})
+        scope = self.resolved(None, (), {})
         inner = awaitable if hasattr(awaitable, "send") else awaitable.__await__()
-        result: T = await within.steps(inner)
+        result: T = await scope.steps(inner)
         return result
 
 

@@ -1,8 +1,7 @@
-"""Coroutines and generators under a scope: each step enters it, each suspend leaves it.
+"""Coroutines and generators in a scope: each step enters the scope, and each suspend leaves it.
 
-A coroutine that sleeps must not keep the device of its thread, because other tasks run there meanwhile. So
-a decorated function is driven step by step: at most two exchanges a step, none where the device is already
-right.
+A suspended coroutine must not keep the device of its thread, because other tasks run on the thread. So a decorated
+function is driven step by step, with at most two exchanges of the device a step, and none if the device is right.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ __all__ = ["Steps", "unregistered"]
 
 
 class Steps:
-    """An iterator, and an awaitable, that passes each step on to `inner` inside a scope.
+    """An iterator, and an awaitable, that runs each step of `inner` inside a scope.
 
     Parameters
     ----------
     within : context manager
-        A scope whose owner is known.
+        A scope with a known owner.
     inner : generator, coroutine or iterator
-        What to step. Scopes that `inner` itself holds across a suspend sleep and wake with it.
+        The code to step. Scopes that `inner` holds across a suspend are left and entered with it.
     """
 
     __slots__ = ("_advance", "_held", "_inner", "_within")
@@ -50,14 +49,14 @@ class Steps:
         return self._step(self._inner.send, value)
 
     def throw(self, *error: Any) -> Any:
-        """Raise inside, within the scope."""
+        """Raise in `inner`, inside the scope."""
         if hasattr(self._inner, "throw"):
             return self._step(self._inner.throw, *error)
         raised = error[1] if len(error) > 1 and error[1] is not None else error[0]  # a plain iterator catches nothing
         raise raised
 
     def close(self) -> None:
-        """Close, within the scope: the clean-up code of the function runs on its own device too."""
+        """Close `inner` inside the scope, so that its clean-up code runs on the scope's device."""
         if hasattr(self._inner, "close"):
             self._step(self._inner.close)
 
@@ -70,7 +69,7 @@ class Steps:
             self._wake(stack)
         try:
             result = resume(*arguments)
-            if stack.changes:  # whoever sleeps may still put the device back; it is taken from it anyway
+            if stack.changes:  # suspended code may still undo them, and its device is given back now anyway
                 stack.changes = [change for change in stack.changes if change.depth < depth]
             return result
         finally:
@@ -88,7 +87,7 @@ class Steps:
                 break
 
     def _wake(self, stack: Stack) -> None:
-        """Put them back: the innermost device is current again, and the lowest gives back what is current now."""
+        """Put the entries back: take the innermost device, and let the lowest entry give back the current one."""
         held, self._held = self._held, []
         takers = [position for position, entry in enumerate(held) if entry[2] >= 0]
         if takers:
@@ -101,9 +100,10 @@ class Steps:
 
 
 def unregistered(generator: Any) -> Any:
-    """Return the first step of an asynchronous generator, without the event loop getting to know the generator.
+    """Return the first step of an asynchronous generator, without registering the generator with the event loop.
 
-    The loop would close it by itself at its end, outside the scope and at the same time as the decorated one around.
+    A loop closes the generators that it knows when it ends: outside the scope, and together with the decorated
+    generator around this one.
     """
     hooks = sys.get_asyncgen_hooks()
     sys.set_asyncgen_hooks(firstiter=None, finalizer=None)

@@ -1,8 +1,8 @@
-"""Decorating: a scope around every call of a function, method, coroutine, generator or asynchronous generator.
+"""Decorators: a scope around every call of a function, method, coroutine, generator or asynchronous generator.
 
-The result is a native function of the same kind, made with ``functools.wraps``: it pickles by its qualified
-name as the target of a spawned process, and cloudpickle ships it by value with its scope. Therefore the
-wrappers below close over the scope and the function only, and reach everything else through them.
+A decorated function is a native function of the same kind, made with ``functools.wraps``: it pickles by its qualified
+name as the target of a spawned process, and cloudpickle ships it by value with its scope. For that, the wrappers below
+close over the scope and the function only, and reach everything else through them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Parameter(NamedTuple):
     name : str
         Its name.
     position : int or None
-        Where it stands among positional arguments; None if it is keyword-only.
+        Its index among the positional arguments; None if it is keyword-only.
     keyword : bool
         Whether it may be passed by keyword.
     default : object
@@ -57,7 +57,7 @@ class Parameter(NamedTuple):
         return self.default
 
 
-class Decorating(Protocol):
+class DecoratingScope(Protocol):
     """A scope that can decorate: see `devguard.guards.base.Scope`."""
 
     def __enter__(self) -> Any: ...
@@ -66,11 +66,13 @@ class Decorating(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
 
-    def settled(self, parameter: Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Decorating: ...
+    def resolved(
+        self, parameter: Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> DecoratingScope: ...
 
     def steps(self, inner: Any) -> Steps: ...
 
-    def ended(self, function: Callable[..., Any]) -> None: ...
+    def after_call(self, function: Callable[..., Any]) -> None: ...
 
 
 def find_parameter(function: Callable[..., Any], name: str) -> Parameter:
@@ -79,7 +81,7 @@ def find_parameter(function: Callable[..., Any], name: str) -> Parameter:
     Raises
     ------
     ConfigError
-        If the function has no such parameter and takes no ``**kwargs`` in which it could come.
+        If the function has no such parameter and takes no ``**kwargs`` that could hold it.
     """
     parameters = inspect.signature(function).parameters
     catch_all = False
@@ -98,15 +100,15 @@ def find_parameter(function: Callable[..., Any], name: str) -> Parameter:
     )
 
 
-def wrap(scope: Decorating, function: Any, argument: str | None) -> Any:
+def wrap(scope: DecoratingScope, function: Any, argument: str | None) -> Any:
     """Return `function` with each call inside `scope`.
 
     Parameters
     ----------
-    scope : Decorating
-        What to enter.
+    scope : DecoratingScope
+        The scope.
     function : callable, staticmethod or classmethod
-        What to decorate.
+        The function to decorate.
     argument : str, optional
         The name of the parameter that holds the device.
     """
@@ -133,41 +135,41 @@ def wrap(scope: Decorating, function: Any, argument: str | None) -> Any:
 
 
 def _is(kind: Callable[[object], bool], function: Any) -> bool:
-    """Tell whether a function, or the ``__call__`` of an object, is of that kind."""
+    """Return whether a function, or the ``__call__`` of an object, is of that kind."""
     return kind(function) or kind(type(function).__call__)
 
 
-def _function(scope: Decorating, function: Callable[..., Any], parameter: Parameter | None) -> Any:
+def _function(scope: DecoratingScope, function: Callable[..., Any], parameter: Parameter | None) -> Any:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with scope if parameter is None else scope.settled(parameter, args, kwargs):
+        with scope if parameter is None else scope.resolved(parameter, args, kwargs):
             result = function(*args, **kwargs)
-        scope.ended(function)
+        scope.after_call(function)
         return result
 
     return wrapper
 
 
-def _coroutine(scope: Decorating, function: Callable[..., Any], parameter: Parameter | None) -> Any:
+def _coroutine(scope: DecoratingScope, function: Callable[..., Any], parameter: Parameter | None) -> Any:
     @functools.wraps(function)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return await scope.settled(parameter, args, kwargs).steps(function(*args, **kwargs))
+        return await scope.resolved(parameter, args, kwargs).steps(function(*args, **kwargs))
 
     return wrapper
 
 
-def _generator(scope: Decorating, function: Callable[..., Any], parameter: Parameter | None) -> Any:
+def _generator(scope: DecoratingScope, function: Callable[..., Any], parameter: Parameter | None) -> Any:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return (yield from scope.settled(parameter, args, kwargs).steps(function(*args, **kwargs)))
+        return (yield from scope.resolved(parameter, args, kwargs).steps(function(*args, **kwargs)))
 
     return wrapper
 
 
-def _async_generator(scope: Decorating, function: Callable[..., Any], parameter: Parameter | None) -> Any:
+def _async_generator(scope: DecoratingScope, function: Callable[..., Any], parameter: Parameter | None) -> Any:
     @functools.wraps(function)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        steps = scope.settled(parameter, args, kwargs).steps
+        steps = scope.resolved(parameter, args, kwargs).steps
         inner = function(*args, **kwargs)
         step = unregistered(inner)
         while True:

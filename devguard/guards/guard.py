@@ -1,8 +1,8 @@
 """`guard`: the scope with an owner.
 
-A scope object holds configuration only. It pickles, copies and compares by value, and threads may share one; what
-belongs to one entry lies on the thread's stack (stack.py). Entering sets the current device of the thread; modes and
-doors decide what happens to work that would land elsewhere.
+A guard object holds configuration only. It pickles, copies and compares by value, and threads may share one; the state
+of one entry lies on the thread's stack (ownership/stack.py). Entering sets the current device of the thread. Modes and
+doors decide about work that would land elsewhere.
 """
 
 from __future__ import annotations
@@ -50,17 +50,18 @@ class guard(Scope):
     resolve : callable, optional
         Called without arguments at each entry; returns the device, or None for the search to go on.
     mode : {'off', 'observe', 'warn', 'repair', 'error'}, optional
-        What the doors do with a stray; inherited by default, and ``'repair'`` where nobody says anything.
+        What the doors do with a stray. By default that of the scope around this one, else of the process, else
+        ``'repair'``.
     doors : mapping of str to str, optional
         The mode of single doors, such as ``{"load": "warn"}``.
 
     Raises
     ------
     ConfigError
-        For a mode, a door or a combination that means nothing.
+        For a mode or a door that does not exist, or a combination that is not valid.
     DeviceResolutionError
-        For a device that cannot be owned; on entry, for one that this process does not see, or if nothing
-        names one.
+        For a device that cannot be owned. On entry, for a device that this process does not see, or if no device
+        is found.
 
     Examples
     --------
@@ -80,7 +81,7 @@ class guard(Scope):
     _options: _Options | None
     _owner: Owner
 
-    _plain: ClassVar[dict[int, Any]]  # guard(1) is a value: one object serves all of its kind
+    _plain: ClassVar[dict[int, Any]]  # guard(1) is a value, so one object serves every call
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -96,7 +97,7 @@ class guard(Scope):
     ) -> Self:
         """Return the scope; the same object for the same plain index."""
         if argument is None and resolve is None and mode is None and doors is None:
-            if device.__class__ is int:  # True and numpy's integers go the long way
+            if device.__class__ is int:  # not True, nor numpy's integers, which are parsed
                 try:
                     shared: Self = cls._plain[device]
                     return shared
@@ -114,7 +115,7 @@ class guard(Scope):
 
     @classmethod
     def _parse(cls, device: Any) -> Owner:
-        # a function or a class; merely being callable says nothing, a torch.device is
+        # A function or a class. Being callable is not enough: a torch.device is callable.
         if hasattr(device, "__get__") or isinstance(device, type):
             name = cls.__name__
             raise TypeError(
@@ -128,14 +129,14 @@ class guard(Scope):
         return None if options is None else options.doors.get(door, options.mode)
 
     def names(self, door: str) -> bool:
-        """Tell whether this scope sets the mode of `door` by its name."""
+        """Return whether this scope sets the mode of `door` by its name."""
         return self._options is not None and door in self._options.doors
 
-    def asks_for(self, door: str) -> bool:
-        """Tell whether this scope asks a door to act that acts on request only: by naming it."""
+    def requests(self, door: str) -> bool:
+        """Return whether this scope requests a door that acts on request only: by its name."""
         return self.names(door)
 
-    def settled(self, parameter: decorate.Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
+    def resolved(self, parameter: decorate.Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
         """Return this scope with its owner known, for one call of a decorated function."""
         if self._owner is not UNKNOWN:
             return self
@@ -145,13 +146,19 @@ class guard(Scope):
             owner = parse_owner(value, f"the argument {parameter.name}")
         else:
             owner = self._find("" if parameter is None else f"the argument {parameter.name} (None)")
-        settled = object.__new__(type(self))
-        settled._owner = owner
-        settled._options = self._options
-        return settled
+        resolved = object.__new__(type(self))
+        resolved._owner = owner
+        resolved._options = self._options
+        return resolved
 
     def _find(self, tried: str = "") -> Owner:
-        """Find the owner that nobody named; `tried` is what a decorated function's own argument said."""
+        """Find the owner of a guard without a device.
+
+        Parameters
+        ----------
+        tried : str
+            The argument of the decorated function and its value, for the error; empty where there is none.
+        """
         options = self._options
         if options is not None and options.argument is not None and not tried:
             raise ConfigError(
@@ -195,12 +202,12 @@ class guard(Scope):
             stack.append(entry)
             unwind.remove(self)
         elif stack.moved:
-            unwind.settle(entry, kind is not None)
+            unwind.restore_device(entry, kind is not None)
         elif previous != owner.index:  # type: ignore[union-attr]  # only unguarded() enters without an owner
             stack.give_back(previous)
 
     def _prepare(self) -> Owner:
-        """Find the owner if nobody named it, and make this process fit to enter it."""
+        """Return the owner, found first if no device was named, and prepare this process for its first entry."""
         owner = self._find() if self._owner is UNKNOWN else self._owner
         if owner.device is None:
             table.open_all()
@@ -209,7 +216,7 @@ class guard(Scope):
 
     @property
     def parameter(self) -> str | None:
-        """The name of the parameter of a decorated function that holds the device; None if none does."""
+        """The parameter of a decorated function that holds the device; None if none does."""
         return None if self._options is None else self._options.argument
 
     def _value(self) -> tuple[Any, ...]:
@@ -264,7 +271,7 @@ def _check_options(device: Any, argument: Any, resolve: Any, mode: Any, doors: A
         name for name, value in (("device", device), ("argument", argument), ("resolve", resolve)) if value is not None
     ]
     if len(named) > 1:
-        raise ConfigError(f"{' and '.join(named)} each say which device it is. Give one of them.")
+        raise ConfigError(f"{' and '.join(named)} each name the device. Give only one of them.")
     if argument is not None and not (isinstance(argument, str) and argument.isidentifier()):
         raise ConfigError(f"argument must be the name of a parameter, such as 'gpu_id'; got {argument!r}.")
     if resolve is not None and not callable(resolve):

@@ -1,4 +1,4 @@
-"""A block in which nothing may stray."""
+"""`no_strays`: a block in which no work may stray."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["no_strays"]
 
 
 class no_strays:
-    """A block in which nothing may stray: raises `StrayDeviceError` at its end if anything did, repaired or not.
+    """A block at the end of which `StrayDeviceError` is raised if work strayed in it, repaired or not.
 
     A thread that was placed on the owner's device (action ``"placed"``) has not strayed.
 
     Raises
     ------
     StrayDeviceError
-        At the end of the block; it names every call site. Not if the block already raises something else.
+        At the end of the block; it names every call site. Not if the block raises another exception.
 
     Examples
     --------
@@ -48,4 +48,4 @@ class no_strays:
             more = f"\n  and {dropped} more at call sites beyond the journal's limit" if dropped else ""
             total = sum(stray.count for stray in found) + dropped
             lines = "".join(f"\n  {stray}" for stray in found)
-            raise StrayDeviceError(f"{total} stray(s) where none may be:{lines}{more}")
+            raise StrayDeviceError(f"{total} stray(s) inside no_strays():{lines}{more}")

@@ -10,7 +10,7 @@ __all__ = ["remap"]
 
 
 class remap(guard):
-    """A scope for deserialization: what arrives here lands on the owner, host buffers included.
+    """A scope for deserialization: data that arrives in it lands on the owner, host buffers included.
 
     As `guard`, and inside it ``torch.frombuffer`` gives a tensor on the owner, and memory that another process shares
     from another GPU (CUDA IPC) is copied to the owner. Those tensors are copies: they no longer alias the buffer, or
@@ -20,14 +20,13 @@ class remap(guard):
     Parameters
     ----------
     device, argument, resolve, mode, doors
-        As for `guard`; but left out, the owner is that of the scope around this one, before the environment
-        is asked.
+        As for `guard`; but an omitted device is that of the scope around this one, else that of the environment.
     """
 
     __slots__ = ()
 
-    def asks_for(self, door: str) -> bool:
-        """Tell whether this scope asks a door to act that acts on request only: here, all of them."""
+    def requests(self, door: str) -> bool:
+        """Return True: this scope requests every door that acts on request only."""
         return True
 
     def _search(self, tried: str) -> Owner:

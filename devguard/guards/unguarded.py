@@ -1,4 +1,4 @@
-"""The way out: a scope without an owner."""
+"""`unguarded`: a scope without an owner, the escape hatch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["unguarded"]
 
 
 class unguarded(Scope):
-    """The way out: a scope without an owner, in which every door leaves everything alone.
+    """A scope without an owner, in which every door is off: for code that uses several GPUs on purpose.
 
-    For code that works on several GPUs on purpose. It does not change the current device.
+    The current device stays as it is.
     """
 
     __slots__ = ()
@@ -23,7 +23,7 @@ class unguarded(Scope):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        unguarded_contexts.update(accelerator.contexts())  # whatever it opened, it opened on purpose
+        unguarded_contexts.update(accelerator.contexts())  # the code inside opened them on purpose
         super().__exit__(kind, error, traceback)
 
     def mode_of(self, door: str) -> DoorMode | None:

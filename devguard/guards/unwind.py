@@ -1,7 +1,6 @@
-"""Leaving a scope where that is more than taking the last entry off the stack.
+"""Exits of scopes that need more than a pop: the device was moved inside, or scopes are left out of order.
 
-The current device was moved inside it, or the scope is left out of order: it was held across an await or a yield, or on
-a thread that never entered it. Scopes that are left in order, with the device where they found it, never come here.
+A scope is left out of order if it was held across an await or a yield, or is left on a thread that never entered it.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from types import CodeType
 from devguard.ownership.stack import Entry, judge_pending, local, moves_are_watched
 from devguard.support import callsite
 
-__all__ = ["remove", "settle"]
+__all__ = ["remove", "restore_device"]
 
 
-def settle(entry: Entry, failing: bool) -> None:
-    """Give back the device of `entry`, which has just been taken off the stack, where the device was moved meanwhile.
+def restore_device(entry: Entry, failing: bool) -> None:
+    """Give back the device of `entry`, which has just been popped, after the device was moved inside its scope.
 
     Parameters
     ----------
@@ -41,15 +40,15 @@ def settle(entry: Entry, failing: bool) -> None:
             stack.moved = False
 
 
-def remove(left: object) -> None:
-    """Take the newest entry of the scope `left` out of the middle of the stack, and report it.
+def remove(scope: object) -> None:
+    """Remove the newest entry of `scope` from the middle of the stack, and report it.
 
-    The current device belongs to the entries above: it stays, and the saved device goes to the entry above,
-    which will give it back in its turn.
+    The current device belongs to the entries above, so it stays. The saved device goes to the entry above, which gives
+    it back when it is left.
     """
     stack = local.stack
     for position in range(len(stack) - 1, -1, -1):
-        if stack[position][0] is left:
+        if stack[position][0] is scope:
             break
     else:
         _report("was left on a thread that had not entered it; that thread still holds its device")
@@ -64,8 +63,8 @@ def remove(left: object) -> None:
             stack.give_back(stack[position][2])
     del stack[position]
     stack.judged = None
-    stack.changes.clear()  # who changed what within which scope can no longer be told
-    stack.moved = True  # whose device is current is now for the entries above to put right
+    stack.changes.clear()  # it is no longer known which scope a change belongs to
+    stack.moved = True  # the entries above must compare the device when they are left
     _report(
         "was held across an await or a yield, and other code ran under its device meanwhile. Decorate the function, or "
         "use guard(...).run(awaitable): they hold the device only while your code runs"
@@ -76,7 +75,7 @@ _reported: dict[tuple[int, int], CodeType] = {}  # by identity: equal code may l
 
 
 def _report(what: str) -> None:
-    """Warn once per call site that a scope was misused."""
+    """Warn of a misused scope, once per call site."""
     code, line, _ = callsite.find(sys._getframe(2))
     if code is None:
         warnings.warn(f"a devguard scope {what}.", RuntimeWarning, stacklevel=3)

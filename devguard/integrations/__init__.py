@@ -1,48 +1,59 @@
-"""Frameworks whose processes have roles: which GPU each of them owns is known without a line of the user's code.
+"""Integrations with frameworks: they find the GPU of each worker process without a change to the user's code.
 
-One module or package for each framework. `arm` makes them wait for the framework's import; it imports none, nor torch.
+Each framework has a module or package. `arm` waits for the framework's import, and imports neither it nor torch.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import sys
 
 from devguard import modes
 from devguard.support.notices import warn_user
 
-__all__ = ["arm", "is_asked_for"]
+__all__ = ["arm", "disarm", "is_asked_for"]
 
 NAMES = ("sglang", "vllm")
 
 
 def arm() -> None:
-    """Let every integration wait for its framework; called when devguard is activated by environment.
+    """Make every integration wait for the import of its framework; called when the environment activates devguard.
 
-    Calling it again changes nothing. It never raises: an integration that cannot be armed is left out, with a warning.
+    A second call changes nothing. `arm` never raises: an integration that cannot be armed is skipped with a warning.
     """
     for name in NAMES:
         try:
             importlib.import_module(f"{__name__}.{name}").arm()
-        except Exception as error:  # noqa: BLE001 - whatever it is, somebody's import of torch must go on
-            warn_user(f"devguard does not know the processes of {name}: {type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 - an error here would make `import torch` fail
+            warn_user(f"devguard's integration with {name} is off: {type(error).__name__}: {error}")
+
+
+def disarm() -> list[str]:
+    """Restore the functions of every framework; return the names that other code has patched over devguard."""
+    left: list[str] = []
+    for name in NAMES:
+        module = sys.modules.get(f"{__name__}.{name}")
+        if module is not None:  # otherwise it was never armed
+            left += module.disarm()
+    return left
 
 
 def is_asked_for(whitelist: str) -> bool:
-    """Tell whether a framework's plugin loader may load devguard, which it finds wherever that is installed.
+    """Return whether the environment requests devguard; a framework's plugin loader finds it wherever it is installed.
 
     Parameters
     ----------
     whitelist : str
-        The variable that names the plugins to load, such as ``"SGLANG_PLUGINS"``.
+        The environment variable that names the plugins to load, such as ``"SGLANG_PLUGINS"``.
 
     Returns
     -------
     bool
-        Whether ``DEVGUARD`` asks for a guard, or the whitelist names devguard; never with ``DEVGUARD=off``.
+        True if ``DEVGUARD`` is set or the whitelist names devguard; always False with ``DEVGUARD=off``.
     """
     named = {name.strip() for name in os.environ.get(whitelist, "").split(",")}
-    return not modes.killed() and ("devguard" in named or bool(os.environ.get("DEVGUARD", "").strip()))
+    return not modes.is_killed() and ("devguard" in named or bool(os.environ.get("DEVGUARD", "").strip()))
 
 
 def __getattr__(name: str) -> object:

@@ -1,9 +1,9 @@
-"""vLLM: each worker process owns the GPU that vLLM gives it.
+"""vLLM: each worker process owns the GPU that vLLM gives its worker.
 
-The entry point ``devguard`` of the group ``vllm.general_plugins``, which vLLM calls in every process of its own before
-a worker is made. Which GPU that will be, the worker decides itself in ``init_device`` (its local rank, shifted by its
-data-parallel rank), so its answer is taken: what it does until then is guarded by adoption. A worker that lives in
-the user's own process is left to adoption altogether; other accelerators are left alone.
+`plugin` is the entry point ``devguard`` of the group ``vllm.general_plugins``. vLLM calls it in each of its processes
+before it makes a worker. The worker chooses its GPU in ``init_device`` (its local rank, shifted by its data-parallel
+rank), and devguard takes the device from there; until then adoption guards the process. A worker in the user's own
+process is left to adoption altogether. Other accelerators are ignored.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import os
 from types import ModuleType
 from typing import Any
 
-from devguard.activation.install import assign, on_uninstall
 from devguard.integrations import is_asked_for
-from devguard.ownership.resolve import is_one_of_several
 from devguard.support.notices import warn_user
 
 __all__ = ["arm", "disarm", "plugin"]
 
-# where WorkerWrapperBase is, and was in older releases
+# The module of WorkerWrapperBase in current and in older releases.
 HOMES = ("vllm.v1.worker.worker_base", "vllm.worker.worker_base")
 
 _armed = False
@@ -27,18 +25,19 @@ _patches: Any = None
 
 
 def plugin() -> None:
-    """Guard this process of vLLM, if ``DEVGUARD`` is set or ``VLLM_PLUGINS`` names devguard. It never raises."""
+    """Guard this process of vLLM, if ``DEVGUARD`` is set or ``VLLM_PLUGINS`` names devguard. Never raises."""
     if not is_asked_for("VLLM_PLUGINS"):
         return
     try:
         arm()
-    except Exception as error:  # noqa: BLE001 - vLLM would not start
-        _say(error)
+    except Exception as error:  # noqa: BLE001 - an error here would keep vLLM from starting
+        _warn(error)
 
 
 def arm() -> None:
-    """Wait for vLLM's workers; calling it again changes nothing."""
+    """Patch vLLM's workers as soon as they are imported. A second call changes nothing."""
     global _armed
+    from devguard.activation.install import on_uninstall
     from devguard.support import import_hooks
 
     _armed = True
@@ -48,7 +47,7 @@ def arm() -> None:
 
 
 def disarm() -> list[str]:
-    """Leave vLLM as it was found; return the names that somebody else patched over devguard."""
+    """Restore vLLM's functions; return the names that other code has patched over devguard."""
     global _armed
     _armed = False
     left: list[str] = [] if _patches is None else _patches.restore()
@@ -64,34 +63,36 @@ def _patch(module: ModuleType) -> None:
 
     if _patches is None:
         _patches = Patches()
-    if any(owner is wrapper for owner, *_ in _patches.replaced):
+    if _patches.has(wrapper):
         return
     original = vars(wrapper).get("init_device")
     if original is None:
-        _say(f"{wrapper.__name__}.init_device is not in this version")
+        _warn(f"this version has no {wrapper.__name__}.init_device")
         return
 
     def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
-        answer = original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
         try:
             _own(self.worker)
-        except Exception as error:  # noqa: BLE001 - a worker must not die of its guard
-            _say(error)
-        return answer
+        except Exception as error:  # noqa: BLE001 - an error in devguard must not stop the worker
+            _warn(error)
+        return result
 
     _patches.replace(wrapper, "init_device", init_device)
 
 
 def _own(worker: Any) -> None:
-    """Make the device of `worker`, which has just chosen it, the owner of this process."""
+    """Make the device that `worker` has just chosen the owner of this process."""
+    from devguard.activation.install import assign
     from devguard.ownership import adoption
+    from devguard.ownership.resolve import has_local_siblings
 
     device: Any = getattr(worker, "device", None)
     if getattr(device, "type", None) != "cuda" or device.index is None:
         return
-    if adoption.is_child() or is_one_of_several(os.environ):
+    if adoption.is_child() or has_local_siblings(os.environ):
         assign(device, role=f"vLLM worker {getattr(worker, 'rank', '')}".rstrip())
 
 
-def _say(what: object) -> None:
-    warn_user(f"devguard does not know the devices of vLLM's workers: {what}")
+def _warn(problem: object) -> None:
+    warn_user(f"devguard cannot find the devices of vLLM's workers: {problem}")

@@ -1,16 +1,13 @@
-"""Finding the owner of a process that never names one: for activation by environment.
+"""A guessed owner, which later calls can correct; for activation by environment.
 
-The candidate is what the launcher says (where it says that there are several local ranks), and from then on the latest
-device that the main thread chose for good: ``torch.cuda.set_device`` and its like. It is frozen when the first stray
-would be handled. What was adopted is a guess, so:
+The candidate is the launcher's local rank, if there are several, and later the latest device that the main thread chose
+permanently (``torch.cuda.set_device`` and similar calls). The first stray freezes it. Without one, nothing is moved. A
+named device (``DEVGUARD_DEVICE``), or the only visible one, is no guess: it is firm from the start.
 
-- It repairs and refuses only in a process that is one of several: several local ranks, or a `multiprocessing` child.
-  Elsewhere, as in a program that spreads one model over all GPUs, every mode but ``off`` observes.
-- If the main thread chooses another device later and has not put it back by the next door, the guess was wrong: from
-  then on it observes, after one warning.
-
-Before there is a candidate there is no owner, and nothing is moved. A device that was named, in ``DEVGUARD_DEVICE`` or
-by being the only one, is no guess: it is firm from the start.
+- A guess repairs and refuses only in a process that is one of several: several local ranks, or a `multiprocessing`
+  child. Elsewhere, as in a program that spreads one model over all GPUs, every mode but ``off`` observes.
+- If the main thread later chooses another device, and has not put it back by the next door, the guess was wrong:
+  devguard warns once and only observes from then on.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ __all__ = ["Adoption", "is_child"]
 
 
 class Holder(Protocol):
-    """The process whose owner an `Adoption` finds."""
+    """The process for which an `Adoption` finds the owner."""
 
     @property
     def owner(self) -> Owner | None: ...
@@ -43,7 +40,7 @@ class Holder(Protocol):
 
 
 def is_child() -> bool:
-    """Tell whether this process is a `multiprocessing` child, also while it is still being made ready."""
+    """Return whether this process is a `multiprocessing` child, also while the child is still being prepared."""
     processes: Any = sys.modules.get("multiprocessing.process")
     return processes is not None and (
         processes.parent_process() is not None or getattr(processes.current_process(), "_inheriting", False)
@@ -51,20 +48,20 @@ def is_child() -> bool:
 
 
 class Adoption:
-    """How the owner of this process was found, and whether it still may change.
+    """How the owner of this process was found, and whether it can still change.
 
     Parameters
     ----------
     holder : Holder
         The process. Its `own` puts an adoption in force, with the first candidate.
     source : str
-        Where it came from, for ``status()``.
+        Where the owner comes from, for ``status()``.
     firm : bool
-        Whether it was named, and is no guess.
+        Whether the owner was named, and is no guess.
     pin : bool
-        Whether the device is to be made current at the first touch of CUDA: the program may never choose one.
+        Whether to make the device current when CUDA is initialised, because the program may never choose one.
     several : bool
-        Whether the launcher says that this process is one of several.
+        Whether the launcher's variables show that this process is one of several.
     """
 
     __slots__ = ("_away", "_holder", "_lock", "_several", "demoted", "firm", "frozen", "pin", "source")
@@ -81,11 +78,11 @@ class Adoption:
         self._lock = threading.RLock()
 
     def watches(self) -> bool:
-        """Tell whether a change of the current device on this thread matters."""
+        """Return whether a change of the current device on this thread can change or refute the owner."""
         return not self.firm and not self.demoted and threading.get_ident() == threading.main_thread().ident
 
-    def moved(self, index: int, start: FrameType) -> None:
-        """Follow the main thread, which has made the device `index` current for good, in the code at `start`."""
+    def follow(self, index: int, start: FrameType) -> None:
+        """Follow the main thread: the code at `start` has made the device `index` current for good."""
         if not self.frozen:
             self.source = "set_device"
             self._holder.own(owner_of_index(index), self)
@@ -94,38 +91,37 @@ class Adoption:
         else:
             self._away = None
 
-    def touched(self) -> None:
-        """Make the owner's device the current one of this thread, which initialises CUDA now; opens no context."""
+    def make_owner_current(self) -> None:
+        """Make the owner's device current on this thread, which is initialising CUDA; opens no context."""
         owner = self._holder.owner
         if self.pin and owner is not None and owner.index >= 0 and not local.stack:
             back = accelerator.bind().back
-            # as `torch.cuda._lazy_call`, whose lock torch holds now: any call into CUDA before its end waits for ever
-            sys.modules["torch"].cuda._queued_calls.append((lambda: back(owner.index), []))
+            accelerator.call_when_initialized(lambda: back(owner.index))
 
-    def handle(self) -> None:
-        """Stop following, since a stray is about to be handled; demote the owner if the main thread has left it."""
+    def freeze_owner(self) -> None:
+        """Freeze the owner before a stray is handled; demote it if the main thread has chosen another device."""
         if not self.frozen:
             with self._lock:
                 self._freeze()
         if self._away is not None and self.watches():
-            self._judge()
+            self._demote()
 
     def check_contexts(self) -> None:
-        """Look at the contexts of this process, at its end or when somebody asks: a foreign one is a stray."""
+        """Freeze the owner if this process holds a context on another device, since that context is a stray."""
         owner = self._holder.owner
-        if self.frozen or owner is None or owner.index < 0 or not (self.firm or self.one_of_several()):
+        if self.frozen or owner is None or owner.index < 0 or not (self.firm or self.is_one_of_several()):
             return
         if any(index != owner.index for index in accelerator.contexts()):
-            self.handle()
+            self.freeze_owner()
 
-    def mode(self, said: DoorMode) -> DoorMode:
-        """Return the mode that really holds where `said` was asked for."""
-        if said == "off" or self.firm or (not self.demoted and self.one_of_several()):
-            return said
+    def limit_mode(self, mode: DoorMode) -> DoorMode:
+        """Return `mode`, or ``observe`` in its place where a guess must change nothing."""
+        if mode == "off" or self.firm or (not self.demoted and self.is_one_of_several()):
+            return mode
         return "observe"
 
-    def one_of_several(self) -> bool:
-        """Tell whether this process is one of several that each may own a GPU."""
+    def is_one_of_several(self) -> bool:
+        """Return whether this process is one of several that can each own a GPU."""
         if not self._several:
             self._several = is_child()
             if self._several:
@@ -138,7 +134,7 @@ class Adoption:
             "source": self.source,
             "firm": self.firm,
             "frozen": self.frozen,
-            "one_of_several": self.one_of_several(),
+            "one_of_several": self.is_one_of_several(),
             "demoted": self.demoted,
         }
 
@@ -146,24 +142,23 @@ class Adoption:
         owner = self._holder.owner
         if self.frozen or owner is None:
             return
-        self.frozen = True  # first: preparing may find a stray by itself
+        self.frozen = True  # First, because preparing may find a stray.
         if owner.device is None:
             prepare(owner)
 
-    def _judge(self) -> None:
-        """Demote the owner, if another device is current on the main thread."""
+    def _demote(self) -> None:
+        """Demote the owner and warn, unless its device is current again on the main thread."""
         owner = self._holder.owner
-        torch = sys.modules["torch"]
-        if owner is None or self._away is None or torch._C._cuda_getDevice() == owner.index:
+        if owner is None or self._away is None or accelerator.current_device() == owner.index:
             self._away = None
             return
         self.demoted = True
         self._holder.renew()
         code, line = self._away
-        where = Site(code.co_filename, line, code.co_name) if code is not None else "no line of user code"
+        where = Site(code.co_filename, line, code.co_name) if code is not None else "a library"
         text = (
-            f"devguard took {owner.tag} for the device of this process, because {self.source} said so; {where} has "
-            "chosen another one since. It only observes from now on. Name the owner: DEVGUARD_DEVICE, or a guard."
+            f"devguard assumed that this process owns {owner.tag} (from {self.source}), but {where} later selected "
+            "another device. It now only observes. Name the owner: DEVGUARD_DEVICE, or a guard."
         )
         if code is None:
             warnings.warn(text, RuntimeWarning, stacklevel=4)

@@ -42,7 +42,7 @@ def mode_of(door: str, *, default: Mode = DEFAULT_MODE) -> DoorMode:
     _, mode, guarded = _source(door)
     if mode is not None:
         return mode
-    if guarded:  # by an owner that is no guess
+    if guarded:  # the owner of a scope is not a guess, so adoption limits nothing
         return process.doors.get(door) or process.mode or default
     return process.mode_of(door, default)
 
@@ -73,7 +73,7 @@ def is_requested(door: str) -> bool:
     For the empty name: whether ``remap()`` is in force, which requests every door.
     """
     for scope, owner, _ in reversed(local.stack):
-        if scope.asks_for(door):
+        if scope.requests(door):
             return True
         if owner is None:
             return False  # unguarded

@@ -24,8 +24,8 @@ class Owner:
     tag : str
         ``"cuda:<index>"`` or ``"cpu"``, as torch writes it into files.
     device : torch.device or None
-        The same as torch's own value. None until the owner was first entered in this process: naming one imports no
-        torch and checks nothing.
+        The same device as a torch value. None until the owner is first entered in this process, because naming an
+        owner imports no torch and checks nothing.
     """
 
     __slots__ = ("device", "index", "tag")
@@ -40,7 +40,7 @@ class Owner:
 
 
 CPU = Owner(-1)
-UNKNOWN = Owner(-2)  # what a scope has whose owner is found on entry; it is never entered itself
+UNKNOWN = Owner(-2)  # placeholder in a scope that finds its owner on entry; it is never entered itself
 INTERNED: dict[int, Owner] = {-1: CPU}
 
 
@@ -69,15 +69,15 @@ def parse_owner(device: object, what: str = "the device") -> Owner:
     device : int, str or torch.device
         An index, ``"cuda:1"``, ``"1"``, ``"cpu"`` or a ``torch.device``.
     what : str
-        Where it came from, for the message.
+        The source of the value, for the message.
 
     Raises
     ------
     DeviceResolutionError
-        If it names no device that can be owned.
+        If `device` is not a device that can be owned.
     """
     if isinstance(device, bool):
-        raise DeviceResolutionError(f"{what} is {device!r}, a truth value. Valid: {_VALID}.")
+        raise DeviceResolutionError(f"{what} is {device!r}, a bool. Valid: {_VALID}.")
     if isinstance(device, str):
         text = device.strip().lower()
         if text == "cpu":
@@ -87,8 +87,8 @@ def parse_owner(device: object, what: str = "the device") -> Owner:
             return owner_of_index(int(match[1]))
         if text == "cuda":
             raise DeviceResolutionError(
-                f"{what} is 'cuda' without an index, which names no one device. Valid: {_VALID}; or leave it out, and "
-                "it is taken from LOCAL_RANK and its like."
+                f"{what} is 'cuda' without an index, which does not name one device. Valid: {_VALID}. Or leave it out: "
+                "devguard then uses the launcher's local rank, such as LOCAL_RANK."
             )
         raise DeviceResolutionError(f"{what} is {device!r}. Valid: {_VALID}.")
     kind = getattr(device, "type", None)

@@ -8,6 +8,7 @@ from devguard.modes import DoorMode
 from devguard.ownership.owner import INTERNED, Owner
 from devguard.ownership.stack import changing, stacks
 from devguard.support import accelerator
+from devguard.support.installed_torch import import_torch
 
 __all__ = ["forget", "on_prepare", "prepare"]
 
@@ -38,12 +39,12 @@ def prepare(owner: Owner, mode_of: ModeOf = _no_mode) -> None:
         If this process does not see the device, or if this torch has no CUDA.
     """
     if owner.index >= 0:
-        accelerator.bind()
+        accelerator.bind()  # raises in a build without CUDA
         if owner.index >= accelerator.device_count():
             raise accelerator.out_of_range("the guard", owner.index)
     for look in tuple(on_prepare):
         look(owner, mode_of)
-    owner.device = accelerator.torch_module().device(owner.tag)
+    owner.device = import_torch().device(owner.tag)
 
 
 def forget() -> None:

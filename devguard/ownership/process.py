@@ -38,7 +38,7 @@ class Process:
     restart : callable or None
         Finds the owner again, in a forked child.
     problem : str or None
-        Why the guard is off in this process although ``DEVGUARD`` asks for one. `reset` keeps it.
+        Why the guard is off in this process although ``DEVGUARD`` sets a mode. `reset` keeps it.
     era : object
         Replaced whenever a verdict could differ from an earlier one.
     """
@@ -73,6 +73,14 @@ class Process:
         self.mode, self.doors, self.source = mode, doors, source
         self.renew()
 
+    def restart_with(self, restart: Callable[[], None]) -> None:
+        """Let a forked child find its owner with `restart`."""
+        self.restart = restart
+
+    def fail(self, problem: str) -> None:
+        """Keep the reason why the guard is off in this process, although ``DEVGUARD`` asks for one."""
+        self.problem = problem
+
     def reset(self) -> None:
         """Forget the owner and the modes."""
         self.configure(None, {}, "")
@@ -82,7 +90,7 @@ class Process:
     def mode_of(self, door: str, default: Mode = DEFAULT_MODE) -> DoorMode:
         """Return the mode of `door` where no scope is in force."""
         mode = self.doors.get(door) or self.mode or default
-        return mode if self.adoption is None else self.adoption.mode(mode)
+        return mode if self.adoption is None else self.adoption.limit_mode(mode)
 
 
 process = Process()

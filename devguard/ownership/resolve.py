@@ -1,4 +1,4 @@
-"""Finding the owner of a process that does not name one: in ``DEVGUARD_DEVICE``, or in what the launcher sets.
+"""The owner from the environment: ``DEVGUARD_DEVICE``, or the launcher's local rank.
 
 ``RANK`` is never used: it counts processes over all machines, and a device index counts the GPUs that one process sees.
 """
@@ -13,12 +13,13 @@ from typing import NamedTuple
 from devguard.errors import ConfigError, DeviceResolutionError
 from devguard.ownership.owner import CPU, Owner, owner_of_index, parse_owner
 from devguard.support import accelerator
+from devguard.support.installed_torch import import_torch
 
-__all__ = ["is_one_of_several", "Launcher", "LAUNCHERS", "local_size", "owner_from_environment", "owner_not_found"]
+__all__ = ["has_local_siblings", "Launcher", "LAUNCHERS", "local_size", "owner_from_environment", "owner_not_found"]
 
 
 class Launcher(NamedTuple):
-    """The variables by which one launcher tells a process its place on this machine."""
+    """The variables that one launcher sets for the place of a process on its machine: local rank and local size."""
 
     rank: str
     size: tuple[str, ...]
@@ -36,27 +37,27 @@ LAUNCHERS = (
 
 
 def local_size(environ: Mapping[str, str]) -> tuple[str, int] | None:
-    """Return which variable says that several local ranks exist, and how many; None if none says so."""
+    """Return the variable that counts several local ranks, and their number; None if there is no such variable."""
     for launcher in LAUNCHERS:
         for name in launcher.size:
-            # SLURM writes "4" or "4(x2),3": tasks on the nodes in turn
+            # SLURM writes "4" or "4(x2),3": the tasks of each node in turn.
             match = re.match(r"\s*(\d+)", environ.get(name, ""))
             if match and int(match[1]) > 1:
                 return name, int(match[1])
     return None
 
 
-def is_one_of_several(environ: Mapping[str, str]) -> bool:
-    """Tell whether the launcher says that this process is one of several on this machine.
+def has_local_siblings(environ: Mapping[str, str]) -> bool:
+    """Return whether the launcher's variables show that this process is one of several on this machine.
 
-    Some (Lightning) set no local size; whoever has a local rank above 0 is not alone all the same.
+    Some launchers (Lightning) set no local size, but a local rank above 0 shows it as well.
     """
     ranks = (environ.get(launcher.rank, "").strip() for launcher in LAUNCHERS)
     return local_size(environ) is not None or any(rank.isdecimal() and int(rank) > 0 for rank in ranks)
 
 
 def owner_from_environment(environ: Mapping[str, str] | None = None) -> tuple[Owner | None, list[str]]:
-    """Find the owner in ``DEVGUARD_DEVICE`` or in what the launcher says.
+    """Find the owner in ``DEVGUARD_DEVICE`` or in the launcher's variables.
 
     Parameters
     ----------
@@ -66,14 +67,14 @@ def owner_from_environment(environ: Mapping[str, str] | None = None) -> tuple[Ow
     Returns
     -------
     owner : Owner or None
-        None if nothing names one.
+        None if no variable names one.
     looked : list of str
-        What was looked at, for a message.
+        The variables that were read, for a message.
 
     Raises
     ------
     ConfigError
-        If ``DEVGUARD_DEVICE`` would give several local ranks one and the same GPU.
+        If ``DEVGUARD_DEVICE`` would give several local ranks the same GPU.
     DeviceResolutionError
         If a variable holds something that is not a device of this process.
     """
@@ -84,8 +85,9 @@ def owner_from_environment(environ: Mapping[str, str] | None = None) -> tuple[Ow
         several = local_size(environ)
         if owner is not CPU and several is not None:
             raise ConfigError(
-                f"DEVGUARD_DEVICE={named} would give one GPU to every process of this job, and {several[0]} says that "
-                f"{several[1]} run on this machine. Unset DEVGUARD_DEVICE: each process then takes its local rank."
+                f"DEVGUARD_DEVICE={named} would give one GPU to every process of this job, and {several[0]} "
+                f"counts {several[1]} of them on this machine. Unset DEVGUARD_DEVICE: each process then takes its "
+                "local rank."
             )
         return owner, []
     looked = ["DEVGUARD_DEVICE"]
@@ -99,14 +101,13 @@ def owner_from_environment(environ: Mapping[str, str] | None = None) -> tuple[Ow
             continue
         if not text.isdecimal():
             raise DeviceResolutionError(
-                f"{launcher.rank} is {text!r}, not a rank. Valid: a number from 0 on, or unset; or name the device."
+                f"{launcher.rank} is {text!r}, not a rank. Valid: a number, from 0, or unset. Or name the device."
             )
-        accelerator.torch_module()  # for the count
+        import_torch()  # without torch, device_count() is 0
         count = accelerator.device_count()
         if count == 1:
-            return owner_of_index(
-                0
-            ), looked  # the launcher gave this process one GPU of its own: the rank is no index into it
+            # The launcher made one GPU visible to this process, so the rank is not an index of a visible device.
+            return owner_of_index(0), looked
         if int(text) >= count:
             raise accelerator.out_of_range(f"{launcher.rank}={text}", int(text))
         return owner_of_index(int(text)), looked
@@ -114,10 +115,9 @@ def owner_from_environment(environ: Mapping[str, str] | None = None) -> tuple[Ow
 
 
 def owner_not_found(looked: list[str], tried_first: str = "") -> DeviceResolutionError:
-    """Return the error for an owner that nothing names."""
+    """Return the error for a process without a named owner."""
     before = f"{tried_first}, " if tried_first else ""
     return DeviceResolutionError(
-        f"which GPU does this process own? Nothing says so. Looked at: {before}{', '.join(looked)}, the enclosing "
-        "guard. Name the device, as in guard('cuda:1') or DEVGUARD_DEVICE=cuda:1, or use a launcher that sets "
-        "LOCAL_RANK."
+        f"cannot tell which GPU this process owns. Looked at: {before}{', '.join(looked)}, the enclosing guard. Name "
+        "the device, as in guard('cuda:1') or DEVGUARD_DEVICE=cuda:1, or use a launcher that sets LOCAL_RANK."
     )

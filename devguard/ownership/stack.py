@@ -2,7 +2,7 @@
 
 The stack is a ``threading.local`` list, not a ContextVar: a list is faster (measured), and a ContextVar would leave an
 owner behind in callbacks and in ``asyncio.to_thread``. The current device belongs to the thread, so the stack does too.
-Suspended coroutines and generators take their entries off the stack; see steps.py.
+Suspended coroutines and generators take their entries off the stack; see guards/coroutines.py.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ __all__ = [
 
 
 class ScopePolicy(Protocol):
-    """What an entered scope says about the doors."""
+    """The part of an entered scope that sets modes of doors."""
 
     def mode_of(self, door: str) -> DoorMode | None:
-        """Return the mode that this scope sets for `door`, None where it leaves that to the scope around it."""
+        """Return the mode that this scope sets for `door`, None to keep the mode of the scope around it."""
 
-    def asks_for(self, door: str) -> bool:
+    def requests(self, door: str) -> bool:
         """Return whether this scope requests a door that acts on request only."""
 
     def names(self, door: str) -> bool:
@@ -63,7 +63,7 @@ def _take_first(index: int) -> int:
     stack = local.stack
     stack.take, stack.give_back = exchange.to, exchange.back
     if moves_are_watched() and all(taken < 0 for _, _, taken in stack):
-        stack.moved = False  # no scope that has a device to give back saw it moved
+        stack.moved = False  # no entered scope must restore a device, so earlier moves do not count
     return previous
 
 
@@ -80,16 +80,19 @@ class Stack(list[Entry]):
         ``take(index) -> previous index``. Makes a device current; for -1, the ``cpu`` owner's index, it does nothing.
         At first a function that prepares the thread, then torch's own.
     give_back : callable
-        ``give_back(index) -> previous index``. Makes the device current again that an entry took; torch's own function.
+        ``give_back(index) -> previous index``. Restores the device that was current before an entry took its own. Set
+        by the first `take`; until then it raises.
     moved : bool
-        Whether the current device may have been moved inside a scope that found it current; see doors/set_device.py.
+        Whether the current device may have been moved inside a scope that found it current; see
+        doors/current_device/set_device.py.
     changes : list
         Changes of the current device that may still be put back; the door ``set_device`` keeps them.
     judged : Judged or None
-        Strays that were judged under the innermost entry; verdict.py keeps them. Code that puts entries back on a
-        stack, or takes one out of the middle, sets it to None.
+        Strays that were judged under the innermost entry; reporting/verdict.py keeps them. Code that puts entries back
+        on a stack, or takes one out of the middle, sets it to None.
     starts : dict
-        The threads that were started under them; takeover.py keeps it. It counts only while `judged` is not None.
+        The threads that were started under the same entry; doors/concurrency/thread_plan.py keeps them. Valid only
+        while `judged` is not None.
     """
 
     __slots__ = ("__weakref__", "changes", "give_back", "judged", "moved", "starts", "take")
@@ -119,7 +122,7 @@ def stacks() -> list[Stack]:
 
 
 class JudgePending(Protocol):
-    """The door ``set_device``: judges changes of the current device whose authors have returned."""
+    """The door ``set_device``: judges changes of the current device when their authors have returned."""
 
     def __call__(self, stack: Stack, *, leaving: bool = False, failing: bool = False) -> None: ...
 
@@ -167,25 +170,27 @@ def judge_pending(stack: Stack, *, leaving: bool = False, failing: bool = False)
     failing : bool
         Whether an exception is on its way out of that scope; then no other is raised.
     """
-    if _hooks.judge_pending is not None:
-        _hooks.judge_pending(stack, leaving=leaving, failing=failing)
+    judge = _hooks.judge_pending  # read once: another thread may close the door
+    if judge is not None:
+        judge(stack, leaving=leaving, failing=failing)
 
 
 def inherit_with(inherit: Callable[[Stack], None] | None) -> None:
-    """Call ``inherit(stack)`` for the new stack of each thread; None: no more."""
+    """Call ``inherit(stack)`` for the new stack of each thread; None stops the calls."""
     _hooks.inherit = inherit
 
 
 class _Local(threading.local):
-    """What devguard knows about one thread."""
+    """The state of devguard in one thread."""
 
     stack: Stack
 
     def __init__(self) -> None:
         self.stack = Stack()
         _stacks[id(self.stack)] = self.stack
-        if _hooks.inherit is not None:
-            _hooks.inherit(self.stack)
+        inherit = _hooks.inherit  # read once: another thread may close the door
+        if inherit is not None:
+            inherit(self.stack)
 
 
 local = _Local()

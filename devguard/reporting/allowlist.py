@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from devguard.errors import ConfigError
@@ -13,9 +13,9 @@ from devguard.ownership.owner import parse_owner
 from devguard.ownership.process import process
 from devguard.support import callsite
 
-__all__ = ["allow", "allowances", "forget_allowed", "is_allowed", "is_empty", "scoped", "take_over"]
+__all__ = ["allow", "allowances", "are_allowed", "forget_allowances", "is_allowed", "is_empty", "scoped", "take_over"]
 
-# device tag -> module patterns whose code may use it; None: any code
+# device tag -> patterns of the modules that may use the device; None: any module
 _allowed: dict[str, set[str] | None] = {}
 
 
@@ -27,9 +27,9 @@ def allow(*devices: Any, modules: str | list[str] | None = None) -> None:
     *devices : int, str or torch.device
         The devices, such as ``"cuda:1"``.
     modules : str or list of str, optional
-        Only for call sites in modules whose name matches one of these shell patterns, such as ``"mylib.offload*"``; a
-        package's name includes its modules. The door ``native``, which finds contexts without their call site, lets a
-        device be that any module may use.
+        Only for call sites in modules with a name that matches one of these shell patterns, such as
+        ``"mylib.offload*"``; a package's name includes its modules. The door ``native``, which finds contexts without
+        their call site, allows a device that any module may use.
 
     Raises
     ------
@@ -50,7 +50,7 @@ def allow(*devices: Any, modules: str | list[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def scoped() -> Iterator[None]:
-    """Return a block at whose end what was allowed in it is allowed no more."""
+    """Return a context manager that restores the allow-list on exit."""
     before = _allowed.copy()
     try:
         yield
@@ -60,14 +60,14 @@ def scoped() -> Iterator[None]:
         process.renew()
 
 
-def forget_allowed() -> None:
-    """Allow nothing any more."""
+def forget_allowances() -> None:
+    """Clear the allow-list."""
     _allowed.clear()
     process.renew()
 
 
 def allowances() -> dict[str, list[str] | None]:
-    """Return what is allowed, as plain data: for each device the patterns of modules that may use it, None for all."""
+    """Return the allow-list as plain data: for each device the patterns of modules that may use it, None for all."""
     return {tag: None if patterns is None else sorted(patterns) for tag, patterns in _allowed.items()}
 
 
@@ -77,18 +77,23 @@ def take_over(allowances: Mapping[str, list[str] | None]) -> None:
         allow(tag, modules=modules)
 
 
+def is_empty() -> bool:
+    """Return whether no device is allowed."""
+    return not _allowed
+
+
+def are_allowed(tags: Iterable[str]) -> bool:
+    """Return whether the code that runs now may use each of these devices."""
+    return bool(_allowed) and all(map(is_allowed, tags))
+
+
 def is_allowed(tag: str, module: str | None = None) -> bool:
-    """Tell whether `module` may use the device `tag`; by default the one whose code runs now."""
+    """Return whether `module`, by default that of the code that runs now, may use the device `tag`."""
     if tag not in _allowed:
         return False
     patterns = _allowed[tag]
     if patterns is None:
         return True
     if module is None:
-        module = callsite.module(sys._getframe(1))
+        module = callsite.module_of(sys._getframe(1))
     return any(fnmatch.fnmatchcase(module, p) or module.startswith(f"{p}.") for p in patterns)
-
-
-def is_empty() -> bool:
-    """Return whether no device is allowed."""
-    return not _allowed

@@ -1,7 +1,7 @@
 """The journal: it counts strays per call site.
 
-The journal is bounded: it keeps one row per (door, devices, action, call site) and at most `MAX_ROWS` rows;
-what no longer fits is counted and its rows are not. It never holds a frame or a tensor.
+The journal keeps one row per (door, devices, action, call site), and at most `MAX_ROWS` rows. Strays at further call
+sites are only counted, in `dropped`. It never holds a frame or a tensor.
 """
 
 from __future__ import annotations
@@ -9,25 +9,23 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Set
-from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from types import CodeType
+from typing import NamedTuple, Protocol
 
-from devguard.errors import StrayDeviceError, StrayDeviceWarning
 from devguard.ownership.process import process
 from devguard.reporting.rows import Key, Row, Tally, format_row
-from devguard.reporting.stray import Action, Stray
+from devguard.reporting.stray import Action, Occurrence, Stray
 from devguard.support import callsite
-from devguard.support.callsite import Frame, Origin, Site
+from devguard.support.callsite import Frame
 
-__all__ = ["Mark", "journal", "refused"]
+__all__ = ["Journal", "journal", "Mark"]
 
 MAX_ROWS = 1024
 
 
 class Log(Protocol):
-    """Who is told of every row that is new or has grown, under the journal's lock; see logs.py."""
+    """Receives each row that is new or has grown, under the journal's lock; see log_file.py."""
 
     def note(self, key: Key, row: Row) -> None: ...
 
@@ -42,7 +40,7 @@ class Log(Protocol):
 
 
 class Mark(NamedTuple):
-    """A point in the life of the journal; `life` is the one journal it belongs to, before a fork or a clearing."""
+    """The counts of the journal at one point; invalid when `Journal.life` is no longer `life`."""
 
     life: object
     dropped: int
@@ -52,12 +50,12 @@ class Mark(NamedTuple):
 class Journal:
     """Every stray of this process, counted per call site.
 
-    Safe between threads. A forked child starts with an empty one.
+    Thread-safe. A forked child starts with an empty journal.
 
     Attributes
     ----------
     life : object
-        Another one after a fork or a clearing: rows from before count no more.
+        Replaced after a fork and by `clear`: earlier rows are then invalid.
     """
 
     life: object
@@ -71,110 +69,86 @@ class Journal:
     def _start(self) -> None:
         self._pid = os.getpid()
         self.life = object()
-        self._lock = threading.RLock()  # a finalizer may stray while a row is written to the log
+        self._lock = threading.RLock()  # reentrant, because a finalizer may stray while a row is written to the log
         self._rows: dict[Key, Row] = {}
         self._dropped = 0
-        process.renew()  # tallies handed out earlier are invalid
+        process.renew()  # Tallies handed out earlier are invalid.
         if self.log is not None:
             self.log.restart()
 
     def watch_forks(self) -> None:
-        """Start anew in every forked child: asking for the process's number at each stray would be a system call."""
+        """Empty the journal in every forked child; reading the process ID at each stray would be a system call."""
         if self._watches_forks:
             return
         self._watches_forks = True
-        self._same_process()  # forked before its first stray
+        self._restart_if_forked()  # The fork may have come before the first stray.
         os.register_at_fork(after_in_child=self._start)
 
-    def _same_process(self) -> None:
-        # a fork brings the parent's strays along, and perhaps a lock that is held by a thread which is not here
+    def _restart_if_forked(self) -> None:
+        # A fork copies the parent's strays, and perhaps a lock that is held by a thread of the parent.
         if os.getpid() != self._pid:
             self._start()
 
-    def record(
-        self,
-        door: str,
-        source: str,
-        target: str,
-        owner: str,
-        action: Action,
-        nbytes: int,
-        dtype: str | None = None,
-        shape: Any = None,
-        start: FrameType | None = None,
-        note: str | None = None,
-        origin: Origin | None = None,
-    ) -> Frame | None:
-        """Count one stray, and keep its stack if it is the first of its call site; return the call site.
+    def record(self, occurrence: Occurrence, action: Action, target: str | None = None) -> Frame | None:
+        """Count one stray, and keep its stack if it is the first at its call site; return the call site.
 
-        The parameters are those of `enter`.
+        The parameters are those of `enter`. Without a start, the search for the call site begins at the caller.
         """
-        if start is None:
-            start = sys._getframe(1)
-        return self.enter(door, source, target, owner, action, nbytes, dtype, shape, start, note, origin)[0]
+        if occurrence.start is None and occurrence.origin is None:
+            occurrence = occurrence._replace(start=sys._getframe(1))
+        return self.enter(occurrence, action, target)[0]
 
     def enter(
-        self,
-        door: str,
-        source: str,
-        target: str,
-        owner: str,
-        action: Action,
-        nbytes: int,
-        dtype: str | None,
-        shape: Any,
-        start: FrameType,
-        note: str | None,
-        origin: Origin | None,
-    ) -> tuple[Frame | None, Row | None]:
-        """Count one stray, and keep its stack if it is the first of its call site.
+        self, occurrence: Occurrence, action: Action, target: str | None = None
+    ) -> tuple[Frame | None, Row | None, bool]:
+        """Count one stray, and keep its stack if it is the first at its call site.
 
         Parameters
         ----------
-        door, source, target, owner, action, dtype, shape
+        occurrence : Occurrence
+            The stray, with a start or an origin.
+        action : str
             As in `Stray`.
-        nbytes : int
-            Bytes of tensor data.
-        start : frame
-            Where to begin to look for the call site.
-        note : str or None
-            What else the door knows; that of the first one is kept.
-        origin : Origin or None
-            Where it came from, if that was earlier; then `start` says nothing.
+        target : str, optional
+            The device on which the work is now; its source by default.
 
         Returns
         -------
         Frame or None
             The call site; None where the whole stack belongs to libraries.
         Row or None
-            What `grow` takes for the next stray like this one; None if there is no room for it.
+            The row, which `grow` takes for the next stray at this call site; None if the journal is full.
+        bool
+            Whether the row is new.
         """
         if not self._watches_forks:
             self.watch_forks()
-        code, line, via = callsite.find(start) if origin is None else origin[:3]
-        # by identity: a code object's own hash goes through all of its bytecode, and the row keeps the object alive
-        key = (id(code), line, door, source, target, owner, action)
+        door, source, owner, nbytes, start, *_, origin = occurrence
+        code: CodeType | None = None
+        line, via = 0, None
+        if origin is not None:
+            code, line, via, _ = origin
+        elif start is not None:
+            code, line, via = callsite.find(start)
+        # The identity of the code object, because its own hash reads all of its bytecode. The row keeps the object
+        # alive.
+        key = (id(code), line, door, source, target or source, owner, action)
         with self._lock:
             row = self._rows.get(key)
             if row is not None:
                 self.grow(row, nbytes)
-                return row.site, row
+                return row.site, row, False
             site = None if code is None else Frame(code, line)
             if len(self._rows) >= self._max_rows:
                 self._dropped += 1
-                return site, None
-            stack = callsite.stack(start) if origin is None else origin.stack
-            row = self._rows[key] = Row(key, site, via, stack, nbytes, dtype, shape)
-            row.note = note
+                return site, None, False
+            row = self._rows[key] = Row(key, occurrence, site, via)
             if self.log is not None:
                 self.log.note(key, row)
-        if action == "warned":
-            more = f" ({note})" if note else ""
-            _warn(site, f"{door}: {_what(nbytes)} went to {source}; this scope owns {owner}{more}.")
-        return site, row
+        return site, row, True
 
     def grow(self, row: Row, nbytes: int) -> None:
-        """Count one more stray of a call site that `enter` gave a row; invalid in the next era of the process."""
+        """Count one more stray in a row from `enter`, which is valid until the next era of the process."""
         with self._lock:
             row.own.count += 1
             row.own.bytes += nbytes
@@ -182,16 +156,16 @@ class Journal:
                 self.log.note(row.key, row)
 
     def tally(self, row: Row, stack: int, living: Callable[[], Set[int]]) -> Tally | None:
-        """Return where one thread counts strays of that row without a lock; None if a log is to be told of each.
+        """Return the tally in which one thread counts strays of a row without a lock; None if a log needs each stray.
 
         Parameters
         ----------
         row : Row
-            What `enter` gave; invalid in the next era of the process.
+            A row from `enter`, valid until the next era of the process.
         stack : int
-            The identity of that thread's stack.
+            The identity of the thread's stack.
         living : callable
-            Returns the identities of all stacks.
+            Returns the identities of the stacks of all threads.
         """
         with self._lock:
             if self.log is not None:
@@ -201,23 +175,23 @@ class Journal:
             return row.tallies.setdefault(stack, Tally())
 
     def strays(self) -> tuple[Stray, ...]:
-        """Return one record per call site, in the order of their first time."""
-        self._same_process()
+        """Return one record per call site, in the order of the first stray."""
+        self._restart_if_forked()
         with self._lock:
             rows = [(key, row, *row.total()) for key, row in self._rows.items()]
         return tuple(format_row(key, row, count, total) for key, row, count, total in rows)
 
     def mark(self) -> Mark:
-        """Return how much each call site strayed until now."""
-        self._same_process()
+        """Return the counts of all call sites so far."""
+        self._restart_if_forked()
         with self._lock:
             rows = {key: row.total() for key, row in self._rows.items()}
             return Mark(self.life, self._dropped, rows)
 
     def since(self, mark: Mark) -> tuple[Stray, ...]:
         """Return one record for every call site that strayed since `mark`, with the count and bytes since then."""
-        self._same_process()
-        if mark.life is not self.life:  # taken before a fork or a clearing: all that is here came later
+        self._restart_if_forked()
+        if mark.life is not self.life:  # All rows are newer than the mark.
             mark = Mark(self.life, 0, {})
         grown = []
         with self._lock:
@@ -228,74 +202,39 @@ class Journal:
         return tuple(format_row(key, row, count, total) for key, row, count, total in grown)
 
     def dropped_since(self, mark: Mark) -> int:
-        """Return how many strays the journal had no room for since `mark`."""
+        """Return the number of strays since `mark` for which the journal had no room."""
         return self.dropped - (mark.dropped if mark.life is self.life else 0)
 
     @property
     def total(self) -> int:
-        """How many strays there were in this process."""
-        self._same_process()
+        """The number of strays in this process."""
+        self._restart_if_forked()
         with self._lock:
             return self._dropped + sum(row.total()[0] for row in self._rows.values())
 
     @property
     def dropped(self) -> int:
-        """How many of them the journal had no room for."""
-        self._same_process()
+        """The number of strays for which the journal had no room."""
+        self._restart_if_forked()
         return self._dropped
 
-    def keep_log(self, log: Log) -> None:
-        """Tell `log` of every row from here on."""
+    def attach_log(self, log: Log) -> None:
+        """Pass each row that is new or grows from now on to `log`."""
         with self._lock:
             self.log = log
         self.watch_forks()
-        process.renew()  # from here on each stray is written to the log: tallies handed out earlier are invalid
+        process.renew()  # The log needs each stray from now on: tallies handed out earlier are invalid.
 
-    def stop_log(self) -> None:
-        """Tell the log of no row any more, after what has grown."""
+    def detach_log(self) -> None:
+        """Write the counts that have grown, and pass no more rows to the log."""
         with self._lock:
             log, self.log = self.log, None
             if log is not None:
                 log.flush()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget all strays."""
         self._start()
 
 
 journal = Journal()
-
-
-def _what(nbytes: int) -> str:
-    return f"{nbytes} bytes" if nbytes else "work"
-
-
-def _warn(site: Frame | None, message: str) -> None:
-    """Warn at the user's line, so that Python's own filters and its display of the source work."""
-    if site is None:
-        warnings.warn(message, StrayDeviceWarning, stacklevel=4)
-    else:
-        warnings.warn_explicit(message, StrayDeviceWarning, site.code.co_filename, site.line)
-
-
-def refused(door: str, source: str, owner: str, nbytes: int, advice: str, **known: Any) -> StrayDeviceError:
-    """Record a stray that is about to be refused, and return the error to raise.
-
-    Parameters
-    ----------
-    door, source, owner : str
-        As in `Stray`.
-    nbytes : int
-        Bytes of tensor data.
-    advice : str
-        What the reader can do about it.
-    **known
-        `dtype` and `shape`, where the door knows them; `start` as for `Journal.record`.
-    """
-    known.setdefault("start", sys._getframe(1))
-    site = journal.record(door, source, source, owner, "refused", nbytes, **known)
-    where = f"{Site.of(site)}" if site else "no line of user code (see the stack in devguard.strays())"
-    return StrayDeviceError(
-        f"{door}: {_what(nbytes)} {'were' if nbytes else 'was'} about to go to {source}, but this scope owns {owner}. "
-        f"Call site: {where}. {advice}"
-    )

@@ -1,10 +1,10 @@
-"""``DEVGUARD_LOG``: the journal of every process as a file of JSON lines in one folder.
+"""``DEVGUARD_LOG``: the journal of each process as a file of JSON lines in one folder.
 
-Each process writes a file of its own, so that no two ever write to one. Its first line says which process it is, the
-last one how it ended; between them stands a line for each call site that strayed, at once when it is new, and again
-with its counts when they have grown: at most once a second, and at the end. So what a killed process lacks are the
-counts of its last second, and a line is written in one piece. A folder that cannot be written costs one warning, and no
-program its life. ``devguard log DIR`` reads them (reading.py).
+Each process writes its own file. The first line names the process, the last one its state at the end. Between them is
+one line for each call site that strayed: at once when it is new, and again when its counts have grown, at most once a
+second and at the end. Each line is one write, so a killed process lacks only the counts of its last second. If the
+folder is not writable, devguard warns once and the program goes on. ``devguard log DIR`` reads the files
+(log_reader.py).
 """
 
 from __future__ import annotations
@@ -27,36 +27,42 @@ from devguard.reporting.rows import Key, Row, format_row
 from devguard.support import accelerator, process_exit
 from devguard.support.notices import warn_user
 
-__all__ = ["SUFFIX", "start"]
+__all__ = ["start", "SUFFIX"]
 
 SUFFIX = ".jsonl"
-EVERY_S = 1.0
+FLUSH_INTERVAL_S = 1.0
 
 
 class _Log:
-    """The file of this process; `where` it is, or why it is not, once that was tried."""
+    """The log file of this process.
+
+    Attributes
+    ----------
+    where : str or None
+        The path of the file, or why it cannot be written; None before the first attempt.
+    """
 
     def __init__(self, folder: Path, last_look: Callable[[str], None]) -> None:
         self.folder = folder
         self._last_look = last_look
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._pid = os.getpid()
         self._descriptor = -1
         self._rows = 0
-        self._numbers: dict[Row, int] = {}  # a row that was written, and its number in the file
+        self._numbers: dict[Row, int] = {}  # each row that was written -> its number in the file
         self._grown: dict[Row, Key] = {}
         self._flushed = 0.0
         self._broken = False
         self.where: str | None = None
 
     def restart(self) -> None:
-        """Forget the rows: the journal was cleared. In a forked child, begin a file of its own."""
+        """Forget the rows, after the journal was cleared. In a forked child, start a new file."""
         if self._pid != os.getpid():
             if self._descriptor >= 0:
-                os.close(self._descriptor)  # the parent's
-            self._begin()
+                os.close(self._descriptor)  # the parent's file
+            self._reset()
             process_exit.register(self.stop)
         else:
             self.flush()
@@ -64,10 +70,10 @@ class _Log:
         self._grown.clear()
 
     def note(self, key: Key, row: Row) -> None:
-        """Take notice of a row that is new or has grown; the journal calls it under its lock."""
+        """Write a new row at once, and a row that has grown at the next flush. Called under the journal's lock."""
         if row in self._numbers:
             self._grown[row] = key
-            if time.monotonic() - self._flushed >= EVERY_S:
+            if time.monotonic() - self._flushed >= FLUSH_INTERVAL_S:
                 self.flush()
         else:
             self._numbers[row] = self._rows
@@ -75,7 +81,7 @@ class _Log:
             self._write_row(key, row)
 
     def flush(self) -> None:
-        """Write the counts that have grown."""
+        """Write the rows that have grown."""
         self._flushed = time.monotonic()
         while self._grown:
             row, key = self._grown.popitem()
@@ -85,7 +91,7 @@ class _Log:
         self._write({"stray": self._numbers[row], **format_row(key, row, *row.total()).as_dict()})
 
     def open(self) -> None:
-        """Make the file, with the line that says which process it is of."""
+        """Create the file, with the line that names the process."""
         process = {"pid": self._pid, "parent": os.getppid(), "host": socket.gethostname(), "command": _command()}
         ranks = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK") if name in os.environ}
         self._write({"process": {**process, **ranks, "time": time.time(), "devguard": __version__}})
@@ -109,16 +115,16 @@ class _Log:
             warn_user(f"{self.where} Strays are kept in memory only.")
 
     def stop(self) -> None:
-        """Write what is left, and how the process stands at its end."""
+        """Write the remaining rows and the state of the process at its end, and close the file."""
         process_exit.forget(self.stop)
         if self._pid != os.getpid():
             return
         end: dict[str, Any] | None = None
         try:
-            self._last_look("at the end of the process")  # it may find a last stray
-            end = _end()
+            self._last_look("at the end of the process")  # may find a last stray
+            end = _final_state()
         finally:
-            journal.stop_log()
+            journal.detach_log()
             if end is not None:
                 self._write({"end": end})
             if self._descriptor >= 0:
@@ -127,11 +133,11 @@ class _Log:
 
 
 def _command() -> str:
-    """Return the program as it was called; multiprocessing's children have no better one."""
+    """Return the command line of the interpreter, which `multiprocessing` children have as well."""
     return " ".join(getattr(sys, "orig_argv", sys.argv))
 
 
-def _end() -> dict[str, Any]:
+def _final_state() -> dict[str, Any]:
     """Return the state of this process at its end."""
     owner = in_force.owner()
     return {
@@ -153,11 +159,11 @@ def start(folder: Path, last_look: Callable[[str], None]) -> None:
     Parameters
     ----------
     folder : Path
-        The folder; it is made if it does not exist.
+        The folder; created if it does not exist.
     last_look : callable
         ``last_look(when)`` looks for strays that no door has reported yet; called once, at the end.
     """
     log = _Log(folder, last_look)
     log.open()
-    journal.keep_log(log)
+    journal.attach_log(log)
     process_exit.register(log.stop)

@@ -1,4 +1,4 @@
-"""Reading a folder of ``DEVGUARD_LOG``: the journals of many processes, merged per call site; for ``devguard log``."""
+"""The reader of a ``DEVGUARD_LOG`` folder: it merges the journals of many processes, for ``devguard log``."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Process:
     Attributes
     ----------
     file : str
-        Its file.
+        The name of the file.
     pid : int
-        The process.
+        The process ID.
     host, command : str
-        Where it ran, and what it was.
+        The machine, and the command line.
     rank : str or None
         The launcher's ``RANK``.
     owner : str or None
-        Who owned it at its end; None if nobody did, or if it did not come to an orderly end.
+        The owner at the end of the process; None if there was none, or if the process did not end in an orderly way.
     contexts : list of str
-        The devices on which it held a context at its end.
+        The devices on which the process held a context at its end.
     ended : bool
-        Whether it came to an orderly end. One that is still running has not, either.
+        Whether the process ended in an orderly way. False for a process that is still running.
     """
 
     file: str
@@ -48,7 +48,7 @@ class Process:
 
 @dataclass
 class Merged:
-    """What strayed at one call site, in all processes together.
+    """The strays at one call site, in all processes together.
 
     Attributes
     ----------
@@ -91,70 +91,72 @@ def read(folder: Path) -> tuple[list[Process], list[Merged], list[str]]:
     Parameters
     ----------
     folder : Path
-        What ``DEVGUARD_LOG`` named.
+        The folder that ``DEVGUARD_LOG`` named.
 
     Returns
     -------
     processes : list of Process
-        Those that wrote a file.
+        The processes that wrote a file.
     merged : list of Merged
-        One for each call site, door and action; most bytes first, then most often.
+        One for each call site, door and action; most bytes first, then the highest count.
     damaged : list of str
-        The lines that could not be read, as ``file:line``: a machine went down, or another program wrote there.
+        The lines that could not be read, as ``file:line``: the machine crashed, or another program wrote there.
 
     Raises
     ------
     ConfigError
-        If there is no such folder, or no journal in it.
+        If the folder does not exist, or holds no journal.
     """
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder. Name the one that DEVGUARD_LOG, or devguard run --log, named.")
+        raise ConfigError(f"{folder} is not a folder. Name the folder of DEVGUARD_LOG or of devguard run --log.")
     files = sorted(file for file in folder.glob(f"*{SUFFIX}") if file.is_file())
     if not files:
         raise ConfigError(
-            f"{folder} holds no journal (*{SUFFIX}). A process writes one there as soon as it is guarded: run the "
-            f"program with devguard run --log {folder} -- ..."
+            f"{folder} holds no journal (*{SUFFIX}). Each guarded process writes one: run the program with "
+            f"devguard run --log {folder} -- ..."
         )
     processes: list[Process] = []
     sites: dict[tuple[Any, ...], Merged] = {}
     damaged: list[str] = []
     for file in files:
         process = Process(file.name, 0)
-        newest: dict[int, Merged] = {}  # a row is written again whenever it has grown
-        for number, text in _lines(file):
+        newest: dict[int, Merged] = {}  # the last line of each row: a row is written again when it has grown
+        for number, text in _numbered_lines(file):
             try:
-                _take(dict(json.loads(text)), process, newest)
-            except (KeyError, TypeError, ValueError):  # not JSON, or not as logs.py writes it
+                _read_line(dict(json.loads(text)), process, newest)
+            except (KeyError, TypeError, ValueError):  # not JSON, or not as log_file.py writes it
                 damaged.append(f"{file.name}:{number}")
         if process.pid or newest:
             processes.append(process)
         for row in newest.values():
-            _add(sites, row)
+            _merge_into(sites, row)
     return processes, sorted(sites.values(), key=lambda site: (-site.bytes, -site.count)), damaged
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
+def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     with file.open(errors="replace") as opened:
         for number, text in enumerate(opened, 1):
             if text.strip():
                 yield number, text
 
 
-def _take(line: dict[str, Any], process: Process, newest: dict[int, Merged]) -> None:
+def _read_line(line: dict[str, Any], process: Process, newest: dict[int, Merged]) -> None:
+    """Add one line of a log to `process` or to the newest rows."""
     if "process" in line:
-        about = line["process"]
-        process.pid, process.host, process.command = about["pid"], about["host"], about["command"]
-        process.rank = about.get("RANK")
+        first = line["process"]
+        process.pid, process.host, process.command = first["pid"], first["host"], first["command"]
+        process.rank = first.get("RANK")
     elif "end" in line:
         end = line["end"]
         process.owner = end["process_owner"] or next(iter(end["owned"]), None)
         process.contexts = end["contexts"]
         process.ended = True
     elif "stray" in line:
-        newest[line["stray"]] = _merged(line)
+        newest[line["stray"]] = _call_site(line)
 
 
-def _merged(row: dict[str, Any]) -> Merged:
+def _call_site(row: dict[str, Any]) -> Merged:
+    """Return the strays of one row of one process."""
     site = row["site"] or {"file": "", "line": 0, "function": ""}
     return Merged(
         door=row["door"],
@@ -171,11 +173,12 @@ def _merged(row: dict[str, Any]) -> Merged:
     )
 
 
-def _add(sites: dict[tuple[Any, ...], Merged], row: Merged) -> None:
+def _merge_into(sites: dict[tuple[Any, ...], Merged], row: Merged) -> None:
+    """Add the strays of one process to those of its call site."""
     merged = sites.setdefault((row.door, row.action, row.file, row.line, row.function), row)
     if merged is row:
         return
     merged.count += row.count
     merged.bytes += row.bytes
-    merged.devices += [way for way in row.devices if way not in merged.devices]
+    merged.devices += [devices for devices in row.devices if devices not in merged.devices]
     merged.processes += [pid for pid in row.processes if pid not in merged.processes]

@@ -1,4 +1,4 @@
-"""The rows of the journal: one per call site, with its count, and the stack that is formatted when a row is read."""
+"""The rows of the journal: one per call site, with its count and a stack that is formatted when the row is read."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 import threading
 import time
 from collections.abc import Set
-from typing import Any
 
-from devguard.reporting.stray import Action, Stray
+from devguard.reporting.stray import Action, Occurrence, Stray
+from devguard.support import callsite
 from devguard.support.callsite import Frame, Site
 
 __all__ = ["format_row", "Key", "ROOM", "Row", "Tally"]
@@ -18,7 +18,7 @@ Key = tuple[int, int, str, str, str, str, Action]
 
 
 class Tally:
-    """A part of a row's count. One thread alone adds to it, or whoever holds the journal's lock."""
+    """A part of a row's count. Only one thread adds to it, or only code that holds the journal's lock."""
 
     __slots__ = ("bytes", "count")
 
@@ -27,18 +27,18 @@ class Tally:
         self.bytes = nbytes
 
 
-ROOM = 64  # tallies that a row has at most before those of threads that are gone are folded
+ROOM = 64  # the most tallies of a row before those of ended threads are folded
 
 
 class Row:
-    """The mutable twin of `Stray`, whose stack is not formatted.
+    """The mutable twin of `Stray`, with an unformatted stack.
 
     Attributes
     ----------
     own : Tally
-        What is counted under the journal's lock.
+        The tally that counts under the journal's lock.
     tallies : dict
-        All tallies: that one, and those of threads by the identity of their stacks.
+        All tallies: `own` under the key 0, and those of threads under the identity of their stacks.
     """
 
     __slots__ = (
@@ -46,21 +46,13 @@ class Row:
         "via",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        key: Key,
-        site: Frame | None,
-        via: str | None,
-        stack: tuple[Frame, ...],
-        nbytes: int,
-        dtype: str | None,
-        shape: Any,
-    ) -> None:
+    def __init__(self, key: Key, occurrence: Occurrence, site: Frame | None, via: str | None) -> None:
+        origin, start, shape = occurrence.origin, occurrence.start, occurrence.shape
         self.key = key
-        self.own = Tally(1, nbytes)
+        self.own = Tally(1, occurrence.nbytes)
         self.tallies = {0: self.own}
         self.room = ROOM
-        self.dtype = dtype
+        self.dtype = occurrence.dtype
         self.shape = None if shape is None else tuple(shape)
         self.pid = os.getpid()
         self.thread = threading.current_thread().name
@@ -68,18 +60,18 @@ class Row:
         self.time = time.time()
         self.site = site
         self.via = via
-        self.note: str | None = None
-        self.stack = stack
+        self.note = occurrence.note
+        self.stack = origin.stack if origin is not None else () if start is None else callsite.stack_of(start)
 
     def total(self) -> tuple[int, int]:
-        """Return how many strays there were, and how many bytes they had; under the journal's lock."""
+        """Return the number of strays and their bytes. Needs the journal's lock."""
         count = nbytes = 0
         for tally in self.tallies.values():
             count, nbytes = count + tally.count, nbytes + tally.bytes
         return count, nbytes
 
     def fold(self, living: Set[int]) -> None:
-        """Count under the journal's lock what those threads have counted whose stacks are gone."""
+        """Add the tallies of ended threads to `own`: those of stacks not in `living`. Needs the journal's lock."""
         for stack in self.tallies.keys() - living - {0}:
             tally = self.tallies.pop(stack)
             self.own.count += tally.count
@@ -88,7 +80,7 @@ class Row:
 
 
 def format_row(key: Key, row: Row, count: int, total: int) -> Stray:
-    """Return the record of a row that counts `count` strays with `total` bytes."""
+    """Return the record of `count` strays with `total` bytes at the call site of a row."""
     _, _, door, source, target, owner, action = key
     return Stray(
         door=door,

@@ -1,18 +1,52 @@
-"""The record of one stray, as plain data."""
+"""One occurrence of a stray, as a door detects it, and the record of all occurrences at one call site."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from types import FrameType
+from typing import Any, Literal, NamedTuple
 
-from devguard.support.callsite import Site
+from devguard.support.callsite import Origin, Site
 
-__all__ = ["Action", "LEFT", "Stray"]
+__all__ = ["Action", "LEFT", "Occurrence", "Stray"]
 
 Action = Literal["observed", "warned", "repaired", "placed", "refused", "kept"]
 
-# what a stray is called that a door leaves where it is
+# The action of a door that leaves a stray where it is, by mode.
 LEFT: dict[str, Action] = {"observe": "observed", "warn": "warned"}
+
+
+class Occurrence(NamedTuple):
+    """One occurrence of a stray, with all that the door knows. It may hold a frame, so it is never kept.
+
+    Attributes
+    ----------
+    door, source, owner : str
+        As in `Stray`.
+    nbytes : int
+        Bytes of tensor data; 0 where there are none, or where the number is unknown.
+    start : frame or None
+        The frame from which the call site is searched outwards; unused where `origin` is given.
+    dtype, shape, note : optional
+        As in `Stray`.
+    origin : Origin or None
+        The call site, if the stray was caused earlier.
+    """
+
+    door: str
+    source: str
+    owner: str
+    nbytes: int = 0
+    start: FrameType | None = None
+    dtype: str | None = None
+    shape: Any = None
+    note: str | None = None
+    origin: Origin | None = None
+
+    @property
+    def what(self) -> str:
+        """What strayed, in words."""
+        return f"{self.nbytes} bytes" if self.nbytes else "work"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +56,19 @@ class Stray:
     Attributes
     ----------
     door : str
-        The way it came, such as ``"load"``.
+        The door, such as ``"load"``.
     source : str
-        The device that it named or was on, such as ``"cuda:0"``.
+        The device that the work named or was on, such as ``"cuda:0"``.
     target : str
-        The device on which it is now. Equal to `source` unless the action is ``"repaired"`` or ``"placed"``.
+        The device on which the work is now. Equal to `source` unless the action is ``"repaired"`` or ``"placed"``.
     owner : str
-        Who owns this scope: ``"cuda:1"`` or ``"cpu"``.
+        The owner of the scope: ``"cuda:1"`` or ``"cpu"``.
     action : str
         ``"repaired"``, ``"observed"``, ``"warned"``, ``"refused"`` (an error was raised instead), or ``"kept"``
-        (left alone, because the program said so explicitly). ``"placed"`` is a thread, or a task of a pool, that was
-        started on the owner's device: whether it would have strayed, nobody can know.
+        (left alone, because the program named the device itself). ``"placed"`` is a thread, or a task of a pool, that
+        was started on the owner's device; it is unknown whether it would have strayed.
     count : int
-        How often it happened at this call site.
+        The number of strays at this call site.
     bytes : int
         Bytes of tensor data, summed over `count`.
     dtype : str or None
@@ -42,15 +76,15 @@ class Stray:
     shape : tuple of int or None
         The shape of the first one, where the door knows it.
     pid, thread, rank : int, str, str or None
-        Who did it first. `rank` is the launcher's ``RANK``.
+        The process, the thread and the launcher's ``RANK`` of the first one.
     time : float
-        When it happened first, in seconds since the epoch.
+        When the first one happened, in seconds since the epoch.
     site : Site or None
         The line of the user's code; None where the whole stack belongs to libraries.
     via : str or None
-        The transport by which it came, such as ``"zmq"``.
+        The transport that carried it, such as ``"zmq"``.
     note : str or None
-        What else the door knows, in words.
+        Further details from the door, in words.
     stack : tuple of Site
         The innermost lines of the first one's stack, innermost first.
     """
@@ -80,7 +114,7 @@ class Stray:
     def __str__(self) -> str:
         where = f"at {self.site}" if self.site else "at no line of user code"
         via = f" (via {self.via})" if self.via else ""
-        moved = f"{self.source} -> {self.target}" if self.source != self.target else self.source
-        how = f"[owner {self.owner}, {self.action}] {self.count} x, {self.bytes} bytes"
+        devices = f"{self.source} -> {self.target}" if self.source != self.target else self.source
+        counts = f"[owner {self.owner}, {self.action}] {self.count} x, {self.bytes} bytes"
         note = f"; {self.note}" if self.note else ""
-        return f"{self.door}: {moved} {how}, {where}{via}{note}"
+        return f"{self.door}: {devices} {counts}, {where}{via}{note}"

@@ -1,37 +1,56 @@
-"""What becomes of one stray: the one decision that every door asks for.
+"""The verdict on one stray: what a door does with the stray, and the record of it.
 
-A door finds that work is about to go to a device that is not the owner's, and asks here. The answer follows the mode in
-force, and the stray is recorded. What is allowed (`allow`) is no stray.
+The verdict follows the mode in force. Work on an allowed device is no stray; see allowlist.py.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from types import FrameType
 from typing import Any
 
+from devguard.errors import StrayDeviceError, StrayDeviceWarning
 from devguard.modes import REPAIRING, DoorMode
 from devguard.ownership import in_force
 from devguard.ownership.owner import Owner
 from devguard.ownership.process import process
 from devguard.ownership.stack import Entry, local, stacks
 from devguard.reporting import allowlist
-from devguard.reporting.allowlist import is_allowed
-from devguard.reporting.journal import MAX_ROWS, journal, refused
+from devguard.reporting.journal import MAX_ROWS, journal
 from devguard.reporting.rows import Row, Tally
-from devguard.reporting.stray import LEFT, Action
+from devguard.reporting.stray import LEFT, Action, Occurrence
 from devguard.support import callsite
-from devguard.support.callsite import INTERNAL, Origin
+from devguard.support.callsite import INTERNAL, Frame, Origin, Site
 
-__all__ = ["judge", "Judged", "judged_here"]
+__all__ = [
+    "judge",
+    "judge_too_late",
+    "Judged",
+    "judged_here",
+    "NAMED_BY_PROGRAM",
+    "obey",
+    "refusal",
+]
+
+NAMED_BY_PROGRAM = (
+    "The program names that device itself, and devguard never overrides that. Correct it there (map_location=, "
+    "device=, device_ids=), or allow it with devguard.unguarded()."
+)
+
+
+# The verdict on a stray, kept for the next stray like it on the same thread: whether the door repairs it, where this
+# thread counts it without a lock (None if a log file must see each one), and its row in the journal.
+Repeat = tuple[bool, "Tally | None", Row]
+# door, source, owner, target, code object and instruction of the call site
+RepeatKey = tuple[str, str, str, "str | None", int, int]
 
 
 class Judged:
-    """The strays that one thread has judged under its innermost scope, so that the next like them costs little.
+    """The verdicts of one thread under its innermost scope, so that the next stray like one of them costs little.
 
-    The rest of what a verdict depends on may not have changed either: the scopes further out are under the same entry,
-    and `era` stands for what holds outside of scopes, for what is allowed, and for the journal. The call site is part
-    of the key.
+    A verdict also depends on the outer scopes, which lie under the same entry, and on the process's settings, the
+    allow-list and the journal, for which `era` stands. The call site is part of the key.
     """
 
     __slots__ = ("era", "modes", "rows", "start", "top")
@@ -40,25 +59,39 @@ class Judged:
         self.top = top
         self.era = era
         self.modes: dict[str, DoorMode] = {}
-        self.start: Any = None  # what threads take over that are started here; takeover.py keeps it
-        # door, source, owner, target, code object and instruction of the call site -> whether to repair it, where this
-        # thread counts it, and the row for where it does not
-        self.rows: dict[tuple[str, str, str, str | None, int, int], tuple[bool, Tally | None, Row]] = {}
+        self.start: Any = None  # what threads started here take over; doors/concurrency/thread_plan.py keeps it
+        self.rows: dict[RepeatKey, Repeat] = {}
 
     def mode_of(self, door: str) -> DoorMode:
-        """Return what `in_force.mode_of` does."""
+        """Return `in_force.mode_of`, remembered."""
         mode = self.modes.get(door)
         if mode is None:
             mode = self.modes[door] = in_force.mode_of(door)
         return mode
 
+    def keep(self, key: RepeatKey, repairs: bool, row: Row) -> None:
+        """Keep the verdict on a stray for the next stray like it."""
+        if len(self.rows) >= MAX_ROWS:
+            self.rows.clear()  # one line can hold many instructions
+        self.rows[key] = repairs, journal.tally(row, id(local.stack), _living_stacks), row
 
-def _living() -> set[int]:
+
+def count_repeat(repeat: Repeat, nbytes: int) -> None:
+    """Count one more stray like the one that `repeat` was kept for."""
+    _, tally, row = repeat
+    if tally is None:
+        journal.grow(row, nbytes)
+    else:
+        tally.count += 1
+        tally.bytes += nbytes
+
+
+def _living_stacks() -> set[int]:
     return set(map(id, stacks()))
 
 
 def judged_here() -> Judged:
-    """Return what this thread has judged under its innermost scope."""
+    """Return the verdicts of this thread under its innermost scope."""
     stack = local.stack
     top = stack[-1] if stack else None
     era = process.era
@@ -85,30 +118,33 @@ def judge(
 ) -> bool:
     """Decide about one stray, and record it.
 
+    The arguments become one `Occurrence` only for the first stray of its kind: a repeated stray, in the middle of a
+    load, costs one dictionary look-up.
+
     Parameters
     ----------
     door : str
-        The door it came through.
+        The door.
     source : str
-        The device it names, or several, separated by commas.
+        The device that the stray names, or several, separated by commas.
     owner : Owner
-        Who owns the scope.
+        The owner in force.
     nbytes : int
-        Bytes of tensor data; 0 where there are none, or where nobody knows.
+        Bytes of tensor data; 0 where there are none, or where the number is unknown.
     advice : str
         For the error: what the reader can do.
     target : str, optional
-        Where a repair would put it; None if it cannot be repaired.
+        The device of a repaired stray; None if it cannot be repaired.
     start, dtype, shape, note, origin : optional
-        As for `Journal.enter`, where the door knows them; `start` is the caller by default.
+        As for `Occurrence`; `start` is the caller by default.
     places : bool
-        Whether nobody can know that it would stray, and a repair copies nothing. Such a repair is recorded as
+        Whether it is unknown that the work would stray, and a repair copies nothing. Such a repair is recorded as
         ``"placed"``, and the mode ``error`` refuses it only where it is set for this door by name.
 
     Returns
     -------
     bool
-        Whether the door is to repair it. If not, it is to be left as it is.
+        Whether the door repairs the stray. If not, it leaves the stray as it is.
 
     Raises
     ------
@@ -119,52 +155,129 @@ def judge(
         start = sys._getframe(1)
     stack = local.stack
     if process.adoption is not None and not stack:
-        process.adoption.handle()
+        process.adoption.freeze_owner()
     judged: Judged | None = stack.judged
-    if (  # as judged_here does it: this is the hot path of a repair
+    if (  # as in judged_here: this is the hot path of a repair
         judged is None or judged.top is not (stack[-1] if stack else None) or judged.era is not process.era
     ):
         judged = judged_here()
     frame: FrameType | None = start
     while frame is not None and id(frame.f_code) in INTERNAL:
         frame = frame.f_back
-    # the instruction, not the line: the line is looked up in a table
+    # The instruction, not the line: the line is looked up in a table.
     place = (0, 0) if frame is None else (id(frame.f_code), frame.f_lasti)
     key = (door, source, owner.tag, target, *place)
     known = judged.rows.get(key)
     if known is not None and origin is None:
         repairs, tally, row = known
-        if tally is None:
+        if tally is None:  # as in count_repeat, a call of which takes a tenth of the time of a repeated verdict
             journal.grow(row, nbytes)
         else:
             tally.count += 1
             tally.bytes += nbytes
         return repairs
+    occurrence = Occurrence(door, source, owner.tag, nbytes, start, dtype, shape, note, origin)
+    repairs, entered = _judge_first(occurrence, advice, target, places, judged)
+    # Kept only where no module is allowed a device: one code object may run in several modules.
+    is_repeatable = origin is None and frame is not None and callsite.is_user(frame.f_code)
+    if entered is not None and is_repeatable and allowlist.is_empty():
+        judged.keep(key, repairs, entered)
+    return repairs
 
-    mode = judged.mode_of(door)
-    if mode == "off" or (not allowlist.is_empty() and all(map(is_allowed, source.split(",")))):
-        return False
-    if mode == "error" and places and not in_force.is_named(door):
+
+def _judge_first(
+    occurrence: Occurrence, advice: str, target: str | None, places: bool, judged: Judged
+) -> tuple[bool, Row | None]:
+    """Decide about a stray that has no verdict yet; return whether to repair it, and its row in the journal."""
+    mode = judged.mode_of(occurrence.door)
+    if mode == "off" or allowlist.are_allowed(occurrence.source.split(",")):
+        return False, None
+    if mode == "error" and places and not in_force.is_named(occurrence.door):
         mode = "repair"
     if mode == "error":
-        raise refused(
-            door, source, owner.tag, nbytes, advice, start=start, dtype=dtype, shape=shape, note=note, origin=origin
+        raise refusal(occurrence, advice)
+    if mode not in REPAIRING or target is None:
+        return False, _enter(occurrence, LEFT.get(mode, "observed"))[1]
+    action: Action = "placed" if places else "repaired"
+    return True, _enter(occurrence, action, target)[1]
+
+
+def judge_too_late(occurrence: Occurrence, mode: DoorMode) -> None:
+    """Record a stray that was found afterwards, so that no mode can repair or refuse it."""
+    if occurrence.start is None and occurrence.origin is None:
+        occurrence = occurrence._replace(start=sys._getframe(1))
+    _enter(occurrence, LEFT.get(mode, "observed"), level=3)
+
+
+def obey(door: str, tag: str, owner: Owner, nbytes: int = 0, start: FrameType | None = None) -> None:
+    """Record a device that the program names itself, away from the owner.
+
+    Parameters
+    ----------
+    door : str
+        The door.
+    tag : str
+        The device, or several, separated by commas.
+    owner : Owner
+        The owner in force.
+    nbytes : int
+        Bytes of tensor data.
+    start : frame, optional
+        As for `Occurrence`; the caller by default.
+
+    Raises
+    ------
+    StrayDeviceError
+        In mode ``error``.
+    """
+    mode = in_force.mode_of(door)
+    if mode == "off" or (not allowlist.is_empty() and allowlist.are_allowed(tag.split(","))):
+        return
+    occurrence = Occurrence(door, tag, owner.tag, nbytes, sys._getframe(1) if start is None else start)
+    if mode == "error":
+        raise refusal(occurrence, NAMED_BY_PROGRAM)
+    _enter(occurrence, "kept")
+
+
+def refusal(occurrence: Occurrence, advice: str) -> StrayDeviceError:
+    """Record a stray as refused, and return the error to raise.
+
+    Parameters
+    ----------
+    occurrence : Occurrence
+        The stray, with a start or an origin.
+    advice : str
+        What the reader can do about it.
+    """
+    site, _ = _enter(occurrence, "refused")
+    verb = "were" if occurrence.nbytes else "was"
+    return StrayDeviceError(
+        f"{occurrence.door}: {occurrence.what} {verb} about to go to {occurrence.source}, but this scope owns "
+        f"{occurrence.owner}. Call site: {describe_site(site)}. {advice}"
+    )
+
+
+def describe_site(site: Frame | None) -> str:
+    """Return the call site in words, for a message."""
+    return str(Site.of(site)) if site else "no line of user code (see the stack in devguard.strays())"
+
+
+def _enter(
+    occurrence: Occurrence, action: Action, target: str | None = None, level: int = 4
+) -> tuple[Frame | None, Row | None]:
+    """Record a stray in the journal; in mode ``warn``, warn once per call site.
+
+    The warning names the line of user code; without one, the door, which is `level` frames out.
+    """
+    site, row, is_new = journal.enter(occurrence, action, target)
+    if is_new and action == "warned":
+        note = f" ({occurrence.note})" if occurrence.note else ""
+        message = (
+            f"{occurrence.door}: {occurrence.what} went to {occurrence.source}; this scope owns "
+            f"{occurrence.owner}{note}."
         )
-    repairs = mode in REPAIRING and target is not None
-    action: Action = LEFT.get(mode, "observed")
-    if repairs:
-        action = "placed" if places else "repaired"
-    lands = target if repairs and target is not None else source
-    _, entered = journal.enter(door, source, lands, owner.tag, action, nbytes, dtype, shape, start, note, origin)
-    # not where modules may be allowed: one code object may run in several
-    if (
-        entered is not None
-        and origin is None
-        and allowlist.is_empty()
-        and frame is not None
-        and callsite.is_user(frame.f_code)
-    ):
-        if len(judged.rows) >= MAX_ROWS:
-            judged.rows.clear()  # one line can hold many instructions
-        judged.rows[key] = repairs, journal.tally(entered, id(stack), _living), entered
-    return repairs
+        if site is None:
+            warnings.warn(message, StrayDeviceWarning, stacklevel=level)
+        else:  # at the user's line, so that Python's filters apply and the source line is shown
+            warnings.warn_explicit(message, StrayDeviceWarning, site.code.co_filename, site.line)
+    return site, row

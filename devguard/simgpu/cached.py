@@ -1,8 +1,8 @@
-"""Folders in the user's cache that are whole or not there at all.
+"""Folders in the user's cache that are complete or do not exist.
 
-A folder is filled in a temporary sibling and renamed when it is whole, with a manifest of all its files that is
-compared with the disk on every use; so a half-made or damaged one is never used. One process makes it, others wait for
-its result. What goes into it is the caller's business.
+A folder is filled under a temporary name next to its final place, and renamed when it is complete. Its manifest lists
+all files and is compared with the disk on every use, so an incomplete or damaged folder is never used. One process
+builds the folder while others wait. The caller provides the contents.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ FORMAT = 1
 
 
 def get(root: Path, name: str, fill: Callable[[Path], None], report: Reporter) -> Path:
-    """Find a folder, and make it if there is none that is whole.
+    """Return a folder, which is built first if it is missing or damaged.
 
     Parameters
     ----------
     root : Path
-        Where such folders are kept.
+        The folder that contains all such folders.
     name : str
-        The folder's name there; what is in it never changes.
+        The name of the folder; its contents never change.
     fill : callable
-        Fills an empty folder, which it is given.
+        Fills the empty folder that is its argument.
     report : Reporter
-        Says that another process is being waited for.
+        Reports a wait for another process.
 
     Raises
     ------
     SimulationError
-        It cannot be made here; nothing half-made is left.
+        If the folder cannot be built. Nothing incomplete is left.
     """
     folder = root / name
     if whole(folder):
@@ -54,7 +54,7 @@ def get(root: Path, name: str, fill: Callable[[Path], None], report: Reporter) -
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            report.say(f"another process is making {folder}; waiting for it")
+            report.say(f"another process is building {folder}; waiting for it")
             lock.acquire()
         try:
             if not whole(folder):
@@ -64,16 +64,17 @@ def get(root: Path, name: str, fill: Callable[[Path], None], report: Reporter) -
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise SimulationError(
-                f"the disk is full while making {folder}; free about 2 GB, or name another disk in DEVGUARD_CACHE_DIR"
+                f"the disk is full, so {folder} cannot be created; free about 2 GB, or set DEVGUARD_CACHE_DIR to a "
+                "folder on another disk"
             ) from error
         raise SimulationError(
-            f"{folder} cannot be made: {error}; name a folder that can be written in DEVGUARD_CACHE_DIR"
+            f"{folder} cannot be created: {error}; set DEVGUARD_CACHE_DIR to a writable folder"
         ) from error
     return folder
 
 
 def files(folder: Path) -> Iterator[tuple[str, int]]:
-    """Every file and its size; what Python compiles later does not count."""
+    """Yield every file and its size, without the bytecode that Python compiles later."""
     for base, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name != "__pycache__"]
         for name in names:
@@ -82,7 +83,7 @@ def files(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def whole(folder: Path) -> bool:
-    """Whether all files are there with their sizes."""
+    """Return whether every file of the manifest exists with its size."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         return manifest["format"] == FORMAT and all(
@@ -105,7 +106,7 @@ def extra(name: str) -> Any:
 
 
 def _make(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Build in a sibling folder, then rename. The caller holds the lock: siblings that are there belong to the dead."""
+    """Build in a sibling folder, then rename it. The caller holds the lock, so old siblings are from dead processes."""
     prefix = f"{folder.name}.building-"
     for stale in folder.parent.glob(f"{prefix}*"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -115,7 +116,7 @@ def _make(folder: Path, fill: Callable[[Path], None]) -> None:
         manifest = {"format": FORMAT, "files": dict(sorted(files(stage)))}
         (stage / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
         os.chmod(stage, 0o755)
-        if folder.exists():  # damaged, or it would have been used
+        if folder.exists():  # An existing folder is damaged here; otherwise it would have been used.
             os.rename(folder, Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent)) / "damaged")
         os.rename(stage, folder)
     finally:

@@ -1,7 +1,7 @@
-"""Puts together the environment variables of a process on simulated GPUs.
+"""Assembles the environment variables of a process on simulated GPUs.
 
-The overlay comes first on PYTHONPATH, the driver's libraries first on LD_LIBRARY_PATH, and the settings that
-csrc/state.c reads are in DEVGUARD_SIM_*. It starts no process.
+The overlay comes first on PYTHONPATH, the driver's libraries come first on LD_LIBRARY_PATH, and DEVGUARD_SIM_* hold the
+settings that csrc/state.c reads. This module starts no process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from devguard.errors import SimulationError
 from devguard.simgpu import records
 
-__all__ = ["MAX_GPUS", "checked", "child_environment"]
+__all__ = ["checked", "child_environment", "MAX_GPUS"]
 
 MAX_GPUS = records.DEVICES
 MIB = 1 << 20
@@ -32,7 +32,7 @@ def child_environment(
     base: Mapping[str, str] | None,
     progress: bool,
 ) -> dict[str, str]:
-    """See `devguard.simgpu.environment`, of which this is the body."""
+    """Implement `devguard.simgpu.environment`, which describes the parameters."""
     size = checked(gpus, memory)
     from devguard.simgpu import overlay
 
@@ -53,9 +53,9 @@ def child_environment(
 
 
 def checked(gpus: int, memory: int | None) -> int:
-    """The bytes of memory of each device, after both numbers were found to make sense."""
+    """Check both numbers, and return the bytes of memory of each device."""
     if isinstance(gpus, bool) or not isinstance(gpus, int) or not 1 <= gpus <= MAX_GPUS:
-        raise SimulationError(f"{gpus!r} simulated GPUs cannot be made: give a number from 1 to {MAX_GPUS}")
+        raise SimulationError(f"{gpus!r} is not a valid number of simulated GPUs: give a number from 1 to {MAX_GPUS}")
     size = DEFAULT_MEMORY if memory is None else memory
     if size < 2 * CONTEXT_BYTES:
         raise SimulationError(
@@ -68,7 +68,7 @@ def checked(gpus: int, memory: int | None) -> int:
 
 
 def _prepend(environment: dict[str, str], variable: str, folders: tuple[Path, ...], ours: str) -> None:
-    """Put folders first, and drop what an enclosing simulation had put there."""
+    """Put folders first, and drop the folders of an enclosing simulation."""
     kept = [
         entry
         for entry in environment.get(variable, "").split(os.pathsep)

@@ -1,8 +1,7 @@
 """Compiles the simulated CUDA libraries for one installed CUDA build of torch.
 
-libcudart is csrc/*.c. Every other NVIDIA library that torch's own libraries need becomes a stub that defines the very
-symbols they ask it for: functions that do nothing and report success. It never touches libraries that are not
-NVIDIA's.
+csrc/*.c becomes libcudart. Every other NVIDIA library that torch's libraries need becomes a stub with the required
+symbols: functions that do nothing and report success. Libraries of other vendors are not touched.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from pathlib import Path
 from devguard.errors import SimulationError
 from devguard.simgpu.stubs import stub_source
 from devguard.simgpu.symbols import Wanted, wanted
-from devguard.support import compiler
+from devguard.support import compiler as c_compiler
 
-__all__ = ["SOURCES", "build", "cuda_version", "find_compiler"]
+__all__ = ["build", "compiler", "cuda_version", "SOURCES"]
 
 SOURCES = Path(__file__).parent / "csrc"
-# nvcc's own warnings apart: the simulation implements functions whose arguments it does not need
+# No warning about unused parameters, because the simulation does not need every argument of CUDA's functions.
 FLAGS = (
     "-std=gnu11",
     "-O2",
@@ -34,32 +33,31 @@ FLAGS = (
 DRIVER_LIBRARIES = ("libcuda.so.1", "libnvidia-ml.so.1")
 
 
-def find_compiler() -> str:
-    """The C compiler: ``$CC``, or cc, gcc or clang.
+def compiler() -> str:
+    """Return the C compiler: ``$CC``, or cc, gcc or clang.
 
     Raises
     ------
     SimulationError
-        There is none, or readelf and nm, which come with one, are missing.
+        If there is no compiler, or if readelf or nm, which come with it, are missing.
     """
-    return compiler.compiler("simulated GPUs", SimulationError, tools=("readelf", "nm"))
+    return c_compiler.find("simulated GPUs", SimulationError, tools=("readelf", "nm"))
 
 
 def cuda_version(site: Path) -> str:
-    """The CUDA version, such as ``"13.0"``, that the torch in a folder was built for.
+    """Return the CUDA version, such as ``"13.0"``, of the torch in a folder.
 
     Raises
     ------
     SimulationError
-        It is no CUDA build.
+        If that torch is not a CUDA build.
     """
     text = (site / "torch" / "version.py").read_text(encoding="utf-8")
     found = re.search(r"""^cuda\b.*=\s*['"](\d+\.\d+)""", text, re.MULTILINE)
     if found is None or not (site / "torch" / "lib" / "libtorch_cuda.so").exists():
         raise SimulationError(
-            "the torch that pip fetched is no CUDA build: its package index must be one that carries the "
-            "CUDA build, as PyPI does "
-            "(`pip config list` shows which it is)"
+            "the torch that pip installed is not a CUDA build: use a package index with CUDA builds, such as PyPI "
+            "(`pip config list` shows the current one)"
         )
     return found[1]
 
@@ -70,17 +68,17 @@ def build(site: Path, headers: Sequence[Path], driver: Path, scratch: Path) -> N
     Parameters
     ----------
     site : Path
-        The folder that torch was installed into.
+        The folder that contains torch.
     headers : sequence of Path
-        The folders to search for cuda.h, of the same version as torch's CUDA, and what it includes.
+        The folders of cuda.h, in the version of torch's CUDA, and of the headers that it includes.
     driver : Path
-        Where libcuda.so.1 and libnvidia-ml.so.1 go, for LD_LIBRARY_PATH: nothing else is in that folder.
+        The folder for libcuda.so.1 and libnvidia-ml.so.1, for LD_LIBRARY_PATH. It contains nothing else.
     scratch : Path
         A folder for intermediate files.
     """
-    cc = find_compiler()
-    asked = wanted(site / "torch" / "lib")
-    libraries = asked.folder
+    cc = compiler()
+    required = wanted(site / "torch" / "lib")
+    libraries = required.folder
     libraries.mkdir(parents=True, exist_ok=True)
     driver.mkdir(parents=True, exist_ok=True)
 
@@ -90,36 +88,36 @@ def build(site: Path, headers: Sequence[Path], driver: Path, scratch: Path) -> N
         target = scratch / f"{source.stem}.o"
         _run([cc, *FLAGS, *includes, "-c", str(source), "-o", str(target)])
         objects.append(target)
-    _runtime(cc, asked, objects, libraries, scratch)
-    runtime = str(libraries / asked.runtime)
+    _runtime(cc, required, objects, libraries, scratch)
+    runtime = str(libraries / required.runtime)
     for folder in (driver, libraries):
         relative = os.path.relpath(libraries, folder)
         for name in DRIVER_LIBRARIES:
             extra = [runtime, f"-Wl,-rpath,$ORIGIN/{relative}"]
             _library(cc, name, "", "{ global: *; };", folder / name, scratch, extra)
-    for name, symbols in asked.stubs.items():
+    for name, symbols in required.stubs.items():
         versions = sorted({version for version in symbols.values() if version})
         nodes = [f"{version} {{ {'' if i else 'global: *;'} }};" for i, version in enumerate(versions)]
         script = "\n".join(nodes) or "{ global: *; };"
         _library(cc, name, stub_source(name, symbols), script, libraries / name, scratch)
 
 
-def _runtime(cc: str, asked: Wanted, objects: Sequence[Path], libraries: Path, scratch: Path) -> None:
-    """Link libcudart, with a function that answers "not supported" for each one that csrc does not have."""
+def _runtime(cc: str, required: Wanted, objects: Sequence[Path], libraries: Path, scratch: Path) -> None:
+    """Link libcudart, with a function that returns "not supported" for each symbol that csrc lacks."""
     defined = set()
     for line in _run(["nm", *map(str, objects)]).splitlines():
         fields = line.split()
         if len(fields) == 3 and fields[1] == "T":
             defined.add(fields[2])
-    rest = "".join(f"int {name}(void) {{ return 801; }}\n" for name in sorted(asked.cuda - defined))
+    rest = "".join(f"int {name}(void) {{ return 801; }}\n" for name in sorted(required.cuda - defined))
     source, script = scratch / "unsupported.c", scratch / "runtime.map"
     source.write_text(rest or "typedef int nothing;\n", encoding="ascii")
     script.write_text(
-        f"{asked.runtime} {{ global: cuda*; __cuda*; }};\nDEVGUARD_SIM {{ global: cu[A-Z]*; nvml*; local: *; }};\n",
+        f"{required.runtime} {{ global: cuda*; __cuda*; }};\nDEVGUARD_SIM {{ global: cu[A-Z]*; nvml*; local: *; }};\n",
         encoding="ascii",
     )
-    command = [cc, "-shared", "-fPIC", "-w", f"-Wl,-soname,{asked.runtime}", f"-Wl,--version-script={script}"]
-    _run([*command, "-o", str(libraries / asked.runtime), *map(str, objects), str(source), "-lpthread"])
+    command = [cc, "-shared", "-fPIC", "-w", f"-Wl,-soname,{required.runtime}", f"-Wl,--version-script={script}"]
+    _run([*command, "-o", str(libraries / required.runtime), *map(str, objects), str(source), "-lpthread"])
 
 
 def _library(
@@ -133,4 +131,4 @@ def _library(
 
 
 def _run(command: Sequence[str]) -> str:
-    return compiler.run(command, "the simulation's C source", SimulationError)
+    return c_compiler.run(command, "the simulation's C source", SimulationError)

@@ -1,6 +1,6 @@
-"""Makes and finds the overlay: a folder with the CUDA build of torch and the simulated libraries beside it.
+"""Builds and finds the overlay: a folder with the CUDA build of torch and the simulated libraries.
 
-It is whole or not there at all (cached.py). Nothing outside the cache folder is written.
+An overlay is complete or does not exist (cached.py). Nothing is written outside the cache folder.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from devguard.errors import SimulationError
 from devguard.simgpu import cached, native, wheels
 from devguard.simgpu.progress import Reporter
 
-__all__ = ["DEFAULT_TORCH", "Overlay", "cache_folder", "prepare"]
+__all__ = ["cache_folder", "DEFAULT_TORCH", "Overlay", "prepare"]
 
 DEFAULT_TORCH = "2.13.0"
 OLDEST_TORCH = (2, 6)
-NEEDED_BYTES = 2_500_000_000  # a wheel of 0.5 to 0.9 GB and what is in it, at the same time
+NEEDED_BYTES = 2_500_000_000  # a wheel of 0.5 to 0.9 GB and its unpacked contents at the same time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Overlay:
     Attributes
     ----------
     folder : Path
-        All of it.
+        The whole overlay.
     torch : str
         The version of torch in it.
     needs : Path or None
-        A further folder with what torch requires and the environment lacks.
+        A further folder with the requirements of torch that the environment lacks.
     """
 
     folder: Path
@@ -46,17 +46,17 @@ class Overlay:
 
     @property
     def python_path(self) -> tuple[Path, ...]:
-        """What goes first on PYTHONPATH."""
+        """The folders that go first on PYTHONPATH."""
         return (self.folder / "site", *([self.needs / "site"] if self.needs else []))
 
     @property
     def driver_folder(self) -> Path:
-        """What goes first on LD_LIBRARY_PATH."""
+        """The folder that goes first on LD_LIBRARY_PATH."""
         return self.folder / "driver"
 
 
 def cache_folder() -> Path:
-    """Where overlays are kept: ``$DEVGUARD_CACHE_DIR/simgpu``, or below the user's cache folder."""
+    """Return the folder of all overlays: ``$DEVGUARD_CACHE_DIR/simgpu``, or a folder in the user's cache."""
     named = os.environ.get("DEVGUARD_CACHE_DIR")
     if named:
         return Path(os.path.abspath(named)) / "simgpu"
@@ -64,19 +64,19 @@ def cache_folder() -> Path:
 
 
 def prepare(torch: str | None = None, *, progress: bool = True) -> Overlay:
-    """Find the overlay for a version of torch, and make it if there is none.
+    """Return the overlay for a version of torch, which is built first if necessary.
 
     Parameters
     ----------
     torch : str, optional
-        The version; that of this environment by default, `DEFAULT_TORCH` if it has none.
+        The version. By default the version in this environment, or `DEFAULT_TORCH` if it has none.
     progress : bool
-        Say on standard error what is done.
+        Report progress on standard error.
 
     Raises
     ------
     SimulationError
-        It cannot be made here; nothing half-made is left.
+        If the overlay cannot be built here. Nothing incomplete is left.
     """
     _check_platform()
     version = _version(torch)
@@ -96,7 +96,7 @@ def prepare(torch: str | None = None, *, progress: bool = True) -> Overlay:
 def _check_platform() -> None:
     here = f"{sys.platform} on {platform.machine()}"
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise SimulationError(f"simulated GPUs exist for Linux on x86-64 only, and this is {here}")
+        raise SimulationError(f"simulated GPUs need Linux on x86-64, and this is {here}")
     if sys.implementation.name != "cpython" or sys.maxsize <= 2**32:
         raise SimulationError("simulated GPUs need a 64-bit CPython, as torch itself does")
     if platform.libc_ver()[0] != "glibc":
@@ -107,7 +107,7 @@ def _version(torch: str | None) -> str:
     version = (torch or wheels.installed_torch() or DEFAULT_TORCH).partition("+")[0]
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None or not re.fullmatch(r"[0-9A-Za-z.]+", version):
-        raise SimulationError(f"{torch!r} is no version of torch: give one such as {DEFAULT_TORCH}")
+        raise SimulationError(f"{torch!r} is not a version of torch: give a version such as {DEFAULT_TORCH}")
     if (int(numbers[1]), int(numbers[2])) < OLDEST_TORCH:
         raise SimulationError(
             f"torch {version} is too old for simulated GPUs: 2.6 is the oldest, {DEFAULT_TORCH} the default"
@@ -123,29 +123,28 @@ def _source_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-# ---- what goes into the folders
+# ---- the contents of the folders
 
 
 def _fill_torch(stage: Path, version: str, tag: str, report: Reporter) -> None:
-    native.find_compiler()  # before anything is downloaded
+    native.compiler()  # A missing compiler must be reported before the download.
     site, scratch = stage / "site", stage / "scratch"
     scratch.mkdir()
     with report.steps():
         earlier = _same_torch(stage.parent, version, tag)
         if earlier is not None:
-            report.say(f"renewing the simulated GPUs for torch {version}")
+            report.say(f"recompiling the simulated GPUs for torch {version}")
             shutil.copytree(earlier / "site", site, copy_function=os.link, symlinks=True)
             for name in json.loads((earlier / "simulation.json").read_bytes()):
                 (stage / name).unlink(missing_ok=True)
         else:
             _check_space(stage)
             report.say(
-                f"making simulated GPUs for torch {version} in {stage.parent} (once; its CUDA build is 0.5 to "
-                "0.9 GB to "
-                "download, 1.3 to 1.8 GB on disk)"
+                f"building simulated GPUs for torch {version} in {stage.parent} (once; the CUDA build of torch is a "
+                "download of 0.5 to 0.9 GB, and takes 1.3 to 1.8 GB on disk)"
             )
             text = f"torch {version}, CUDA build: downloading, unpacking"
-            requirement = f"torch==={version}"  # with == a local +cpu wheel would win where one is configured
+            requirement = f"torch==={version}"  # With ==, pip would prefer a local +cpu wheel if one is configured.
             wheels.install(
                 [requirement],
                 site,
@@ -175,7 +174,7 @@ def _fill_needs(stage: Path, missing: list[str], report: Reporter) -> None:
             stage / "site",
             dependencies=True,
             scratch=scratch,
-            text="what torch requires and this environment lacks",
+            text="requirements of torch that this environment lacks",
             expected=80_000_000,
             report=report,
         )
@@ -183,7 +182,7 @@ def _fill_needs(stage: Path, missing: list[str], report: Reporter) -> None:
 
 
 def _same_torch(root: Path, version: str, tag: str) -> Path | None:
-    """A whole overlay with the same torch, whose simulation is another: its files are shared, not downloaded again."""
+    """Return a complete overlay with the same torch and another simulation, to share its files, or None."""
     for folder in sorted(root.glob(f"torch-{version}-{tag}-*")):
         if ".building-" not in folder.name and not folder.name.endswith(".lock") and cached.whole(folder):
             return folder
@@ -191,11 +190,11 @@ def _same_torch(root: Path, version: str, tag: str) -> Path | None:
 
 
 def _headers(scratch: Path, cuda: str, report: Reporter) -> list[Path]:
-    """Fetch NVIDIA's headers from their own packages: only to compile with, they are not kept."""
+    """Download NVIDIA's headers from their own packages. They are used to compile, and not kept."""
     major = int(cuda.partition(".")[0])
     runtime, crt = f"nvidia-cuda-runtime=={cuda}.*", f"nvidia-cuda-crt=={cuda}.*"
     if major < 13:
-        # CUDA 12 has crt/host_defines.h, a few macros, only in a package of 40 MB; that of CUDA 13 serves
+        # CUDA 12 has crt/host_defines.h, a few macros, only in a package of 40 MB; the header of CUDA 13 works as well.
         runtime, crt = f"nvidia-cuda-runtime-cu{major}=={cuda}.*", "nvidia-cuda-crt==13.*"
     wheels.install(
         [runtime, crt],
@@ -221,7 +220,6 @@ def _check_space(folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < NEEDED_BYTES:
         raise SimulationError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free, and making simulated GPUs takes about "
-            f"{NEEDED_BYTES / 1e9:.1f} GB: free "
-            "some, or name another disk in DEVGUARD_CACHE_DIR"
+            f"{folder.parent} has {free / 1e9:.1f} GB free, and building simulated GPUs takes about "
+            f"{NEEDED_BYTES / 1e9:.1f} GB: free some space, or set DEVGUARD_CACHE_DIR to a folder on another disk"
         )

@@ -1,7 +1,7 @@
-"""Says on standard error what is being done while an overlay is made.
+"""Reports progress on standard error while an overlay is built.
 
-On a terminal a bar, elsewhere plain lines: one at the beginning of each step. It measures what is written by the free
-space of the disk, which is cheap and right enough for a bar.
+A terminal shows a bar; elsewhere one plain line is written at the start of each step. The bar follows the free space of
+the disk, which is cheap to read and accurate enough for a bar.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ POLL_SECONDS = 0.2
 
 
 class Reporter:
-    """Tells the steps of one build.
+    """Reports the steps of one build.
 
     Parameters
     ----------
     enabled : bool
-        False: say nothing.
+        Whether to write anything.
     """
 
     def __init__(self, enabled: bool) -> None:
@@ -46,7 +46,7 @@ class Reporter:
 
     @contextmanager
     def steps(self) -> Iterator[None]:
-        """Show a bar while inside, if standard error is a terminal."""
+        """Show a bar inside the block, if standard error is a terminal."""
         if not self._enabled or not sys.stderr.isatty():
             yield
             return
@@ -66,7 +66,7 @@ class Reporter:
                 self._bar = None
 
     def run(self, process: subprocess.Popen[bytes], text: str, folder: Path, expected: int) -> int:
-        """Wait for a process that writes about ``expected`` bytes on the disk of ``folder``; return its exit status."""
+        """Wait for a process that writes about ``expected`` bytes to the disk of ``folder``; return its exit status."""
         if self._bar is None:
             self.say(text)
             return process.wait()
@@ -77,7 +77,7 @@ class Reporter:
             try:
                 status = process.wait(POLL_SECONDS)
             except subprocess.TimeoutExpired:
-                written = max(written, before - shutil.disk_usage(folder).free)  # pip deletes on the way, too
+                written = max(written, before - shutil.disk_usage(folder).free)  # pip also deletes files
                 self._bar.update(task, completed=min(written, expected * 99 // 100))
             else:
                 self._bar.update(task, completed=expected)

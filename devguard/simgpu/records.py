@@ -1,7 +1,7 @@
-"""Reads the state file of simulated GPUs: which process holds what on which device, and what the dead ones held.
+"""Reads the state file of simulated GPUs: what each process, alive or dead, holds or held on each device.
 
-The file is written by csrc/state.c while processes run; reading takes no lock, so the numbers of a live process are
-those of the moment. It only reads: `create` makes the empty file that the processes then share.
+csrc/state.c writes the file while processes run. Reading takes no lock, so the numbers of a live process are those of
+the moment. `create` makes the empty file that the processes share; nothing else here writes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIZE = HEADER.size + SLOTS * PROCESS.size
 
 @dataclasses.dataclass(frozen=True)
 class DeviceState:
-    """What one process holds, or held at its end, on one simulated GPU.
+    """What one process holds, or held when it ended, on one simulated GPU.
 
     Attributes
     ----------
@@ -37,16 +37,16 @@ class DeviceState:
     context : bool
         Whether the process has a primary context there; for a dead process, whether it had one.
     bytes : int
-        Device memory in bytes that it holds; for a dead process, that it held when it ended. The caching allocator's
-        unused blocks count, as with ``nvidia-smi``; the context itself does not.
+        Bytes of device memory that the process holds; for a dead process, that it held when it ended. The caching
+        allocator's unused blocks count, as with ``nvidia-smi``; the context itself does not.
     peak_bytes : int
-        The most that ``bytes`` ever was.
+        The highest value of ``bytes``.
     allocations : int
-        How many times memory was taken from the device, by cudaMalloc or cuMemCreate.
+        The number of allocations on the device, by cudaMalloc or cuMemCreate.
     launches : int
-        Kernels launched on the device. Copies and memsets are none.
+        The number of kernels launched on the device. Copies and memsets do not count.
     ipc_opens : int
-        How many memory handles of other processes, for memory on this device, were opened.
+        The number of opened memory handles from other processes, for memory on this device.
     """
 
     index: int
@@ -58,7 +58,7 @@ class DeviceState:
     ipc_opens: int
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain data, fit for JSON."""
+        """Return the record as plain data, fit for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -71,9 +71,9 @@ class ProcessState:
     pid : int
         Its process id.
     name : str
-        DEVGUARD_SIM_NAME if that was set in its environment, else a short form of its command line.
+        DEVGUARD_SIM_NAME if its environment sets the variable, else a short form of its command line.
     alive : bool
-        Whether it still runs. What a dead process held is given back, but its record stays readable.
+        Whether the process still runs. The memory of a dead process is freed, but its record stays readable.
     devices : tuple of DeviceState
         One for each simulated GPU, by physical index, visible to the process or not.
     """
@@ -84,34 +84,34 @@ class ProcessState:
     devices: tuple[DeviceState, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain data, fit for JSON."""
+        """Return the record as plain data, fit for JSON."""
         return dataclasses.asdict(self)
 
 
 def state(path: str | os.PathLike[str] | None = None) -> tuple[ProcessState, ...]:
-    """What every process holds, or held at its end, on every simulated GPU.
+    """Return what every process holds, or held when it ended, on every simulated GPU.
 
     Parameters
     ----------
     path : path, optional
-        The state file; the one that DEVGUARD_SIM_STATE names by default.
+        The state file. By default DEVGUARD_SIM_STATE names it.
 
     Returns
     -------
     tuple of ProcessState
-        In the order in which the processes initialised CUDA. A file has room for 512 processes; when it is full, the
-        oldest dead ones make room.
+        In the order in which the processes initialised CUDA. A file has room for 512 processes; if it is full, the
+        oldest dead processes are dropped.
 
     Raises
     ------
     SimulationError
-        There is no such file, or it is no state file of this version.
+        If there is no such file, or it is not a state file of this version.
     """
     chosen = path if path is not None else os.environ.get("DEVGUARD_SIM_STATE")
     if not chosen:
         raise SimulationError(
-            "no state file is named: pass its path, or read the state in a process that runs on simulated GPUs, "
-            "where DEVGUARD_SIM_STATE names it"
+            "no state file is given: pass its path, or call this in a process on simulated GPUs, where "
+            "DEVGUARD_SIM_STATE names it"
         )
     raw = _read(Path(chosen))
     taken = HEADER.unpack_from(raw)[4]
@@ -124,14 +124,14 @@ def state(path: str | os.PathLike[str] | None = None) -> tuple[ProcessState, ...
 
 
 def create(path: Path, *, memory: int, context_bytes: int) -> None:
-    """Make an empty state file, or check the one that is there.
+    """Create an empty state file, or check an existing one.
 
     Parameters
     ----------
     path : Path
-        Where; its folder must exist.
+        The path of the file, in an existing folder.
     memory, context_bytes : int
-        Bytes of memory of each device, and bytes that a context takes.
+        The bytes of memory of each device, and the bytes that a context takes.
     """
     header = HEADER.pack(MAGIC, VERSION, SLOTS, PROCESS.size, 0, memory, context_bytes, 0)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
@@ -140,13 +140,15 @@ def create(path: Path, *, memory: int, context_bytes: int) -> None:
             file.write(header)
             file.truncate(SIZE)
         try:
-            os.link(scratch, path)  # whole or not at all, and never over a file that is there
+            os.link(scratch, path)  # A link appears complete or not at all, and never replaces an existing file.
         except FileExistsError:
             _read(path)
         finally:
             scratch.unlink()
     except OSError as error:
-        raise SimulationError(f"the state file {path} cannot be made: {error.strerror}; name another") from error
+        raise SimulationError(
+            f"the state file {path} cannot be created: {error.strerror}; choose another path"
+        ) from error
 
 
 def _read(path: Path) -> bytes:
@@ -156,14 +158,13 @@ def _read(path: Path) -> bytes:
         raise SimulationError(f"the state file {path} cannot be read: {error.strerror}") from error
     if len(raw) != SIZE or raw[: len(MAGIC)] != MAGIC:
         raise SimulationError(
-            f"{path} is no state file of simulated GPUs; it is made by `devguard sim --state FILE -- COMMAND`"
+            f"{path} is not a state file of simulated GPUs; `devguard sim --state FILE -- COMMAND` creates one"
         )
     version, slots, size = HEADER.unpack_from(raw)[1:4]
     if (version, slots, size) != (VERSION, SLOTS, PROCESS.size):
         raise SimulationError(
-            f"{path} is a state file of version {version}, written by another release of devguard; this one "
-            "reads version "
-            f"{VERSION}"
+            f"{path} is a state file of version {version}, written by another release of devguard; this release reads "
+            f"version {VERSION}"
         )
     return raw
 
@@ -176,12 +177,12 @@ def _process(record: tuple[Any, ...]) -> ProcessState:
 
 
 def _start_time(pid: int) -> int | None:
-    """The start time of a process in clock ticks since boot; None: it runs no more. As csrc/state.c asks."""
+    """Return the start time of a process, in clock ticks since boot; None if it has ended. Matches csrc/state.c."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    fields = text[text.rindex(")") + 2 :].split()  # the command's name, in brackets, may hold anything
+    fields = text[text.rindex(")") + 2 :].split()  # the command name, in brackets, may contain spaces and brackets
     return None if fields[0] in "ZX" else int(fields[19])
 
 
@@ -197,7 +198,7 @@ def _short_name(command: bytes) -> str:
         if word == "-m":
             return f"{program} -m {next(rest, '')}".rstrip()
         if word in ("-W", "-X"):
-            next(rest, None)  # its value is no script
+            next(rest, None)  # the value of the option is not a script
         elif not word.startswith("-"):
             return os.path.basename(word)
     return program

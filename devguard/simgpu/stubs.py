@@ -1,8 +1,7 @@
-"""Writes the C source of stub libraries: cuBLAS, cuDNN, NCCL and the others, whose functions do nothing and report
-success.
+"""Generates the C source of stub libraries (cuBLAS, cuDNN, NCCL and others) that do nothing and report success.
 
-Creators hand out a dummy handle, version queries answer with a plausible version. DEVGUARD_SIM_TRACE=1 names every
-call on standard error.
+Functions that create something return a dummy handle, and version queries return a plausible version. With
+DEVGUARD_SIM_TRACE=1 the stubs name every call on standard error.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ SPECIAL = {
     "cudnnBackendCreateDescriptor": 'long {name}(int type, void **handle) {{ return created("{name}", handle); }}',
     "ncclGetVersion": "long {name}(int *value) {{ *value = 22809; return 0; }}",
     "cufftGetVersion": "long {name}(int *value) {{ *value = 12000; return 0; }}",
-    # torch warns if there is no algorithm; the last argument tells how many were found
+    # torch warns if no algorithm is found; the last argument returns the number found.
     "cublasLtMatmulAlgoGetHeuristic": (
         "long {name}(void *a, void *b, void *c, void *d, void *e, void *f, void *g, int wanted, void "
         "*results, int *found) "
@@ -47,14 +46,14 @@ TEXT = re.compile("GetErrorString|GetStatusString|GetStatusName|GetLastError")
 
 
 def stub_source(library: str, symbols: Iterable[str]) -> str:
-    """The C source of a library that defines these symbols.
+    """Return the C source of a library that defines these symbols.
 
     Parameters
     ----------
     library : str
-        Its soname.
+        The soname of the library.
     symbols : iterable of str
-        The functions' names.
+        The names of the functions.
     """
     lines = []
     for name in sorted(symbols):

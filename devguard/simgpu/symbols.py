@@ -1,4 +1,4 @@
-"""Reads with readelf and nm what torch's libraries ask of NVIDIA's: which libraries and symbols, looked for where."""
+"""Finds the NVIDIA libraries and symbols that torch's libraries need, and the folder of each, with readelf and nm."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["Wanted", "wanted"]
 
 # libcudart, libcublas, libnvrtc, libnvshmem_host, libnccl, ... and nothing else: not libz, not libgomp
 NVIDIA = re.compile(r"lib(cu|nv|nccl)")
-# The runtime, the driver and NVML, all of them in libcudart here; cuFile has a library of its own.
+# The runtime, the driver and NVML, which are all in libcudart here. cuFile has its own library.
 CUDA = re.compile(r"(__)?cuda[A-Z]|cu[A-Z](?!File)|nvml")
-# Which library defines the symbols that begin so; the first that fits counts.
+# A prefix of symbols, and the library that defines them. The first match counts.
 PREFIXES = (
     ("cublasLt", "libcublasLt"),
     ("cublas", "libcublas"),
@@ -36,18 +36,18 @@ PREFIXES = (
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What one build of torch asks for.
+    """The NVIDIA libraries and symbols that one build of torch needs.
 
     Attributes
     ----------
     folder : Path
-        Where its libraries look first (their DT_RPATH).
+        The folder that its libraries search first (their DT_RPATH).
     runtime : str
         The soname of libcudart.
     cuda : frozenset of str
         The undefined symbols of the CUDA runtime, the driver and NVML.
     stubs : dict of str to dict of str to str
-        Soname -> symbol -> the version that is asked for, "" for none.
+        Soname -> symbol -> the required version, "" for none.
     """
 
     folder: Path
@@ -57,7 +57,7 @@ class Wanted:
 
 
 def wanted(folder: Path) -> Wanted:
-    """Find out what the libraries in torch's own folder need.
+    """Find the NVIDIA libraries and symbols that the libraries in torch's own folder need.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def wanted(folder: Path) -> Wanted:
     runtime = next((name for name in needed if name.startswith("libcudart.")), None)
     if runtime is None:
         raise SimulationError(
-            f"the libraries in {folder} need no libcudart: that torch cannot be put on simulated GPUs"
+            f"the libraries in {folder} do not need libcudart: this torch is not supported on simulated GPUs"
         )
 
     outside = {symbol: version for symbol, version in undefined.items() if symbol not in defined}
@@ -102,7 +102,7 @@ def wanted(folder: Path) -> Wanted:
 
 
 def _first_place(folder: Path, paths: list[str]) -> Path:
-    """Torch's own folder if it looks nowhere else; the runtime's folder, of those that it looks in, if there is one."""
+    """Return the CUDA runtime's folder if torch searches it, else its first NVIDIA folder, else torch's own folder."""
     places = [path for path in paths if "nvidia" in path]
     runtime = [path for path in places if re.search(r"cuda_runtime|cu\d+/lib", path)]
     chosen = (runtime or places or ["$ORIGIN"])[0]

@@ -1,7 +1,7 @@
-"""Installs wheels into folders of ours with the environment's own pip, and says clearly why that failed.
+"""Installs wheels into devguard's own folders with the environment's pip, and explains failures.
 
-The user's pip configuration is honoured, but for what would make pip install elsewhere. It resolves nothing itself:
-each call names exactly what is wanted.
+The user's pip configuration is honoured, except for settings that would make pip install elsewhere. This module
+resolves no versions: each call names the exact requirements.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from devguard.simgpu.progress import Reporter
 
 __all__ = ["install", "installed_torch", "missing_requirements"]
 
-# Options of pip's that would keep it from putting a wheel where we say.
+# Options of pip that would keep it from installing into the given folder.
 NEUTRAL = {
     "PIP_USER": "0",
     "PIP_REQUIRE_VIRTUALENV": "0",
@@ -29,7 +29,7 @@ NEUTRAL = {
     "PIP_NO_INPUT": "1",
 }
 DROPPED = ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_CONSTRAINT", "PIP_REQUIREMENT", "PYTHONPATH")
-# What the simulation stands in for, or what needs a compiler for real GPUs.
+# Packages that the simulation replaces, or that need a compiler for real GPUs.
 SIMULATED = re.compile(r"(nvidia|cuda|triton|pytorch-triton)(-|$)")
 NETWORK = (
     "Connection",
@@ -52,7 +52,7 @@ BROKEN = (
 
 
 def installed_torch() -> str | None:
-    """The version of torch in this Python environment without its local part; None: it has none."""
+    """Return the version of torch in this Python environment, without its local part; None if there is no torch."""
     try:
         return importlib.metadata.version("torch").partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
@@ -60,17 +60,17 @@ def installed_torch() -> str | None:
 
 
 def missing_requirements(site: Path) -> list[str]:
-    """What the torch in a folder requires and this environment lacks, apart from what the simulation stands in for.
+    """Return the requirements of the torch in a folder that this environment lacks and the simulation does not replace.
 
     Parameters
     ----------
     site : Path
-        The folder that torch was installed into.
+        The folder that contains torch.
 
     Returns
     -------
     list of str
-        Requirements for pip, which evaluates their markers itself.
+        Requirements for pip, which evaluates their markers.
     """
     torch = next(iter(importlib.metadata.distributions(name="torch", path=[str(site)])))
     missing = []
@@ -101,20 +101,24 @@ def install(
     Parameters
     ----------
     requirements : sequence of str
-        For pip's command line.
+        Arguments for pip.
     target : Path
         The folder.
     dependencies : bool
-        Install what they require, too.
+        Whether to install the wheels' own requirements, too.
     scratch : Path
         A folder for pip's temporary files and its output, on the same disk as the target.
-    text, expected, report
-        What to say, about how many bytes will be written, and to whom.
+    text : str
+        The name of this step, for the report.
+    expected : int
+        The approximate number of bytes that pip writes.
+    report : Reporter
+        Shows the progress.
 
     Raises
     ------
     SimulationError
-        With the reason as far as pip's output shows it.
+        If pip fails; with the reason, as far as pip's output shows it.
     """
     command = [*_pip(), "install", "--only-binary=:all:", "--target", str(target), "--progress-bar", "off"]
     if not dependencies:
@@ -145,11 +149,11 @@ def install(
 def _pip() -> list[str]:
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    bundled = sorted(_bundled_pip())  # an environment made by uv has no pip, but its Python has one to install
+    bundled = sorted(_bundled_pip())  # uv's environments have no pip, but their Python contains a copy for ensurepip.
     if bundled:
         return [sys.executable, f"{bundled[-1]}/pip", "--disable-pip-version-check"]
     raise SimulationError(
-        f"{sys.executable} has no pip, which fetches the CUDA build of torch: install it first "
+        f"{sys.executable} has no pip, which is needed to install the CUDA build of torch: install pip first "
         f"(`uv pip install pip`, or `{sys.executable} -m ensurepip`, or your system's package python3-pip)"
     )
 
@@ -162,30 +166,29 @@ def _bundled_pip() -> list[Path]:
 
 
 def _explain(requirements: Sequence[str], output: str) -> str:
-    what = " ".join(requirements)
+    names = " ".join(requirements)
     lines = [line for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")] or lines
-    said = "\n".join(f"  pip: {line[:300]}" for line in errors[-4:])
+    excerpt = "\n".join(f"  pip: {line[:300]}" for line in errors[-4:])
     if "No space left on device" in output or "Errno 28" in output:
         return (
-            f"the disk is full: {what} could not be installed; free about 2 GB, or name another disk in "
-            "DEVGUARD_CACHE_DIR"
+            f"the disk is full: {names} could not be installed; free about 2 GB, or set DEVGUARD_CACHE_DIR to a "
+            "folder on another disk"
         )
     if any(word in output for word in BROKEN):
-        return f"the download of {what} broke off or is damaged; nothing of it was kept, so run the same again\n{said}"
-    # with no retries left pip says no more than that it knows no version at all
+        return f"the download of {names} was interrupted or damaged; nothing was kept: run the command again\n{excerpt}"
+    # After its last retry pip reports only that it found no version at all.
     if any(word in output for word in NETWORK) or "(from versions: none)" in output:
         return (
-            f"{what} could not be downloaded: the package index was not reached, or has nothing of that name; "
-            "check the "
-            f"network, or pip's index-url and proxy settings (`pip config list`), and run the same again\n{said}"
+            f"{names} could not be downloaded: the package index cannot be reached or has no such package; check the "
+            "network, and pip's index-url and proxy settings (`pip config list`), and run the command again\n"
+            f"{excerpt}"
         )
     if "No matching distribution" in output:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         return (
-            f"the package index that pip uses has no {what} for Python {version} on Linux x86-64; it must be "
-            "one that carries the "
-            f"CUDA build, as PyPI does (`pip config list` shows which it is), or name a version that it has "
-            f"with --torch\n{said}"
+            f"the package index that pip uses has no {names} for Python {version} on Linux x86-64; use an index with "
+            "CUDA builds, such as PyPI (`pip config list` shows the current one), or another version with --torch\n"
+            f"{excerpt}"
         )
-    return f"pip could not install {what}; put right what it says, and run the same again\n{said}"
+    return f"pip could not install {names}; fix the problem that pip reports, and run the command again\n{excerpt}"

@@ -1,4 +1,4 @@
-"""What devguard needs of Python and torch: call sites, patches, notices, the accelerator. Knows no owner.
+"""Tools for Python and torch: call sites, patches, notices, the accelerator. Independent of owners.
 
 May import only devguard.errors.
 """

@@ -1,8 +1,9 @@
-"""The one place that calls ``torch.cuda``: exchange the current device, count devices, list contexts.
+"""The one place that calls ``torch.cuda``: the current device, the devices, their contexts and their memory.
 
-CUDA is the accelerator (ROCm builds of torch answer to the same names). Nothing here opens a context by
-itself, and only `bind` imports torch. The functions that ask (`contexts`, `initialized`) never initialise
-CUDA: a process that is merely looked at can still fork.
+CUDA is the accelerator (ROCm builds of torch have the same names). A function opens a context only if its docstring
+says so, and only `bind` and `set_torchs_own_check` import torch. Queries about contexts never initialise CUDA, so that
+the process can still fork. Doors patch functions of ``torch.cuda``, but call them here; hot paths bind `queries`. The
+demo (devguard.demo) plays a user's program and calls torch itself.
 """
 
 from __future__ import annotations
@@ -13,47 +14,40 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from devguard.errors import DevGuardError, DeviceResolutionError
+from devguard.errors import DeviceResolutionError
+from devguard.support.installed_torch import import_torch
 
 __all__ = [
     "bind",
     "bound_device",
+    "call_when_initialized",
     "can_access_peer",
     "contexts",
+    "current_device",
+    "current_device_after_init",
+    "device_0_is_unchosen",
     "device_count",
+    "driver_is_initialized",
+    "Exchange",
+    "index_named",
     "index_of",
-    "initialized",
+    "is_in_bad_fork",
+    "is_initialized",
+    "keeps_memory_history",
+    "memory_history",
+    "memory_stats",
+    "name_of",
     "out_of_range",
+    "queries",
+    "record_memory_history",
+    "restore_torchs_own_check",
+    "set_torchs_own_check",
+    "stop_memory_history",
+    "unwatched_set_device",
     "uuid_of",
 ]
 
-TORCH_MINIMUM = (2, 6)
-
 _CUDA_ERROR_NOT_INITIALIZED = 3
-
-
-class MissingTorchError(DevGuardError, ImportError):
-    """torch is needed now and is not installed, or is too old."""
-
-
-def torch_module() -> Any:
-    """Import torch, or say what to install."""
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise MissingTorchError(
-            "devguard needs torch here and this environment has none. Install the build that fits your machine "
-            "(see pytorch.org), or any build with: pip install 'torch-devguard[torch]'."
-        ) from None
-    version = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in torch.__version__.split(".")[:2])
-    if version < TORCH_MINIMUM:
-        raise MissingTorchError(
-            f"devguard supports torch {'.'.join(map(str, TORCH_MINIMUM))} and newer; this environment has "
-            f"{torch.__version__}. Upgrade torch, or remove devguard from this program."
-        )
-    return torch
 
 
 class Exchange:
@@ -62,12 +56,11 @@ class Exchange:
     Attributes
     ----------
     to : callable
-        ``to(index) -> previous index``. Makes `index` current, and opens its context.
+        ``to(index) -> previous index``. Makes a device current, and opens its context.
     back : callable
         ``back(index) -> previous index``. The same, but a device without a context stays without one.
     choose : callable
-        ``choose(index) -> previous index``. As ``torch.cuda.set_device``: binds the context to a fresh
-        thread.
+        ``choose(index) -> previous index``. As ``torch.cuda.set_device``: binds the context to a fresh thread.
     """
 
     __slots__ = ("back", "choose", "to")
@@ -86,7 +79,7 @@ def bind() -> Exchange:
     DeviceResolutionError
         If this build of torch has no CUDA.
     """
-    torch = torch_module()
+    torch = import_torch()
     to = getattr(torch._C, "_cuda_exchangeDevice", None)
     back = getattr(torch._C, "_cuda_maybeExchangeDevice", None)
     if to is None or back is None:
@@ -109,7 +102,7 @@ def device_count() -> int:
     if torch is None:
         return 0
     seen = getattr(torch._C, "_cuda_getDeviceCount", None)
-    if seen is not None and torch.cuda.is_initialized():  # older torch counts what CUDA_VISIBLE_DEVICES means by now
+    if seen is not None and torch.cuda.is_initialized():  # older torch re-reads CUDA_VISIBLE_DEVICES at each call
         return int(seen())
     count: int = torch.cuda.device_count()
     return count
@@ -136,8 +129,13 @@ def uuid_of(index: int) -> str:
     """Return the UUID of a visible device, in torch's spelling; initialises CUDA, and opens no context."""
     torch = sys.modules["torch"]
     torch.cuda.init()
-    # below get_device_properties, which in older torch counts what CUDA_VISIBLE_DEVICES means by now
+    # Not get_device_properties, which in older torch re-reads CUDA_VISIBLE_DEVICES at each call.
     return str(torch.cuda._get_device_properties(index).uuid)
+
+
+def name_of(index: int) -> str:
+    """Return the name of a visible device, such as ``"NVIDIA H100"``; initialises CUDA."""
+    return str(sys.modules["torch"].cuda.get_device_name(index))
 
 
 def index_of(uuid: str) -> int | None:
@@ -149,26 +147,25 @@ def index_of(uuid: str) -> int | None:
 
 
 def can_access_peer(index: int, peer: int) -> bool:
-    """Tell whether the device `index` can reach the memory of the device `peer`; opens no context."""
+    """Return whether the device `index` can access the memory of the device `peer`; opens no context."""
     return bool(sys.modules["torch"].cuda.can_device_access_peer(index, peer))
 
 
-def initialized() -> bool:
-    """Tell whether the CUDA driver is initialised in this process, by anybody; asking does not initialise it."""
+def driver_is_initialized() -> bool:
+    """Return whether the CUDA driver is initialised in this process, by torch or by a library; initialises nothing."""
     try:
         driver = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
     except OSError:
-        return _torch_initialized()  # no driver is loaded (or it goes by another name: ROCm)
+        return is_initialized()  # no driver is loaded, or it has another name (ROCm)
     count = ctypes.c_int()
     status: int = driver.cuDeviceGetCount(ctypes.byref(count))
     return status != _CUDA_ERROR_NOT_INITIALIZED
 
 
 def bound_device() -> int | None:
-    """Return the device whose context this thread has current; None if it has none, or if no driver can be asked.
+    """Return the device of this thread's current context; None before its first work on a device, and on ROCm.
 
-    A thread has none before it first works on a device. Asking (``cuCtxGetDevice``) opens nothing. ROCm's driver goes
-    by another name and is not asked.
+    The query (``cuCtxGetDevice``) opens nothing. ROCm's driver has another name and is not queried.
     """
     if not _driver:
         try:
@@ -179,12 +176,104 @@ def bound_device() -> int | None:
     return None if _driver[0].cuCtxGetDevice(ctypes.byref(device)) else device.value
 
 
-_driver: list[ctypes.CDLL] = []
+_driver: list[ctypes.CDLL] = []  # the driver, once it is loaded
 
 
-def _torch_initialized() -> bool:
+def is_initialized() -> bool:
+    """Return whether torch has initialised CUDA in this process."""
     torch = sys.modules.get("torch")
     return torch is not None and bool(torch.cuda.is_initialized())
+
+
+def is_in_bad_fork() -> bool:
+    """Return whether this process was forked after CUDA was initialised, so that it cannot use CUDA."""
+    check = getattr(sys.modules["torch"].cuda, "_is_in_bad_fork", None)
+    return check is not None and bool(check())
+
+
+def current_device() -> int:
+    """Return the current device of this thread; initialises no CUDA in torch, and opens no context."""
+    index: int = sys.modules["torch"]._C._cuda_getDevice()
+    return index
+
+
+def current_device_after_init() -> int:
+    """Return the current device of this thread, as ``torch.cuda.current_device``: initialises CUDA."""
+    index: int = sys.modules["torch"].cuda.current_device()
+    return index
+
+
+def index_named(device: Any) -> int:
+    """Return the index that torch reads from `device`, -1 if there is none; torch raises if it is no CUDA device."""
+    index: int = sys.modules["torch"].cuda._utils._get_device_index(device, optional=True)
+    return index
+
+
+def device_0_is_unchosen() -> bool:
+    """Return whether device 0 is current on this thread only by default: it holds no context.
+
+    Then nothing can be pending on device 0, and a call that opens it does harm. The result is False in a forked child
+    that cannot query contexts: the call itself then fails with torch's own error.
+    """
+    torch_c = sys.modules["torch"]._C
+    try:
+        return bool(torch_c._cuda_getDevice() == 0 and not torch_c._cuda_hasPrimaryContext(0))
+    except RuntimeError:
+        return False
+
+
+def queries() -> tuple[Callable[[], int], Callable[[], bool]]:
+    """Return torch's own functions behind `current_device` and `is_initialized`, for hot paths to bind."""
+    torch = sys.modules["torch"]
+    return torch._C._cuda_getDevice, torch.cuda.is_initialized
+
+
+def unwatched_set_device() -> Callable[[int], None] | None:
+    """Return torch's C function behind ``set_device``, without the door's patch; None in a build without CUDA."""
+    function = getattr(sys.modules["torch"]._C, "_cuda_setDevice", None)
+    unwatched: Callable[[int], None] | None = getattr(function, "__wrapped__", function)
+    return unwatched
+
+
+def call_when_initialized(function: Callable[[], object]) -> None:
+    """Call `function` at the end of the initialisation of CUDA that is under way on this thread.
+
+    As ``torch.cuda._lazy_call``, but torch holds the lock of that function now: a call into CUDA before the end of the
+    initialisation would wait forever.
+    """
+    sys.modules["torch"].cuda._queued_calls.append((function, []))
+
+
+def memory_stats(index: int) -> dict[str, Any]:
+    """Return the statistics of torch's allocator for a device, nested; empty before torch initialises CUDA."""
+    if not is_initialized():
+        return {}
+    stats: dict[str, Any] = sys.modules["torch"]._C._cuda_memoryStats(index)
+    return stats
+
+
+def keeps_memory_history() -> bool:
+    """Return whether torch keeps a history of its allocations."""
+    # The C function crashes before CUDA is initialised.
+    check = getattr(sys.modules["torch"]._C, "_cuda_isHistoryEnabled", None) if is_initialized() else None
+    return check is not None and bool(check())
+
+
+def record_memory_history(max_entries: int) -> None:
+    """Make torch keep a history of `max_entries` allocations and releases, with their Python stacks."""
+    memory = sys.modules["torch"].cuda.memory
+    memory._record_memory_history(enabled="all", context="alloc", stacks="python", max_entries=max_entries)
+
+
+def stop_memory_history() -> None:
+    """Make torch stop its history."""
+    sys.modules["torch"].cuda.memory._record_memory_history(enabled=None)
+
+
+def memory_history(index: int) -> list[dict[str, Any]]:
+    """Return the history of the allocations on a device, oldest first."""
+    history: list[dict[str, Any]] = sys.modules["torch"]._C._cuda_memorySnapshot(None)["device_traces"][index]
+    return history
 
 
 _TORCHS_OWN_CHECK = "TORCH_CUDA_CHECK_STRAY_CONTEXT"
@@ -192,11 +281,11 @@ _torchs_own_check_was: list[str | None] = []
 
 
 def set_torchs_own_check(mode: str) -> None:
-    """Let torch's own check of contexts follow our mode, where torch has one (2.15); a value that the user set stays.
+    """Make torch's own check of contexts (2.15) follow our mode, unless the user has set it; children inherit it.
 
-    Then ``torch.cuda.set_device`` warns or raises if it finds a context on another device. Children inherit it.
+    With the check, ``torch.cuda.set_device`` warns or raises if it finds a context on another device.
     """
-    torch = torch_module()
+    torch = import_torch()
     cached = getattr(torch.cuda, "_get_stray_context_mode", None)
     if (
         cached is None
@@ -211,7 +300,7 @@ def set_torchs_own_check(mode: str) -> None:
 
 
 def restore_torchs_own_check() -> None:
-    """Put the variable back as it was."""
+    """Restore the variable of torch's own check."""
     if not _torchs_own_check_was:
         return
     was = _torchs_own_check_was.pop()
@@ -225,14 +314,11 @@ def restore_torchs_own_check() -> None:
 def contexts() -> tuple[int, ...]:
     """Return the indices of the devices on which this process holds a primary context; opens none.
 
-    Source: ``torch._C._cuda_hasPrimaryContext``, which asks the driver (``cuDevicePrimaryCtxGetState``). A
-    process in which nobody has initialised CUDA holds none, and is not asked further, because torch's own
-    count would initialise the driver.
+    Source: ``torch._C._cuda_hasPrimaryContext``, which queries the driver (``cuDevicePrimaryCtxGetState``). A process
+    that has not initialised CUDA holds no context, and torch's own count of devices would initialise the driver.
     """
     torch = sys.modules.get("torch")
     has_context = getattr(torch and torch._C, "_cuda_hasPrimaryContext", None)
-    if torch is None or has_context is None or not (_torch_initialized() or initialized()):
+    if has_context is None or not (is_initialized() or driver_is_initialized()) or is_in_bad_fork():
         return ()
-    if getattr(torch.cuda, "_is_in_bad_fork", lambda: False)():
-        return ()  # forked after CUDA was initialised: this process can hold no context
     return tuple(index for index in range(device_count()) if has_context(index))

@@ -1,7 +1,7 @@
-"""Which line of the user's code did it: the first frame outside torch, devguard, the standard library and transports.
+"""The call site of a stray: the first frame outside torch, devguard, the standard library and transports.
 
-A frame is kept as a pair (code object, line): raw pairs cost a few microseconds, a formatted stack ten
-times that. It is formatted when somebody reads it.
+A stack is kept as pairs (code object, line), which costs a few microseconds. Formatting it costs ten times that, so a
+stack is formatted when a record is read.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
-__all__ = ["Frame", "Origin", "Site", "find", "is_user", "module", "origin", "runs_users", "stack"]
+__all__ = ["find", "Frame", "is_user", "module_of", "Origin", "origin_of", "runs_user_code", "Site", "stack_of"]
 
 STACK_DEPTH = 12
 MAX_KINDS = 1 << 16
 
-# Packages that carry objects from one process to another: a stray that comes through one of them belongs to
-# its caller.
+# Packages that carry objects from one process to another. The call site of a stray that comes through one of them is
+# in its caller.
 TRANSPORTS = frozenset({"cloudpickle", "dill", "joblib", "loky", "multiprocess", "safetensors", "torch_xla", "zmq"})
-# Packages that are never the answer to "which line did it".
+# Other packages that never hold the call site.
 OURS = frozenset({"devguard", "torch", "torchgen", "triton", "wrapt"})
 
 _USER, _INTERNAL = 0, 1
-# By the identity of the code object, because its own hash goes through all of its bytecode (microseconds for a function
-# of torch's size); the object is kept beside, so that no other can take its identity.
+# Keyed by the identity of the code object, because its own hash reads all of its bytecode (microseconds for a function
+# of torch's size). The value holds the object, so that no other object can take its identity.
 _kinds: dict[int, tuple[int | str, CodeType]] = {}
-INTERNAL: set[int] = set()  # those of them that are nobody's call site and no transport: what most stacks consist of
+# The code objects among them that are neither a call site nor a transport: most frames of a stack.
+INTERNAL: set[int] = set()
 
 _STDLIB = tuple(
     os.path.normcase(os.path.realpath(path)) + os.sep
@@ -40,9 +41,9 @@ _STDLIB = tuple(
 )
 _SITE = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_DEMO = os.path.join(_PACKAGE, "demo", "")  # a user's program, which happens to ship with the package
+_DEMO = os.path.join(_PACKAGE, "demo", "")  # counts as a user's program, although it ships with the package
 
-# Standard-library packages by which objects travel between processes: worth a word in `via`.
+# Packages of the standard library that carry objects between processes; `via` names them.
 _STDLIB_TRANSPORTS = ("multiprocessing", "concurrent")
 
 
@@ -76,7 +77,7 @@ class Site:
 
     @property
     def source(self) -> str:
-        """The line itself, stripped; empty if the source is not at hand."""
+        """The text of the line, stripped; empty if the source is not available."""
         return linecache.getline(self.file, self.line).strip()
 
     @classmethod
@@ -86,12 +87,12 @@ class Site:
         return cls(frame.code.co_filename, frame.line, name)
 
 
-def _kind(code: CodeType) -> int | str:
+def _kind_of(code: CodeType) -> int | str:
     known = _kinds.get(id(code))
     if known is None:
         if len(_kinds) >= MAX_KINDS:
             INTERNAL.clear()
-            _kinds.clear()  # a program that makes code objects without end must not fill the memory
+            _kinds.clear()  # a program that creates code objects without end must not fill the memory
         known = _kinds[id(code)] = (_classify(code), code)
         if known[0] == _INTERNAL:
             INTERNAL.add(id(code))
@@ -99,12 +100,12 @@ def _kind(code: CodeType) -> int | str:
 
 
 def is_user(code: CodeType) -> bool:
-    """Tell whether `code` belongs to the user: not to torch, devguard, the standard library or a transport."""
-    return _kind(code) == _USER
+    """Return whether `code` belongs to the user: not to torch, devguard, the standard library or a transport."""
+    return _kind_of(code) == _USER
 
 
-def runs_users(work: Any) -> bool:
-    """Tell whether a callable is the user's own: not of torch, of the standard library, or decorated by devguard."""
+def runs_user_code(work: Any) -> bool:
+    """Return whether a callable is user code: not torch's, not the standard library's, not decorated by devguard."""
     code = getattr(work, "__code__", None)
     if code is not None:  # a function, or a method
         return is_user(code)
@@ -118,16 +119,16 @@ def runs_users(work: Any) -> bool:
 
 
 def find(start: FrameType) -> tuple[CodeType | None, int, str | None]:
-    """Walk outwards from `start` to the user's own frame.
+    """Find the first frame of user code, from `start` outwards.
 
     Returns
     -------
     code : code object or None
-        The user's code. None where the whole stack is internal, as when a spawned child unpickles its arguments.
+        The user's code. None if the whole stack is internal, as when a spawned child unpickles its arguments.
     line : int
-        The line in it, from 1; 0 for None.
+        The line, from 1; 0 if there is no user code.
     via : str or None
-        The outermost transport on the way.
+        The outermost transport between `start` and the user's frame.
     """
     via: str | None = None
     frame: FrameType | None = start
@@ -137,7 +138,7 @@ def find(start: FrameType) -> tuple[CodeType | None, int, str | None]:
         if id(code) in internal:
             frame = frame.f_back
             continue
-        kind = _kind(code)
+        kind = _kind_of(code)
         if kind == _USER:
             return code, frame.f_lineno, via
         if kind.__class__ is str:
@@ -147,7 +148,7 @@ def find(start: FrameType) -> tuple[CodeType | None, int, str | None]:
 
 
 class Origin(NamedTuple):
-    """Where something came from, kept for later without holding a frame: what `find` and `stack` say."""
+    """The call site and the stack of an event, kept for later without a frame: the results of `find` and `stack_of`."""
 
     code: CodeType | None
     line: int
@@ -155,13 +156,13 @@ class Origin(NamedTuple):
     stack: tuple[Frame, ...]
 
 
-def origin(start: FrameType) -> Origin:
-    """Return the origin of what `start` does now."""
-    return Origin(*find(start), stack(start))
+def origin_of(start: FrameType) -> Origin:
+    """Return the origin of an event that happens in the frame `start`."""
+    return Origin(*find(start), stack_of(start))
 
 
-def module(start: FrameType) -> str:
-    """Return the name of the module in which the user's own frame runs; empty if there is none."""
+def module_of(start: FrameType) -> str:
+    """Return the module of the first frame of user code, from `start` outwards; empty if there is none."""
     frame: FrameType | None = start
     while frame is not None:
         if is_user(frame.f_code):
@@ -170,8 +171,8 @@ def module(start: FrameType) -> str:
     return ""
 
 
-def stack(start: FrameType) -> tuple[Frame, ...]:
-    """Return the innermost frames from `start` outwards, without devguard's own."""
+def stack_of(start: FrameType) -> tuple[Frame, ...]:
+    """Return the innermost frames, from `start` outwards, without devguard's own."""
     frames: list[Frame] = []
     frame: FrameType | None = start
     while frame is not None and len(frames) < STACK_DEPTH:
@@ -183,7 +184,7 @@ def stack(start: FrameType) -> tuple[Frame, ...]:
 
 
 def _classify(code: CodeType) -> int | str:
-    """Return `_USER`, `_INTERNAL`, or the name of the transport that this code belongs to."""
+    """Return `_USER`, `_INTERNAL`, or the name of the transport to which the code belongs."""
     file = code.co_filename
     if file.startswith("<frozen"):
         return _INTERNAL
@@ -209,7 +210,7 @@ def _classify(code: CodeType) -> int | str:
 
 
 def _top_package(path: str) -> str | None:
-    """Return the top-level package of an installed file, None for a file that is not in a site-packages folder."""
+    """Return the top-level package of an installed file; None for a file outside every site-packages folder."""
     for marker in _SITE:
         _, found, rest = path.rpartition(marker)
         if found:

@@ -1,6 +1,6 @@
-"""Finds the C compiler and runs it, for the parts of devguard that are compiled on first use.
+"""The C compiler: finding and running it, for the parts of devguard that are compiled on first use.
 
-Every failure is an error of the caller's own class that says what is missing and how to get it.
+Each failure raises an error of the caller's class, with what is missing and how to install it.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from collections.abc import Sequence
 
 from devguard.errors import DevGuardError
 
-__all__ = ["compiler", "run"]
+__all__ = ["find", "run"]
 
 
-def compiler(purpose: str, error: type[DevGuardError], *, tools: Sequence[str] = ()) -> str:
+def find(purpose: str, error: type[DevGuardError], *, tools: Sequence[str] = ()) -> str:
     """Return the C compiler: ``$CC``, or cc, gcc or clang.
 
     Parameters
     ----------
     purpose : str
-        What needs it, in the plural: the beginning of the message.
+        What needs the compiler, in the plural: the message begins with it.
     error : type
-        What to raise.
+        The class of the error.
     tools : sequence of str
-        Programs of binutils that are needed, too.
+        Programs of binutils that are needed as well.
     """
     named = os.environ.get("CC")
     found = next(filter(None, map(shutil.which, [named] if named else ["cc", "gcc", "clang"])), None)
     if found is None:
-        tried = f"CC={named}, which is no program here" if named else "neither cc, gcc nor clang is on PATH"
+        tried = f"CC={named} is not an installed program" if named else "neither cc, gcc nor clang is on PATH"
         raise error(
             f"{purpose} need a C compiler, and {tried}: install one (`apt install gcc libc6-dev`, `dnf install gcc`) "
             "or name it in CC"
@@ -43,7 +43,7 @@ def compiler(purpose: str, error: type[DevGuardError], *, tools: Sequence[str] =
 
 
 def run(command: Sequence[str], source: str, error: type[DevGuardError]) -> str:
-    """Run one step of a build and return its output; ``source`` says in the message what could not be compiled."""
+    """Run one step of a build and return its output; an error message calls the input `source`."""
     variables = os.environ | {"LC_ALL": "C"}
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=variables)
     if done.returncode:

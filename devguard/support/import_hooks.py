@@ -1,8 +1,8 @@
-"""Patching modules that may be imported later, or never.
+"""Patches of modules that may be imported later, or never.
 
-A door that patches a library must not import it. wrapt tells when a module is imported, but its hooks cannot be taken
-back: so one is registered for each patch and module, once in a process, and the patch itself asks whether its door is
-open. A patch must not raise: it would break somebody's import.
+A door that patches a library must not import the library. wrapt calls a hook when a module is imported, but cannot
+remove the hook. So one hook is registered for each patch and module, once per process, and the patch itself checks
+whether its door is open. A patch must not raise, because the error would break the program's import.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _waiting: set[tuple[str, Callable[[ModuleType], None]]] = set()
 
 
 def when_imported(name: str, patch: Callable[[ModuleType], None]) -> None:
-    """Call ``patch(module)``: now if the module `name` has been imported, else as soon as it is.
+    """Call ``patch(module)``: now if the module `name` is imported already, otherwise when it is imported.
 
     Parameters
     ----------
     name : str
-        The module's full name. It is not imported.
+        The module's full name. This function does not import the module.
     patch : callable
-        A function of its own module, which stays registered for good.
+        Stays registered for good, so pass a function of a module, not a closure.
     """
     module = sys.modules.get(name)
     if module is not None:

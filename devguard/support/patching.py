@@ -1,6 +1,6 @@
-"""Replacing an attribute of torch, or an item of one of its tables, and putting it back.
+"""Patches of torch's and Python's attributes, and of items of their tables.
 
-A patch keeps what it found, is removed only if it is still ours, and tells when it is not.
+A patch keeps the original, and is removed only if the attribute still holds the patch. Otherwise its name is reported.
 """
 
 from __future__ import annotations
@@ -13,23 +13,46 @@ from types import ModuleType
 from typing import Any
 
 from devguard.errors import DevGuardError
+from devguard.support.installed_torch import SUPPORTED
 
-__all__ = ["DoorError", "Parameters", "Patches", "overwritten"]
+__all__ = ["DoorError", "overwritten", "Parameters", "Patches", "unsupported"]
 
 _all: weakref.WeakSet[Patches] = weakref.WeakSet()
 
 
 class DoorError(DevGuardError):
-    """A door cannot be opened, because this torch does not have what it patches."""
+    """A door cannot be opened, because this release of a library lacks a function that the door patches."""
+
+
+def unsupported(target: str, reason: str) -> DoorError:
+    """Return the error for a function that a door cannot patch.
+
+    Parameters
+    ----------
+    target : str
+        The function, such as ``"torch.frombuffer"``.
+    reason : str
+        Why not; it follows the name and the version of the library.
+    """
+    root = target.partition(".")[0]
+    library = root if root in sys.modules else "torch"
+    if library in sys.stdlib_module_names:
+        found = f"Python {sys.version.partition(' ')[0]}"
+    else:
+        found = f"{library} {getattr(sys.modules.get(library), '__version__', '')}".rstrip()
+    supported = f" (devguard supports {SUPPORTED})" if library == "torch" else ""
+    return DoorError(
+        f"cannot watch {target}: {found} {reason}{supported}. This door stays closed, the others are open."
+    )
 
 
 class Parameters:
-    """Where the parameters of one of torch's functions are: found by name, whatever their order.
+    """The positions of some parameters of a function, found by name.
 
     Raises
     ------
     DoorError
-        If one of `names` is not there.
+        If the function lacks one of `names`.
     """
 
     def __init__(self, function: Callable[..., Any], *names: str) -> None:
@@ -37,10 +60,8 @@ class Parameters:
         order = list(self.signature.parameters)
         missing = [name for name in names if name not in order]
         if missing:
-            raise DoorError(
-                f"{function.__module__}.{function.__qualname__} of torch {sys.modules['torch'].__version__} has no "
-                f"parameter {', '.join(missing)}; this version of devguard does not know it."
-            )
+            name = f"{function.__module__}.{function.__qualname__}"
+            raise unsupported(name, f"has no parameter {', '.join(missing)} there")
         self.count = len(order)
         self.at = {name: order.index(name) for name in names}
 
@@ -55,7 +76,7 @@ class Parameters:
         return args[self.at[name]]
 
     def changed(self, args: tuple[Any, ...], name: str, value: Any) -> tuple[Any, ...]:
-        """Return the arguments with another value of `name`."""
+        """Return the arguments with `value` in place of the argument `name`."""
         at = self.at[name]
         return (*args[:at], value, *args[at + 1 :])
 
@@ -66,7 +87,7 @@ class Patches:
     Attributes
     ----------
     replaced : list
-        One row ``(owner, name, original, ours)`` for each, in the order of replacing; the owner may be a dictionary.
+        One row ``(owner, name, original, ours)`` for each patch, oldest first; the owner may be a dictionary.
     """
 
     def __init__(self) -> None:
@@ -74,27 +95,28 @@ class Patches:
         _all.add(self)
 
     def find(self, owner: Any, name: Any) -> Callable[..., Any]:
-        """Return the callable to be replaced; raise `DoorError` if there is none."""
+        """Return the callable to replace; raise `DoorError` if there is none."""
         original: Callable[..., Any] | None = _found(owner, name)
         if original is None:
-            torch = sys.modules["torch"]
-            raise DoorError(
-                f"{_label(owner, name)} is not in torch {torch.__version__}; this version of devguard does not know it."
-            )
+            raise unsupported(_full_name(owner, name), "has no such function")
         return original
 
     def replace(self, owner: Any, name: Any, ours: Callable[..., Any]) -> None:
         """Replace ``owner.name``, keeping the names by which pickle and allow-lists know it."""
         original = self.find(owner, name)
-        function = original.__func__ if isinstance(original, staticmethod) else original  # a class's __new__ is one
+        function = original.__func__ if isinstance(original, staticmethod) else original  # as __new__
         for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
             setattr(ours, attribute, getattr(function, attribute))
         ours.__wrapped__ = function  # type: ignore[attr-defined]
         self.replaced.append((owner, name, original, ours))
         _put(owner, name, ours)
 
+    def has(self, owner: Any) -> bool:
+        """Return whether an attribute of `owner` is replaced."""
+        return any(patched is owner for patched, _, _, _ in self.replaced)
+
     def restore(self) -> list[str]:
-        """Put everything back; return the names that are no longer ours, which stay as they are."""
+        """Restore the originals; return the names that hold a foreign patch by now, which stay as they are."""
         left = []
         while self.replaced:
             owner, name, original, ours = self.replaced.pop()
@@ -107,7 +129,7 @@ class Patches:
     def early_copies(self) -> list[str]:
         """Return the module attributes that still hold an original, as after ``from torch import frombuffer``.
 
-        Calls through them pass the door by. Looks through ``sys.modules``, so it is for reports only.
+        Calls through them bypass the door. The search reads all of ``sys.modules``, so it is for reports only.
         """
         originals = {id(original) for _, _, original, _ in self.replaced}
         held = []
@@ -119,7 +141,7 @@ class Patches:
 
 
 def overwritten() -> set[str]:
-    """Return the names of all patched attributes over which somebody else has patched since, in any door."""
+    """Return the patched attributes, of all doors, that other code has replaced since."""
     return {
         _label(owner, name)
         for patches in list(_all)
@@ -143,3 +165,10 @@ def _label(owner: Any, name: Any) -> str:
     if isinstance(owner, dict):
         return f"the entry of {getattr(name, '__name__', name)} in a table"
     return f"{getattr(owner, '__name__', owner)}.{name}"
+
+
+def _full_name(owner: Any, name: Any) -> str:
+    """Return the name of a function with its module, for an error message."""
+    if isinstance(owner, type):
+        return f"{owner.__module__}.{owner.__qualname__}.{name}"
+    return _label(owner, name)

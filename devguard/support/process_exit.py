@@ -1,8 +1,9 @@
-"""What is to be done when a process ends, however it ends in an orderly way.
+"""Callbacks at the orderly end of a process, `multiprocessing` children included.
 
-``atexit`` runs nothing in a child of `multiprocessing`, which leaves by ``os._exit``; its own finalizers run nothing in
-other processes, and are cleared as a spawned child begins. So a callback is registered with both, and the door
-``children`` runs them too. What is killed, or calls ``os._exit`` by itself, runs none.
+``atexit`` runs nothing in a child of `multiprocessing`, which leaves by ``os._exit``. The finalizers of
+`multiprocessing` run nothing in other processes, and are cleared when a spawned child starts. So `run` is registered
+with both, and the door ``children`` calls it too. A process that is killed, or that calls ``os._exit``, runs no
+callback.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import Any
 
 from devguard.support.notices import warn_user
 
-__all__ = ["register", "forget", "run"]
+__all__ = ["forget", "register", "run"]
 
-_callbacks: dict[Callable[[], None], int] = {}  # and the process that each is for
+_callbacks: dict[Callable[[], None], int] = {}  # callback -> the process that registered it
 
 
 def register(callback: Callable[[], None]) -> None:
-    """Call `callback` once when this process ends, the latest one first; a forked child has to ask anew."""
+    """Call `callback` once when this process ends, the latest one first. A forked child must register again."""
     forget(callback)
     _callbacks[callback] = os.getpid()
     atexit.unregister(run)
@@ -32,18 +33,18 @@ def register(callback: Callable[[], None]) -> None:
 
 
 def forget(callback: Callable[[], None]) -> None:
-    """Do not call `callback` any more."""
+    """Unregister `callback`."""
     _callbacks.pop(callback, None)
 
 
 def run() -> None:
-    """Run what is to be run in this process."""
+    """Run the callbacks of this process."""
     pid = os.getpid()
     while _callbacks:
-        callback, asked_by = _callbacks.popitem()
-        if asked_by != pid:
+        callback, registered_in = _callbacks.popitem()
+        if registered_in != pid:
             continue
         try:
             callback()
-        except Exception as error:  # noqa: BLE001 - the others have their end to write, and the process its own
+        except Exception as error:  # noqa: BLE001 - the other callbacks must run, and the process must end
             warn_user(f"devguard could not finish in this process: {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""What the pytest plugin does once an option asks for it: guard each test, and tell what it did where.
+"""The rest of the pytest plugin, loaded once an option is given: guards each test and reports its strays.
 
-Nothing here is imported by a run without the options (devguard/pytest_plugin.py). It needs pytest 8 or newer.
+A run without the options imports only `declared` from here (devguard/pytest_plugin.py). Needs pytest 8 or newer.
 """

@@ -1,4 +1,4 @@
-"""What the pytest plugin declares in every pytest run: its options, and its marker. Standard library only."""
+"""The options and the marker that the pytest plugin declares in every run. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ __all__ = ["marker", "Option", "OPTIONS"]
 
 
 class Option(NamedTuple):
-    """An option of the command line, with its twin in the ini file.
+    """An option of the command line and of the ini file.
 
     Attributes
     ----------
     flag, name, metavar, help : str
-        The option, the name of its twin, its value in the help, and the help.
+        The option, its name in the ini file, the placeholder for its value, and its help text.
     """
 
     flag: str
@@ -29,12 +29,12 @@ OPTIONS = (
         "--devguard-doors",
         "devguard_doors",
         "DOOR=MODE,...",
-        "the mode of single doors: threads=error,ipc=warn",
+        "the mode of individual doors: threads=error,ipc=warn",
     ),
     Option("--devguard-gpus", "devguard_gpus", "N", "run everything on N simulated GPUs, 1 to 16 (0: none)"),
 )
 
 
 def marker(device: Any = None, mode: str | None = None, allow: Any = ()) -> dict[str, Any]:
-    """Guard this test otherwise: its own device and mode, and devices that it may use besides."""
+    """Guard this test differently: with its own device or mode, or with further devices that it may use."""
     return {"device": device, "mode": mode, "allow": allow}

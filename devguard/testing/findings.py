@@ -1,6 +1,6 @@
-"""What is told about one test: a stray, or something that it left behind, as plain data that travels between processes.
+"""Findings about one test: its strays and what it left behind, as plain data that can travel between processes.
 
-It says what happened, where, and what to do; which findings fail a test is decided in guarding.py.
+A finding holds what happened, where, and what to do. guarding.py decides which findings fail a test.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 from devguard.reporting.stray import Stray
 from devguard.support.callsite import Site
 
-__all__ = ["Finding", "describe", "headline", "left_behind", "of_stray"]
+__all__ = ["describe", "Finding", "from_stray", "headline", "left_behind"]
 
-LEFT_BEHIND = "left behind"  # what stands in the place of a stray's action
+LEFT_BEHIND = "left behind"  # the action of findings that are not strays
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +25,18 @@ class Finding:
     Attributes
     ----------
     kind : str
-        The door that a stray came through; else what was left behind: ``"current device"``, ``"scope"``, ``"patch"``
-        or ``"install"``.
+        The door of the stray; else what was left behind: ``"current device"``, ``"scope"``, ``"patch"`` or
+        ``"install"``; ``"journal"`` if the journal was full.
     text : str
         What happened, without the place.
     action : str
-        That of the stray, or ``"left behind"``.
+        The action of the stray, or ``"left behind"``.
     count, bytes : int
-        How often, and the bytes of tensor data in all of them.
+        The number of occurrences, and their total bytes of tensor data.
     where : str
         ``file:line in function``; empty if no line of user code is known.
     source : str
-        The line itself, as far as it is at hand.
+        The text of that line, if it is available.
     advice : str
         What to do.
     """
@@ -51,29 +51,32 @@ class Finding:
     advice: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return the finding as plain data."""
         return asdict(self)
 
 
-_ADVICE = "Put the work on the owner's device; if it is meant, say so: @pytest.mark.devguard(device=..., allow=[...])."
+_ADVICE = (
+    "Put the work on the owner's device. If another device is intended, declare it: "
+    "@pytest.mark.devguard(device=..., allow=[...])."
+)
 _ADVICES = {
-    "load": "Pass map_location, or send CPU tensors: the bytes carry the device of who wrote them.",
-    "set_device": "Use `with torch.cuda.device(...)` there, or set the device back.",
+    "load": "Pass map_location, or send CPU tensors: the bytes name the device of the process that wrote them.",
+    "set_device": "Use `with torch.cuda.device(...)` there, or restore the device.",
     "threads": "Decorate the thread's function with devguard.guard(...).",
-    "bare_cuda": "Name the device with its index: there, 'cuda' is GPU 0.",
+    "bare_cuda": "Name the device with its index: 'cuda' alone is GPU 0 there.",
     "native": (
-        "Put the work on the owner's device, or allow the other: @pytest.mark.devguard(allow=[...]). What opens a "
-        "context without a line here is shown by `devguard run --trace-contexts -- python -m pytest ...`."
+        "Put the work on the owner's device, or allow the other: @pytest.mark.devguard(allow=[...]). To find "
+        "what opens a context that has no line here, run `devguard run --trace-contexts -- python -m pytest ...`."
     ),
 }
 
 
-def of_stray(stray: Stray, root: Path) -> Finding:
-    """Return the finding that a stray is; paths below `root` are told relative to it."""
+def from_stray(stray: Stray, root: Path) -> Finding:
+    """Return the finding for a stray; paths below `root` become relative to it."""
     moved = f"{stray.source} -> {stray.target}" if stray.source != stray.target else stray.source
     note = f" ({stray.note})" if stray.note else ""
     via = f", via {stray.via}" if stray.via else ""
-    text = f"{moved}, where {stray.owner} is owned: {stray.action}{via}{note}"
+    text = f"{moved}, owner {stray.owner}: {stray.action}{via}{note}"
     where, source = _place(stray.site, root)
     advice = _ADVICES.get(stray.door, _ADVICE)
     return Finding(stray.door, text, stray.action, stray.count, stray.bytes, where, source, advice)
@@ -94,14 +97,14 @@ def _place(site: Site | None, root: Path) -> tuple[str, str]:
 
 
 def headline(findings: list[Finding]) -> str:
-    """Return the first line of a failure: the place and the gravest finding."""
+    """Return the first line of a failure: the place and the most serious finding."""
     first = findings[0]
     more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
     return f"{first.where or 'no line of user code'}: {first.kind}: {first.text}{more}"
 
 
 def describe(findings: list[Finding]) -> str:
-    """Return some lines for each finding, most bytes first, and what to do."""
+    """Return a few lines for each finding, then what to do."""
     lines: list[str] = []
     for finding in findings:
         size = f", {finding.bytes} bytes" if finding.bytes else ""

@@ -1,7 +1,7 @@
 """The values of the plugin's fixtures: live sequences of strays and contexts, and the device that a test owns.
 
-Each worker of pytest-xdist owns one GPU: worker ``gw5`` on four GPUs owns ``cuda:1``. Elsewhere the device is that of
-``DEVGUARD_DEVICE`` or of the launcher's local rank, else the first GPU, else ``cpu``.
+``DEVGUARD_DEVICE`` takes precedence. A worker of pytest-xdist owns the GPU of its number (``gw5`` on four GPUs owns
+``cuda:1``). Any other process owns the GPU of the launcher's local rank, else the first GPU, else ``cpu``.
 """
 
 from __future__ import annotations
@@ -19,42 +19,43 @@ from devguard.ownership.owner import CPU, Owner, owner_of_index
 from devguard.ownership.resolve import owner_from_environment
 from devguard.reporting.journal import Mark, journal
 from devguard.support import accelerator
+from devguard.support.installed_torch import import_torch
 
-__all__ = ["contexts", "device_of", "Live", "MARK", "of_process", "strays"]
+__all__ = ["contexts", "Live", "MARK", "owned_device", "owner_of_process", "strays"]
 
-MARK = pytest.StashKey[Mark]()  # where the journal stood when a test began
+MARK = pytest.StashKey[Mark]()  # the journal's position when a test began
 
 
 class Live(Sequence[Any]):
-    """A read-only sequence whose items are asked for at each use. It equals any sequence with the same items."""
+    """A read-only sequence that is computed at each use. It equals any sequence with the same items."""
 
-    def __init__(self, ask: Callable[[], Sequence[Any]]) -> None:
-        self._ask = ask
+    def __init__(self, read: Callable[[], Sequence[Any]]) -> None:
+        self._read = read
 
     def __getitem__(self, index: Any) -> Any:
-        return self._ask()[index]
+        return self._read()[index]
 
     def __len__(self) -> int:
-        return len(self._ask())
+        return len(self._read())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self._ask()) == list(other)
+        return isinstance(other, Sequence) and list(self._read()) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return repr(list(self._ask()))
+        return repr(list(self._read()))
 
 
 def strays(item: pytest.Item) -> Live:
-    """Return what strayed since `item` began."""
+    """Return the strays since `item` began, those to come included."""
     mark = item.stash.setdefault(MARK, journal.mark())
 
-    def ask() -> Sequence[Any]:
-        table.inspect("when the test asked for its strays")
+    def read() -> Sequence[Any]:
+        table.inspect("when the test read its strays")
         return journal.since(mark)
 
-    return Live(ask)
+    return Live(read)
 
 
 def contexts() -> Live:
@@ -62,15 +63,15 @@ def contexts() -> Live:
     return Live(status.contexts)
 
 
-def of_process(environ: Mapping[str, str]) -> Owner:
-    """Return the owner of a process with this environment; imports torch, to count its devices.
+def owner_of_process(environ: Mapping[str, str]) -> Owner:
+    """Return the owner of a process with this environment. Imports torch to count the devices.
 
     Raises
     ------
     DeviceResolutionError, ConfigError
-        If what names a device names none that this process sees.
+        If the environment names a device that is not visible to this process.
     """
-    accelerator.torch_module()
+    import_torch()
     count = accelerator.device_count()
     worker = re.fullmatch(r"gw(\d+)", environ.get("PYTEST_XDIST_WORKER", ""))
     if worker and count and not environ.get("DEVGUARD_DEVICE", "").strip():
@@ -83,7 +84,7 @@ def of_process(environ: Mapping[str, str]) -> Owner:
     return named
 
 
-def device_of(marked: Owner | None, environ: Mapping[str, str]) -> Any:
-    """Return the ``torch.device`` that a test owns; `marked` is the owner that its marker names."""
-    torch = accelerator.torch_module()
-    return torch.device((marked or in_force.owner() or of_process(environ)).tag)
+def owned_device(marked: Owner | None, environ: Mapping[str, str]) -> Any:
+    """Return the ``torch.device`` that a test owns; `marked` is the owner from its marker."""
+    torch = import_torch()
+    return torch.device((marked or in_force.owner() or owner_of_process(environ)).tag)

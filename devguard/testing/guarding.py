@@ -1,12 +1,12 @@
-"""Guards every test, and fails it for what it did: the part of the plugin that runs where tests run.
+"""Guards every test and fails it for its strays: the part of the plugin that runs in the process of the tests.
 
-The process's owner is installed for the whole session, so that imports, fixtures of every scope and threads that
-outlive a test are guarded as well, and what a test says itself (a guard, ``install``) goes before it. A marker's own
-device or mode is a guard around the phases of that test.
+The process's owner is installed for the whole session, so imports, fixtures of every scope and threads that outlive a
+test are guarded as well. A guard or ``install`` inside a test takes precedence. A device or mode from a marker becomes
+a guard around the phases of that test.
 
-In mode ``error`` a stray raises at its line. What only its end can tell (swallowed errors, the current device,
-contexts, what was left behind) fails the test in its own phase, unless it has failed by itself: then it is a section
-of its report. The other modes only report.
+In mode ``error`` a stray raises at its line. Findings that are known only at the end of a phase (swallowed errors, the
+current device, contexts, anything left behind) fail the test in that phase; if the test has already failed, they
+become a section of its report. The other modes only report.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from devguard.reporting import allowlist
 from devguard.reporting.journal import journal
 from devguard.support import allocation_history, callsite
 from devguard.testing import fixtures, markers
-from devguard.testing.findings import LEFT_BEHIND, Finding, describe, headline, of_stray
+from devguard.testing.findings import LEFT_BEHIND, Finding, describe, from_stray, headline
 from devguard.testing.options import Options
 from devguard.testing.watch import PLACED, Watch
 
 __all__ = ["ATTRIBUTE", "Guarding"]
 
-ATTRIBUTE = "devguard"  # of a test's report, and the key in an xdist worker's output
-_AFTERWARDS = frozenset({"first_touch", "native"})  # doors that know only when it is too late to refuse
+ATTRIBUTE = "devguard"  # the attribute of a test's report, and the key in an xdist worker's output
+_AFTERWARDS = frozenset({"first_touch", "native"})  # doors that notice a stray too late to refuse it
 
 _Phase = Generator[None, Any, Any]
 
 
 class _Test:
-    """One test while it runs: its watch, its findings until a report takes them, and what to undo at its end."""
+    """One running test: its watch, its findings until a report takes them, and what to undo when it ends."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -51,8 +51,8 @@ class _Test:
         self.failure: BaseException | None = None
         self.undo = contextlib.ExitStack()
 
-    def fails_for(self, finding: Finding) -> bool:
-        """Tell whether the test fails for this, in its mode."""
+    def is_fatal(self, finding: Finding) -> bool:
+        """Return whether the test fails for this finding, in its mode."""
         if finding.action == LEFT_BEHIND:
             return self.options.mode == "error"
         mode = self.options.doors.get(finding.kind, self.options.mode)
@@ -69,25 +69,25 @@ class Guarding:
         self._config = config
         self._options = options
         self._owner: Owner | None = None
-        self.problem = ""  # why nothing is guarded
+        self.problem = ""  # the reason, if nothing is guarded
 
     @property
     def owner(self) -> Owner | None:
-        """Who owns the tests of this process; None if nothing is guarded."""
+        """The owner of the tests in this process; None if nothing is guarded."""
         return self._owner
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> None:
-        """Install the owner, before anything is collected."""
+        """Install the owner before collection starts."""
         if session.config.pluginmanager.hasplugin("dsession"):
-            return  # tests run in the workers of xdist
-        if modes.killed():
-            self.problem = "DEVGUARD=off forbids it"
+            return  # The tests run in xdist's workers.
+        if modes.is_killed():
+            self.problem = "DEVGUARD=off is set"
             return
         try:
-            self._owner = fixtures.of_process(os.environ)
+            self._owner = fixtures.owner_of_process(os.environ)
             self._install()
-        except (ImportError, OSError) as error:  # no torch, or one that cannot be imported; also too old a torch
+        except (ImportError, OSError) as error:  # torch is missing, too old, or fails to import
             self._owner, self.problem = None, str(error)
         except DevGuardError as error:
             raise pytest.UsageError(f"--devguard={self._options.mode}: {error}") from None
@@ -97,62 +97,62 @@ class Guarding:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Leave torch as it was found."""
+        """Uninstall devguard, which leaves torch as it was found."""
         if self._owner is None:
             return
-        self._tell_outside()
+        self._keep_outside()
         allocation_history.stop()
         uninstall()
         self._owner = None
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> _Phase:
-        """Begin to watch a test, in the guard that its markers ask for."""
+        """Start to watch a test, inside the guard that its markers request."""
         if self._owner is None:
             return (yield)
-        self._tell_outside()
+        self._keep_outside()
         if process.owner is not self._owner or process.mode != self._options.mode:
-            self._install()  # an earlier test has installed or uninstalled something itself
+            self._install()  # An earlier test called install() or uninstall().
         problem = ""
-        if _TEST in item.stash:  # it runs once more: plugins repeat what has failed
+        if _TEST in item.stash:  # The test runs again: some plugins repeat failed tests.
             del item.stash[_TEST]
         try:
-            self._begin(item, self._owner)
+            self._start_watch(item, self._owner)
         except DevGuardError as error:
             problem = str(error)
         result = yield from self._phase(item)
-        if problem:  # not before: pytest's own plugins count on every setup
+        if problem:  # Only now, because pytest's own plugins rely on every setup having run.
             pytest.fail(problem, pytrace=False)
         return result
 
-    def _begin(self, item: pytest.Item, owner: Owner) -> None:
-        """Do what the markers of a test ask for, and begin to watch it."""
-        said = markers.of(item)
-        test = item.stash[_TEST] = _Test(self._options if said.mode is None else Options(said.mode, {}))
+    def _start_watch(self, item: pytest.Item, owner: Owner) -> None:
+        """Apply the markers of a test, and start to watch it."""
+        marked = markers.read(item)
+        test = item.stash[_TEST] = _Test(self._options if marked.mode is None else Options(marked.mode, {}))
         test.undo.enter_context(allowlist.scoped())
-        if said.allow:
-            allowlist.allow(*said.allow)
+        if marked.allow:
+            allowlist.allow(*marked.allow)
         watch = Watch(item, self._config.rootpath, repairs=test.options.mode in ("repair", "error"))
         item.stash[fixtures.MARK] = journal.mark()
         test.undo.callback(watch.end)
-        if said.device is not None or said.mode is not None:
-            own = guard((said.device or owner).tag, mode=said.mode)
-            own.__enter__()
-            test.undo.callback(_leave, own)
+        if marked.device is not None or marked.mode is not None:
+            scope = guard((marked.device or owner).tag, mode=marked.mode)
+            scope.__enter__()
+            test.undo.callback(_exit, scope)
         if test.options.mode != "off":
             test.watch = watch
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> _Phase:
-        """Watch the test itself, and fail it for what it did."""
+        """Watch the test itself, and fail it for its findings."""
         test = item.stash.get(_TEST, None)
         if test is not None and test.watch is not None:
-            test.watch.begin_call()
+            test.watch.start_call()
         return (yield from self._phase(item))
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> _Phase:
-        """Watch the end of the fixtures, and leave the test's own guard."""
+        """Watch the teardown of the fixtures, and exit the test's own guard."""
         try:
             return (yield from self._phase(item))
         finally:
@@ -162,12 +162,12 @@ class Guarding:
                 journal.clear()
 
     def _phase(self, item: pytest.Item) -> _Phase:
-        """Run one phase; look at what was found, and raise if the test is to fail for it."""
+        """Run one phase, collect its findings, and raise if one of them is fatal."""
         test = item.stash.get(_TEST, None)
         try:
             result = yield
         except BaseException as error:
-            self._shorten(error)
+            self._shorten_traceback(error)
             if test is not None and test.watch is not None:
                 test.findings += test.watch.look()
             raise
@@ -178,8 +178,8 @@ class Guarding:
 
     @staticmethod
     def _fail(test: _Test) -> None:
-        """Fail a test for its findings, if there is one that it fails for."""
-        fatal = [finding for finding in test.findings if test.fails_for(finding)]
+        """Fail a test if one of its findings is fatal."""
+        fatal = [finding for finding in test.findings if test.is_fatal(finding)]
         if fatal:
             try:
                 pytest.fail(f"devguard: {headline(fatal)}\n{describe(fatal)}", pytrace=False)
@@ -187,8 +187,8 @@ class Guarding:
                 test.failure = failure
                 raise
 
-    def _shorten(self, error: BaseException) -> None:
-        """Let the traceback of a stray end at the line of the user's that did it; ``--full-trace`` keeps all."""
+    def _shorten_traceback(self, error: BaseException) -> None:
+        """Cut the traceback of a stray after the last line of user code; ``--full-trace`` keeps the whole traceback."""
         if not isinstance(error, StrayDeviceError) or self._config.option.fulltrace:
             return
         last: TracebackType | None = None
@@ -202,39 +202,39 @@ class Guarding:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> _Phase:
-        """Put the findings on the report; into a section, where the test has failed by itself."""
+        """Attach the findings to the report, and add them as a section if the test failed for another reason."""
         test = item.stash.get(_TEST, None)
-        own = getattr(item, "_excinfo", None)  # unittest keeps a test's failures until the report is made
-        for excinfo in own or ():
-            self._shorten(excinfo.value)
-        error = own[0].value if own else call.excinfo and call.excinfo.value
+        kept = getattr(item, "_excinfo", None)  # pytest keeps a unittest's failures here until it makes the report.
+        for excinfo in kept or ():
+            self._shorten_traceback(excinfo.value)
+        error = kept[0].value if kept else call.excinfo and call.excinfo.value
         report = yield
         if test is None or not test.findings:
             return report
         findings, test.findings = test.findings, []
         setattr(report, ATTRIBUTE, [finding.as_dict() for finding in findings])
-        told = str(error) if isinstance(error, StrayDeviceError) else ""
-        more = [finding for finding in findings if not finding.where or finding.where not in told]
+        message = str(error) if isinstance(error, StrayDeviceError) else ""
+        more = [finding for finding in findings if not finding.where or finding.where not in message]
         if report.failed and error is not test.failure and more:
             report.sections.append(("devguard", describe(more)))
         return report
 
-    def _tell_outside(self) -> None:
-        """Keep what strayed between two tests, or before the first: as modules are imported, for one."""
+    def _keep_outside(self) -> None:
+        """Keep the strays from before the first test and between tests, for example during imports."""
         strays = [stray for stray in journal.strays() if stray.action != PLACED]
         if not strays:
             return
-        found = [of_stray(stray, self._config.rootpath).as_dict() for stray in strays]
+        found = [from_stray(stray, self._config.rootpath).as_dict() for stray in strays]
         journal.clear()
         self._config.stash.setdefault(OUTSIDE, []).extend(found)
         if hasattr(self._config, "workeroutput"):
             self._config.workeroutput.setdefault(ATTRIBUTE, []).extend(found)
 
 
-OUTSIDE = pytest.StashKey[list[dict[str, Any]]]()  # what strayed outside every test
+OUTSIDE = pytest.StashKey[list[dict[str, Any]]]()  # the strays outside every test
 
 
-def _leave(own: guard) -> None:
-    """Leave a scope; an error that it would raise is in the journal already."""
+def _exit(scope: guard) -> None:
+    """Exit a scope. The journal already holds any error that the exit raises."""
     with contextlib.suppress(StrayDeviceError):
-        own.__exit__(None, None, None)
+        scope.__exit__(None, None, None)

@@ -1,4 +1,4 @@
-"""What a test's ``@pytest.mark.devguard(...)`` says: the nearest marker that gives an argument decides it."""
+"""Reads ``@pytest.mark.devguard(...)``: the nearest marker with an argument decides that argument."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from devguard.modes import Mode
 from devguard.ownership.owner import Owner, parse_owner
 from devguard.testing.declared import marker
 
-__all__ = ["Marked", "of"]
+__all__ = ["Marked", "read"]
 
 
 class Marked(NamedTuple):
-    """What the markers of one test ask for.
+    """The combined markers of one test.
 
     Attributes
     ----------
     device : Owner or None
-        Its own owner.
+        The test's own owner.
     mode : str or None
-        Its own mode.
+        The test's own mode.
     allow : tuple
-        Devices that it may use besides.
+        Further devices that the test may use.
     """
 
     device: Owner | None
@@ -33,32 +33,32 @@ class Marked(NamedTuple):
     allow: tuple[Any, ...]
 
 
-def of(item: pytest.Item) -> Marked:
+def read(item: pytest.Item) -> Marked:
     """Read the markers of a test.
 
     Raises
     ------
     ConfigError
-        For arguments that the marker does not have, or a mode that does not exist.
+        If the marker does not have such an argument, or the mode does not exist.
     DeviceResolutionError
-        For something that is not a device.
+        If a value is not a device.
     """
     device: Owner | None = None
     mode: Mode | None = None
     allow: tuple[Any, ...] = ()
     for mark in item.iter_markers("devguard"):
         try:
-            said = marker(*mark.args, **mark.kwargs)
+            arguments = marker(*mark.args, **mark.kwargs)
         except TypeError as error:
             raise ConfigError(
-                f"@pytest.mark.devguard: {error}. Its arguments: device='cuda:1', mode='observe', allow=['cuda:2']."
+                f"@pytest.mark.devguard: {error}. Valid arguments: device='cuda:1', mode='observe', allow=['cuda:2']."
             ) from None
-        if device is None and said["device"] is not None:
-            device = parse_owner(said["device"], "the device of the devguard marker")
-        if mode is None and said["mode"] is not None:
-            mode = modes.check_mode(said["mode"])
-        given = said["allow"]
-        allow = allow or (tuple(given) if isinstance(given, (list, tuple, set, frozenset)) else (given,))
-    for one in allow:
-        parse_owner(one, "allow= of the devguard marker")
+        if device is None and arguments["device"] is not None:
+            device = parse_owner(arguments["device"], "the device of the devguard marker")
+        if mode is None and arguments["mode"] is not None:
+            mode = modes.check_mode(arguments["mode"])
+        allowed = arguments["allow"]
+        allow = allow or (tuple(allowed) if isinstance(allowed, (list, tuple, set, frozenset)) else (allowed,))
+    for entry in allow:
+        parse_owner(entry, "allow= of the devguard marker")
     return Marked(device, mode, allow)

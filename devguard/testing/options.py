@@ -1,7 +1,7 @@
-"""What the options of the pytest plugin ask for, checked.
+"""Reads and checks the options of the pytest plugin.
 
-The command line goes before ``DEVGUARD`` in the environment, and that before the ini file: where DEVGUARD is set and no
-``--devguard`` is given, the plugin stays out of the way.
+The command line overrides ``DEVGUARD`` in the environment, which overrides the ini file: if DEVGUARD is set and
+``--devguard`` is not given, the plugin does nothing.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from devguard.errors import ConfigError
 from devguard.modes import DoorMode, Mode
 from devguard.simgpu.launch import MAX_GPUS
 
-__all__ = ["CHECKS", "Options", "gpus", "only_asks", "read"]
+__all__ = ["CHECKS", "gpus", "is_query", "Options", "read"]
 
-_ASKING = ("help", "version", "markers", "cacheshow")
+_QUERIES = ("help", "version", "markers", "cacheshow")
 
 
 class Options(NamedTuple):
@@ -31,31 +31,33 @@ class Options(NamedTuple):
     mode : str
         What the doors do with a stray.
     doors : dict of str to str
-        The mode of single doors.
+        The mode of individual doors.
     """
 
     mode: Mode
     doors: dict[str, DoorMode]
 
 
-def _gpus(text: str) -> int:
+def _check_gpus(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or int(text) > MAX_GPUS:
-        raise ConfigError(f"{text!r} simulated GPUs cannot be made: give a number from 1 to {MAX_GPUS}, or 0 for none.")
+        raise ConfigError(
+            f"{text!r} is not a valid number of simulated GPUs: give a number from 1 to {MAX_GPUS}, or 0 for none."
+        )
     return int(text)
 
 
 CHECKS: dict[str, Callable[[str], Any]] = {
     "devguard_mode": modes.check_mode,
     "devguard_doors": lambda text: environment.parse_doors(text, "--devguard-doors"),
-    "devguard_gpus": _gpus,
+    "devguard_gpus": _check_gpus,
 }
 
 
 def _value(config: pytest.Config, name: str) -> Any:
-    """Return the option's value, that of its twin in the ini file, or None."""
-    given = getattr(getattr(config, "known_args_namespace", config.option), name, None)
-    if given is not None:
-        return given
+    """Return the value of an option, from the command line or else the ini file; None if it is not set."""
+    value = getattr(getattr(config, "known_args_namespace", config.option), name, None)
+    if value is not None:
+        return value
     text = str(config.getini(name) or "").strip()
     if not text:
         return None
@@ -66,22 +68,22 @@ def _value(config: pytest.Config, name: str) -> Any:
 
 
 def gpus(config: pytest.Config) -> int:
-    """Return on how many simulated GPUs the run shall be; 0 for none."""
+    """Return the number of simulated GPUs for this run; 0 for none."""
     return int(_value(config, "devguard_gpus") or 0)
 
 
-def only_asks(config: pytest.Config) -> bool:
-    """Tell whether this run shows something about pytest and collects nothing."""
-    asked = getattr(config, "known_args_namespace", config.option)
-    return any(getattr(asked, name, False) for name in _ASKING)
+def is_query(config: pytest.Config) -> bool:
+    """Return whether this run only prints information about pytest and collects no tests."""
+    arguments = getattr(config, "known_args_namespace", config.option)
+    return any(getattr(arguments, name, False) for name in _QUERIES)
 
 
 def read(config: pytest.Config) -> Options | None:
-    """Return how tests are to be guarded; None if they are not."""
+    """Return how to guard the tests; None if they are not guarded."""
     if config.option.devguard_mode is None and os.environ.get("DEVGUARD", "").strip():
         return None
     mode = _value(config, "devguard_mode")
-    single = _value(config, "devguard_doors") or {}
-    if mode is None and single:
+    doors = _value(config, "devguard_doors") or {}
+    if mode is None and doors:
         raise pytest.UsageError("--devguard-doors needs --devguard=MODE, the mode of all other doors.")
-    return None if mode in (None, "off") else Options(cast(Mode, mode), single)
+    return None if mode in (None, "off") else Options(cast(Mode, mode), doors)

@@ -1,6 +1,6 @@
-"""The header line and the summary, in the process that talks to the user: under xdist, the controller.
+"""The header line and the summary, in the process that writes to the terminal: under xdist, the controller.
 
-The summary comes only if something happened: one paragraph a call site, most bytes first, with the tests.
+A summary is written only if there are findings: one paragraph per call site, most bytes first, with the tests.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from devguard import simgpu
+from devguard.support.installed_torch import import_torch
 from devguard.testing.findings import Finding
 from devguard.testing.guarding import ATTRIBUTE, OUTSIDE, Guarding
 from devguard.testing.options import Options
@@ -22,7 +23,7 @@ _OUTSIDE_NAME = "outside every test"
 
 
 class Report:
-    """What the user is told about the session as a whole."""
+    """The header line and the summary of a session."""
 
     def __init__(self, config: pytest.Config, options: Options | None) -> None:
         self._config = config
@@ -30,11 +31,11 @@ class Report:
         self._rows: dict[tuple[str, str, str], tuple[Finding, list[str]]] = {}
 
     def pytest_report_header(self) -> str | None:
-        """Say who owns what here, or why nothing is guarded."""
-        simulated = _simulated()
+        """Return the mode and the owner, or why nothing is guarded."""
+        simulated = _describe_simulation()
         if self._options is None:
             return f"devguard: tests are not guarded; {simulated}" if simulated else None
-        mode = ", ".join([self._options.mode, *(f"{door}={its}" for door, its in self._options.doors.items())])
+        mode = ", ".join([self._options.mode, *(f"{door}={value}" for door, value in self._options.doors.items())])
         guarding = self._config.pluginmanager.get_plugin("devguard-guarding")
         if not isinstance(guarding, Guarding):
             return f"devguard: mode {mode}; nothing runs"
@@ -42,15 +43,15 @@ class Report:
             return f"devguard: nothing is guarded in mode {mode}: {guarding.problem}"
         if guarding.owner is None:
             return f"devguard: mode {mode}, each xdist worker owns one GPU{simulated and f'; {simulated}'}"
-        return f"devguard: mode {mode}, owner {guarding.owner.tag}; {simulated or _devices()}"
+        return f"devguard: mode {mode}, owner {guarding.owner.tag}; {simulated or _describe_devices()}"
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Gather what a test did."""
+        """Collect the findings of a test."""
         self._gather(getattr(report, ATTRIBUTE, ()), report.nodeid)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """Gather what strayed in a worker of xdist outside its tests."""
+        """Collect the strays of an xdist worker outside its tests."""
         self._gather(getattr(node, "workeroutput", {}).get(ATTRIBUTE, ()), _OUTSIDE_NAME)
 
     def _gather(self, findings: Any, name: str) -> None:
@@ -63,7 +64,7 @@ class Report:
             self._rows[key] = (Finding(**plain), names if name in names else [*names, name])
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Tell what happened, if anything did."""
+        """Write the summary, if there are findings."""
         self._gather(self._config.stash.get(OUTSIDE, ()), _OUTSIDE_NAME)
         if not self._rows:
             return
@@ -71,38 +72,38 @@ class Report:
         total = sum(finding.count for finding, _ in rows)
         tests = {name for _, names in rows for name in names if name != _OUTSIDE_NAME}
         where = f"in {_plural(len(tests), 'test')}" if tests else _OUTSIDE_NAME
-        line = terminalreporter.write_line
+        write = terminalreporter.write_line
         terminalreporter.section(f"devguard: {_plural(total, 'finding')} {where}")
         for finding, names in rows:
             size = f", {finding.bytes} bytes" if finding.bytes else ""
-            line(f"{finding.where or 'no line of user code'}: {finding.count} x{size}")
+            write(f"{finding.where or 'no line of user code'}: {finding.count} x{size}")
             if finding.source:
-                line(f"    {finding.source}")
-            line(f"  {finding.kind}: {finding.text}")
+                write(f"    {finding.source}")
+            write(f"  {finding.kind}: {finding.text}")
             more = f" and {len(names) - _TESTS_SHOWN} more" if len(names) > _TESTS_SHOWN else ""
-            line(f"  in {', '.join(names[:_TESTS_SHOWN])}{more}" if names != [_OUTSIDE_NAME] else f"  {_OUTSIDE_NAME}")
+            write(f"  in {', '.join(names[:_TESTS_SHOWN])}{more}" if names != [_OUTSIDE_NAME] else f"  {_OUTSIDE_NAME}")
 
 
 def _plural(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _simulated() -> str:
-    """Say how many GPUs are simulated; empty where none are."""
+def _describe_simulation() -> str:
+    """Return the number of simulated GPUs, in words; empty if there are none."""
     if not simgpu.active():
         return ""
     number = int(os.environ["DEVGUARD_SIM_GPUS"])
-    real = " (this machine's own are not used)" if os.path.exists("/dev/nvidiactl") else ""
+    real = " (this machine's real GPUs are not used)" if os.path.exists("/dev/nvidiactl") else ""
     return f"{_plural(number, 'simulated GPU')}{real}"
 
 
-def _devices() -> str:
-    """Say what there is on this machine, after torch was imported."""
+def _describe_devices() -> str:
+    """Return the number of GPUs, in words. torch is imported already."""
     from devguard.support import accelerator
 
-    torch = accelerator.torch_module()
+    torch = import_torch()
     count = accelerator.device_count()
     if count:
         return _plural(count, "GPU")
-    why = "no GPU is visible" if torch.version.cuda or torch.version.hip else "this torch is built without CUDA"
-    return f"{why}, so only work that names a GPU can be found (simulated ones: --devguard-gpus 4)"
+    reason = "no GPU is visible" if torch.version.cuda or torch.version.hip else "this torch is built without CUDA"
+    return f"{reason}, so only work that names a GPU can be found (simulated ones: --devguard-gpus 4)"

@@ -1,7 +1,7 @@
-"""``--devguard-gpus N``: the same command line again, in a process that sees N simulated GPUs.
+"""``--devguard-gpus N``: restarts pytest with the same command line on N simulated GPUs.
 
-It is done before any code of the user's is imported and before output is captured, and keeps the process: its number,
-its streams and its exit status are those of pytest. The processes of pytest-xdist inherit the simulation.
+The restart happens before any user code is imported and before output is captured. The process keeps its pid and its
+streams, and its exit status is the exit status of pytest. Workers of pytest-xdist inherit the simulation.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ __all__ = ["on_simulated_gpus"]
 
 
 def on_simulated_gpus(config: pytest.Config) -> None:
-    """Become the same program on simulated GPUs, unless this is it already or nothing is going to run."""
+    """Replace this process by the same program on simulated GPUs, unless it is there already or runs no tests."""
     number = options.gpus(config)
-    if not number or _current() == number or options.only_asks(config):
+    if not number or _current_number() == number or options.is_query(config):
         return
     _check_can_restart(config, number)
     try:
@@ -30,23 +30,23 @@ def on_simulated_gpus(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--devguard-gpus {number}: {error}") from None
     sys.stdout.flush()
     sys.stderr.flush()
-    # argv[0] tells Python where its environment is
+    # Python finds its environment through argv[0].
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
-def _current() -> int:
+def _current_number() -> int:
     return int(os.environ["DEVGUARD_SIM_GPUS"]) if simgpu.active() else 0
 
 
 def _check_can_restart(config: pytest.Config, number: int) -> None:
-    """Raise if starting this process again would not give the same run."""
+    """Raise if a restarted process would not give the same run."""
     instead = f"Start it as `devguard sim --gpus {number} -- ...`, without --devguard-gpus."
     if "PYTEST_XDIST_WORKER" in os.environ:
         raise pytest.UsageError(f"--devguard-gpus {number} did not reach this xdist worker. {instead}")
     if config.invocation_params.args != tuple(sys.argv[1:]):
         raise pytest.UsageError(
-            f"--devguard-gpus {number} starts the process again, and here pytest runs inside another program "
-            f"(pytest.main). {instead}"
+            f"--devguard-gpus {number} restarts the process, and is not supported where pytest runs inside another "
+            f"program (pytest.main). {instead}"
         )
     if sys.flags.ignore_environment:
         raise pytest.UsageError(

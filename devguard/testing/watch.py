@@ -1,9 +1,9 @@
-"""What one test does to the devices of this process: looked at when it begins, and after each of its phases.
+"""Watches the devices of this process during one test, and collects the findings after each of its phases.
 
-Known are the strays that the doors record, the current device, scopes of devguard that were entered and not left,
-attributes of torch that devguard watches and that somebody else has patched since, and memory or contexts on devices
-that nobody here owns. Where the mode repairs, what is found is put right if that is possible, so that the next test
-begins as this one did.
+It finds strays that the doors record, a changed current device, scopes of devguard that were entered and not exited,
+attributes of torch that devguard watches and other code has patched since, and memory or contexts on devices that have
+no owner here. If the mode repairs, the findings are undone where possible, so that the next test starts from the same
+state.
 """
 
 from __future__ import annotations
@@ -23,19 +23,17 @@ from devguard.ownership.process import forget_past_owners, process, unguarded_co
 from devguard.ownership.stack import local
 from devguard.reporting import allowlist
 from devguard.reporting.journal import journal
-from devguard.reporting.stray import Stray
+from devguard.reporting.stray import Occurrence, Stray
 from devguard.support import accelerator, allocation_history, patching
 from devguard.support.callsite import Frame, Origin, Site
-from devguard.testing.findings import Finding, left_behind, of_stray
+from devguard.testing.findings import Finding, from_stray, left_behind
 
 __all__ = ["Watch"]
 
-PLACED = "placed"  # a thread that devguard started on the owner's device: nothing went wrong
-_ADVICE_DEVICE = "Use `with torch.cuda.device(...)`, or set the device back before the test ends."
-_ADVICE_SCOPE = "Leave it: use `with`, or a fixture that leaves it after its yield."
-_ADVICE_PATCH = (
-    "Undo it: use pytest's monkeypatch. Of a library that patches when it is imported: import it in a conftest."
-)
+PLACED = "placed"  # a thread that devguard started on the owner's device, which is no problem
+_ADVICE_DEVICE = "Use `with torch.cuda.device(...)`, or restore the device before the test ends."
+_ADVICE_SCOPE = "Exit it: use `with`, or a fixture that exits it after its yield."
+_ADVICE_PATCH = "Undo it: use pytest's monkeypatch. If a library patches when it is imported, import it in a conftest."
 _ADVICE_INSTALL = "Call devguard.uninstall(), or use `with devguard.guard(...)`."
 
 
@@ -47,15 +45,15 @@ class Watch:
     item : pytest.Item
         The test.
     root : Path
-        Paths below it are told relative to it.
+        Paths below it are reported relative to it.
     repairs : bool
-        Whether what the test leaves behind is put right, or only told.
+        Whether to undo what the test leaves behind, or only to report it.
     """
 
     def __init__(self, item: pytest.Item, root: Path, *, repairs: bool) -> None:
         self._root = root
         self._repairs = repairs
-        self._site, self._origin = _of_test(item)
+        self._site, self._origin = _locate(item)
         self._process = process.owner, process.mode
         forget_past_owners()
         table.accept_contexts()
@@ -64,57 +62,57 @@ class Watch:
         self._unguarded = set(unguarded_contexts)
         unguarded_contexts.clear()
         allocation_history.record()
-        self._used = _used()
+        self._allocations = _count_allocations()
         self._called = False
         self._patched: set[str] = set()
 
-    def begin_call(self) -> None:
-        """Note what the test itself begins with, after its fixtures."""
+    def start_call(self) -> None:
+        """Record the state in which the test itself starts, after its fixtures."""
         self._called = True
         self._depth = len(local.stack)
-        self._device = _current()
+        self._device = _current_device()
         self._patched = patching.overwritten()
 
     def look(self) -> list[Finding]:
-        """Return what was found since the last look, the gravest first, and put right what can be."""
+        """Return the findings since the last look, most bytes first, and undo them where possible."""
         found: list[Finding] = []
         called, self._called = self._called, False
         if called:
-            found += self._scopes()
-        with contextlib.suppress(StrayDeviceError):  # it is in the journal
+            found += self._exit_scopes()
+        with contextlib.suppress(StrayDeviceError):  # The journal holds it already.
             in_force.end_task()
         if called:
-            found += self._device_left() + self._patches() + self._installed()
-        self._foreign()
+            found += self._restore_device() + self._find_patches() + self._find_install()
+        self._record_unowned()
         strays = [stray for stray in journal.since(self._mark) if stray.action != PLACED]
         dropped = journal.dropped_since(self._mark)
         self._mark = journal.mark()
         strays.sort(key=lambda stray: -stray.bytes)
-        found = [of_stray(stray, self._root) for stray in strays] + found
+        found = [from_stray(stray, self._root) for stray in strays] + found
         if dropped:
             text = f"{dropped} strays at call sites beyond the journal's limit"
             found.append(left_behind("journal", text, "Look at the others first.", self._site, self._root))
         return found
 
     def end(self) -> None:
-        """Give back what was set aside for this test."""
+        """Restore the unguarded contexts that were set aside for this test."""
         unguarded_contexts.update(self._unguarded)
 
     def _left(self, kind: str, text: str, advice: str) -> Finding:
         return left_behind(kind, text, advice, self._site, self._root)
 
-    def _scopes(self) -> list[Finding]:
-        """Leave the scopes that the test has entered and not left."""
+    def _exit_scopes(self) -> list[Finding]:
+        """Exit the scopes that the test entered and did not exit."""
         entered = [entry[0] for entry in local.stack[self._depth :]]
-        for within in reversed(entered) if self._repairs else ():
-            if isinstance(within, Scope):
+        for scope in reversed(entered) if self._repairs else ():
+            if isinstance(scope, Scope):
                 with contextlib.suppress(StrayDeviceError):
-                    within.__exit__(None, None, None)
-        return [self._left("scope", f"{within!r} was entered and not left", _ADVICE_SCOPE) for within in entered]
+                    scope.__exit__(None, None, None)
+        return [self._left("scope", f"{scope!r} was entered and not exited", _ADVICE_SCOPE) for scope in entered]
 
-    def _device_left(self) -> list[Finding]:
-        """Put the current device back, if nothing that the doors watch has explained and repaired it."""
-        now, before = _current(), self._device
+    def _restore_device(self) -> list[Finding]:
+        """Restore the current device, and report the change unless the door ``set_device`` already did."""
+        now, before = _current_device(), self._device
         if now == before or before < 0:
             return []
         owner = in_force.owner()
@@ -128,58 +126,61 @@ class Watch:
         text = f"cuda:{now} was left as the current device; the test began on cuda:{before}"
         return [self._left("current device", text, _ADVICE_DEVICE)]
 
-    def _patches(self) -> list[Finding]:
+    def _find_patches(self) -> list[Finding]:
         new = patching.overwritten() - self._patched
         return [
             self._left("patch", f"{name} was patched over devguard and not restored", _ADVICE_PATCH) for name in new
         ]
 
-    def _installed(self) -> list[Finding]:
-        """Find an owner that the test made that of the process. That it took ours away is nothing to complain of."""
+    def _find_install(self) -> list[Finding]:
+        """Report an owner that the test installed. A test may uninstall: the next one gets the session's owner back."""
         owner, mode = process.owner, process.mode
         if owner is None or (owner, mode) == self._process:
             return []
-        return [self._left("install", f"devguard.install(): the process owns {owner.tag} now", _ADVICE_INSTALL)]
+        return [self._left("install", f"devguard.install(): the process now owns {owner.tag}", _ADVICE_INSTALL)]
 
-    def _foreign(self) -> None:
-        """Record contexts that no door explains, and memory of devices that nobody owned here."""
+    def _record_unowned(self) -> None:
+        """Record contexts that no door explains, and memory on devices that have no owner here."""
         table.inspect("at the end of a test", self._origin)
-        before, self._used = self._used, _used()
+        before, self._allocations = self._allocations, _count_allocations()
         owned = owned_tags()
         if not owned or in_force.mode_of("native") == "off":
-            return  # without an owner the test has uninstalled devguard
-        told = {tag for stray in journal.since(self._mark) for tag in _explained(stray)}
-        for index, number in self._used.items():
+            return  # If there is no owner, the test has uninstalled devguard.
+        explained = {tag for stray in journal.since(self._mark) for tag in _touched(stray)}
+        for index, number in self._allocations.items():
             tag = f"cuda:{index}"
             grown = number - before.get(index, 0)
-            if grown < 1 or tag in owned or tag in told or index in unguarded_contexts or allowlist.is_allowed(tag):
+            if grown < 1 or tag in owned or tag in explained:
+                continue
+            if index in unguarded_contexts or allowlist.is_allowed(tag):
                 continue
             origin, nbytes = allocation_history.newest(index, grown)
-            note = f"torch allocated {grown} x there, and no door saw it"
+            note = f"torch allocated memory there {grown} x, unseen by any door"
             where = origin or self._origin
-            journal.record("native", tag, tag, ", ".join(owned), "observed", nbytes, note=note, origin=where)
+            found = Occurrence("native", tag, ", ".join(owned), nbytes, note=note, origin=where)
+            journal.record(found, "observed")
 
 
-def _explained(stray: Stray) -> list[str]:
+def _touched(stray: Stray) -> list[str]:
     """Return the devices on which this stray may have put something."""
     if stray.action in ("repaired", PLACED) or (stray.action == "refused" and stray.door != "set_device"):
         return []
     return stray.source.split(",")
 
 
-def _used() -> dict[int, int]:
-    """Return how often memory was allocated on each device with a context."""
+def _count_allocations() -> dict[int, int]:
+    """Return the number of allocations so far on each device with a context."""
     return {index: allocation_history.count(index) for index in accelerator.contexts()}
 
 
-def _current() -> int:
-    """Return the current device; -1 where CUDA is not in use, so that asking opens nothing."""
+def _current_device() -> int:
+    """Return the current device; -1 if CUDA is not in use, since the query would open a context."""
     if not accelerator.contexts():
         return -1
-    return int(accelerator.torch_module()._C._cuda_getDevice())
+    return accelerator.current_device()
 
 
-def _of_test(item: pytest.Item) -> tuple[Site | None, Origin]:
+def _locate(item: pytest.Item) -> tuple[Site | None, Origin]:
     """Return the first line of a test, as a site and as an origin."""
     code = getattr(getattr(item, "function", None), "__code__", None)
     if code is None:

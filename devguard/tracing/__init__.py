@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from devguard.errors import TracingError
 
-__all__ = ["TracingError", "environment"]
+__all__ = ["environment", "TracingError"]
 
 
 def environment(

@@ -72,7 +72,7 @@ def _folder() -> Path:
 
 
 def _build(sources: list[str], target: Path) -> None:
-    cc = compiler.compiler("traced contexts", TracingError)
+    cc = compiler.find("traced contexts", TracingError)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=f"{target.name}.", dir=target.parent)
     os.close(handle)

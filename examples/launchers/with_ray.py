@@ -1,4 +1,4 @@
-"""Ray hands DEVGUARD to its workers; each sees one GPU, which is its cuda:0, whatever the sender called its own.
+"""Ray passes DEVGUARD to its workers; each sees one GPU as its cuda:0, whatever index the sender used.
 
 python examples/launchers/with_ray.py
 """
@@ -12,7 +12,7 @@ class Worker:
     """Owns one of two GPUs."""
 
     def receive(self, batch):
-        """Say where `batch` is, which the driver made on its cuda:1."""
+        """Return where `batch` is, which the driver made on its cuda:1."""
         return f"actor on GPU {ray.get_gpu_ids()[0]}: batch on {batch.device}"
 
 

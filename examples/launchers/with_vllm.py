@@ -1,7 +1,7 @@
-"""Nothing of devguard in the program: each of vLLM's workers owns the GPU that it chose.
+"""A program without devguard in it: each of vLLM's workers owns the GPU that it chose.
 
 DEVGUARD=repair VLLM_ALLOW_INSECURE_SERIALIZATION=1 python examples/launchers/with_vllm.py MODEL
-(vLLM wants the second variable because a function is sent to the workers.)
+(vLLM requires the second variable because the program sends a function to the workers.)
 """
 
 import pickle
@@ -12,7 +12,7 @@ from vllm import LLM
 
 
 def receive(worker, message):
-    """Say where the batch in `message` is, which was made on cuda:0."""
+    """Return where the batch in `message` is, which was made on cuda:0."""
     return f"worker {worker.rank}: batch on {pickle.loads(message).device}"
 
 

@@ -1,4 +1,4 @@
-"""Tests of multi-GPU code on a laptop: each test owns a GPU, and a line that puts work elsewhere fails its test.
+"""Tests of multi-GPU code on a laptop: each test owns a GPU and fails if a line puts work on another device.
 
     pytest --devguard=error --devguard-gpus 2 -q --tb=no examples/pytest
 
@@ -14,7 +14,7 @@ import devguard
 
 
 def resume(checkpoint):
-    """Read a checkpoint, on whatever device it names."""
+    """Read a checkpoint onto the device that it names."""
     return torch.load(io.BytesIO(checkpoint))
 
 
@@ -25,7 +25,7 @@ def resume_here(checkpoint, device):
 
 @pytest.fixture
 def checkpoint():
-    """What the process that owns cuda:0 has written."""
+    """Return a checkpoint that was written by the process that owns cuda:0."""
     file = io.BytesIO()
     with devguard.guard("cuda:0"):
         torch.save({"weight": torch.zeros(1024, device="cuda")}, file)

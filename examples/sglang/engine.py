@@ -1,15 +1,15 @@
-"""SGLang with each process on its own GPU: in two lines, or with none at all.
+"""SGLang with each process on its own GPU: with two lines of code, or with none.
 
 In the program that builds the engine, two lines:
 
     import devguard
     Engine = devguard.integrations.sglang.guarded_engine(sglang.Engine)
 
-With no line at all:
+With no code:
 
     DEVGUARD=repair python -m sglang.launch_server --model-path ... --tp-size 2
 
-This file needs SGLang, but no GPU and no model: it shows what the guarded engine starts its processes with.
+This example needs SGLang, but no GPU and no model: it prints the entry point of the guarded engine's processes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``devguard demo`` as a command: help, bad arguments, exit status. The scenario itself is tested in tests/demo."""
+"""The command ``devguard demo``: help, bad arguments, exit status. tests/demo tests the demonstration itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.simulated import ROOT
 
 @pytest.fixture
 def staged(monkeypatch):
-    """Replace the passes by a made-up result, which the test may change."""
+    """Replace the passes by a made-up result that the test may change."""
     found = result(2)
     monkeypatch.setattr(launch, "choose", lambda backend, ranks, torch: launch.Stage("simulated", 2, "a test"))
     monkeypatch.setattr(launch, "run_both", lambda *rest: found)
@@ -42,24 +42,24 @@ assert not heavy, heavy
     assert "--json" in done.stdout
 
 
-def test_the_command_itself_imports_no_torch(monkeypatch, staged, capsys):
+def test_the_command_does_not_import_torch(monkeypatch, staged, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert cli.main(["demo", "--json"]) == 0
 
 
-def test_a_clean_run_ends_with_0(staged, capsys):
+def test_a_clean_result_returns_0(staged, capsys):
     assert cli.main(["demo", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == staged
 
 
-def test_a_run_that_is_not_clean_ends_with_1(staged, capsys):
+def test_a_result_that_is_not_clean_returns_1(staged, capsys):
     staged["guarded"]["stray_contexts"] = 1
     assert cli.main(["demo"]) == 1
-    assert "did NOT come out clean" in " ".join(capsys.readouterr().out.split())
+    assert "The guarded pass was NOT clean" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("error", [DemoError("rank 1 died"), SimulationError("no compiler")])
-def test_a_run_that_fails_ends_with_1_and_says_why(staged, capsys, monkeypatch, error):
+def test_a_failed_demonstration_returns_1_and_prints_the_reason(staged, capsys, monkeypatch, error):
     def fail(*rest):
         raise error
 
@@ -69,26 +69,26 @@ def test_a_run_that_fails_ends_with_1_and_says_why(staged, capsys, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["--ranks", "1"], "valid are 2 to 16"),
+        (["--ranks", "1"], "Valid: 2 to 16"),
         (["--image", "nowhere.png"], "nowhere.png: there is no such file"),
         (["--plot", "chart.doc"], "must end in one of .png"),
-        (["--backend", "real", "--torch", "2.13.0"], "--torch chooses the build"),
+        (["--backend", "real", "--torch", "2.13.0"], "--torch selects the version for simulated GPUs"),
     ],
 )
-def test_bad_arguments_end_with_2_and_say_what_is_valid(capsys, arguments, said):
+def test_bad_arguments_return_2_and_print_what_is_valid(capsys, arguments, message):
     assert cli.main(["demo", *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_number_that_is_none_is_refused_by_the_parser(capsys):
+def test_the_parser_refuses_ranks_that_are_not_a_number(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["demo", "--ranks", "many"])
 
 
 @pytest.mark.parametrize("module", ["rich.console", "PIL"])
-def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, capsys, module):
+def test_a_missing_package_is_reported_with_the_command_that_installs_it(monkeypatch, capsys, module):
     monkeypatch.setitem(sys.modules, module, None)
     assert cli.main(["demo"]) == 2
     assert "pip install 'torch-devguard[demo]'" in capsys.readouterr().err

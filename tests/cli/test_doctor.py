@@ -1,4 +1,4 @@
-"""``devguard doctor``: what it finds, what it says, and that it opens nothing itself."""
+"""``devguard doctor``: its findings, its output, and that it opens no context."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from devguard.demo.launch import clean
 
 @pytest.fixture
 def environ(monkeypatch):
-    """A clean environment, as os.environ."""
+    """Remove the variables of devguard and launchers from os.environ."""
     for name in set(os.environ) - set(clean(os.environ)):
         monkeypatch.delenv(name)
     return monkeypatch
@@ -22,7 +22,7 @@ def environ(monkeypatch):
 
 @pytest.fixture
 def checked(monkeypatch):
-    """Replace the self-check by a good one, which the test may change."""
+    """Replace the findings of the self-check by good ones that the test may change."""
     found = {
         "torch": "2.13.0+cpu",
         "torch_file": "torch/__init__.py",
@@ -49,7 +49,7 @@ def checked(monkeypatch):
     return found
 
 
-def test_a_good_environment_is_fine_and_the_guard_effective(environ, capsys):
+def test_in_a_good_environment_the_guard_is_effective_and_the_status_is_0(environ, capsys):
     assert cli.main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["status"] == 0
@@ -61,7 +61,7 @@ def test_a_good_environment_is_fine_and_the_guard_effective(environ, capsys):
     assert found["advice"]
 
 
-def test_the_kill_switch_is_a_problem_that_the_check_sees(environ, capsys):
+def test_devguard_off_is_reported_as_a_problem(environ, capsys):
     environ.setenv("DEVGUARD", "off")
     assert cli.main(["doctor"]) == 1
     text = capsys.readouterr().out
@@ -70,7 +70,7 @@ def test_the_kill_switch_is_a_problem_that_the_check_sees(environ, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("DEVGUARD", "repiar", "'repiar' is not a mode. Valid: off, observe, warn, repair, error, 0, 1."),
         ("DEVGUARD_DEVICE", "gpu one", "DEVGUARD_DEVICE is 'gpu one'"),
@@ -78,13 +78,13 @@ def test_the_kill_switch_is_a_problem_that_the_check_sees(environ, capsys):
         ("DEVGUARD_DOORS", "lod=warn", "there is no door 'lod'"),
         ("DEVGUARD_DOORS", "load=wran", "'wran' is not a mode"),
         ("DEVGUARD_LOG", __file__, "is not a directory"),
-        ("DEVGUARD_DEVISE", "1", "DEVGUARD_DEVISE is not a variable that devguard knows. Known: DEVGUARD,"),
+        ("DEVGUARD_DEVISE", "1", "DEVGUARD_DEVISE is not a variable of devguard. Valid: DEVGUARD,"),
     ],
 )
-def test_a_setting_that_means_nothing_ends_with_2(environ, checked, capsys, name, value, said):
+def test_a_setting_that_is_not_valid_returns_2(environ, checked, capsys, name, value, message):
     environ.setenv(name, value)
     assert cli.main(["doctor"]) == 2
-    assert said in capsys.readouterr().out
+    assert message in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -95,11 +95,11 @@ def test_a_setting_that_means_nothing_ends_with_2(environ, checked, capsys, name
         {"DEVGUARD": "1", "DEVGUARD_SIM_GPUS": "2", "DEVGUARD_CACHE_DIR": "/tmp"},
     ],
 )
-def test_good_settings_pass(settings):
+def test_valid_settings_have_no_problems(settings):
     assert variables.check_settings(settings) == []
 
 
-def test_a_mode_that_nothing_acted_on_is_a_problem(environ, checked, capsys):
+def test_a_mode_that_opened_no_door_is_a_problem(environ, checked, capsys):
     environ.setenv("DEVGUARD", "repair")
     assert cli.main(["doctor"]) == 1
     assert "importing torch opened no door" in capsys.readouterr().out
@@ -107,45 +107,45 @@ def test_a_mode_that_nothing_acted_on_is_a_problem(environ, checked, capsys):
     assert cli.main(["doctor"]) == 0
 
 
-def test_without_torch_it_says_what_to_install(monkeypatch, capsys):
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "torch" else real(name))
+def test_without_torch_the_doctor_prints_how_to_install_it(monkeypatch, capsys):
+    real = doctor._find_version
+    monkeypatch.setattr(doctor, "_find_version", lambda name: None if name == "torch" else real(name))
     assert cli.main(["doctor"]) == 1
     text = capsys.readouterr().out
     assert "torch: not installed" in text
     assert "pip install 'torch-devguard[torch]'" in text
 
 
-def test_a_torch_that_cannot_be_imported_is_a_problem_with_its_last_words(environ, tmp_path, capsys):
+def test_a_torch_that_cannot_be_imported_is_reported_with_its_error(environ, tmp_path, capsys):
     (tmp_path / "torch.py").write_text("raise ImportError('libfoo.so: cannot open')")
     environ.setenv("PYTHONPATH", str(tmp_path))
     assert cli.main(["doctor"]) == 1
     assert "libfoo.so: cannot open" in capsys.readouterr().out
 
 
-def test_a_guard_that_does_not_work_is_a_problem(environ, checked, capsys):
+def test_a_guard_that_is_not_effective_is_a_problem(environ, checked, capsys):
     checked["check"].update(effective=False, landed="cuda:0", contexts=["cuda:0", "cuda:1"])
     assert cli.main(["doctor"]) == 1
     assert "the guard is not effective here" in capsys.readouterr().out
 
 
-def test_early_copies_and_closed_doors_are_named(environ, checked, capsys):
+def test_early_copies_and_closed_doors_are_reported(environ, checked, capsys):
     checked["doors"]["load"]["early_copies"] = ["server.frombuffer"]
     checked["doors"]["jit"] = {"open": False, "mode": "off", "problem": "torch.jit.load is not in torch 9"}
     assert cli.main(["doctor"]) == 1
     text = capsys.readouterr().out
-    assert "note: copies of torch's functions taken before the doors opened pass them by: server.frombuffer." in text
+    assert "note: copies of torch functions made before the doors opened bypass the doors: server.frombuffer." in text
     assert "problem: door jit: torch.jit.load is not in torch 9" in text
 
 
-def test_a_local_rank_without_a_device_is_bad_configuration(environ, capsys):
+def test_a_local_rank_without_a_device_returns_2(environ, capsys):
     environ.setenv("LOCAL_RANK", "64")
     assert cli.main(["doctor"]) == 2
     assert "LOCAL_RANK=64 names cuda:64" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("gpus", "owner", "tag"), [(2, "cuda:1", "cuda:0"), (1, "cuda:0", "cuda:1")])
-def test_on_gpus_it_checks_on_one_gpu_and_opens_nothing_elsewhere(sim_environment, run_simulated, gpus, owner, tag):
+def test_the_check_opens_a_context_on_one_gpu_only(sim_environment, run_simulated, gpus, owner, tag):
     environment = sim_environment(gpus, base=clean(os.environ))
     done = run_simulated(["-m", "devguard", "doctor", "--json"], env=environment)
     found = json.loads(done.stdout)
@@ -159,7 +159,7 @@ def test_on_gpus_it_checks_on_one_gpu_and_opens_nothing_elsewhere(sim_environmen
     assert done.pid not in {pid for pid, _ in opened}
 
 
-def test_the_message_of_the_check_is_one_that_strays_without_a_guard(run_simulated):
+def test_the_tensor_of_the_check_strays_without_a_guard(run_simulated):
     done = run_simulated(
         """
         import pickle, torch
@@ -173,28 +173,28 @@ def test_the_message_of_the_check_is_one_that_strays_without_a_guard(run_simulat
 
 
 @pytest.mark.parametrize(("version", "original"), [("0.4.6.post2", True), ("0.5.23", False)])
-def test_it_names_the_wrong_device_bugs_of_the_sglang_here(environ, checked, monkeypatch, capsys, version, original):
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: version if name == "sglang" else real(name))
+def test_the_known_bugs_of_the_installed_sglang_are_listed(environ, checked, monkeypatch, capsys, version, original):
+    real = doctor._find_version
+    monkeypatch.setattr(doctor, "_find_version", lambda name: version if name == "sglang" else real(name))
     assert cli.main(["doctor"]) == 0
-    said = capsys.readouterr().out
-    assert f"SGLang {version}\n" in said
-    assert "broadcast_pyobj" in said
-    assert "door load: rebuilt on the rank's own GPU" in said
-    assert ("pixel_values made on GPU 0" in said) is original
+    text = capsys.readouterr().out
+    assert f"SGLang {version}\n" in text
+    assert "broadcast_pyobj" in text
+    assert "door load: rebuilt on the rank's own GPU" in text
+    assert ("pixel_values made on GPU 0" in text) is original
 
 
-def test_it_says_that_an_sglang_is_not_one_of_those_it_knows(environ, checked, monkeypatch, capsys):
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: "0.6.0" if name == "sglang" else real(name))
+def test_an_unsupported_sglang_is_reported_in_a_note(environ, checked, monkeypatch, capsys):
+    real = doctor._find_version
+    monkeypatch.setattr(doctor, "_find_version", lambda name: "0.6.0" if name == "sglang" else real(name))
     assert cli.main(["doctor"]) == 0
-    said = capsys.readouterr().out
-    assert "note: devguard knows the processes of SGLang 0.4.6 to 0.5.23, and this is 0.6.0" in said
-    assert "wrong GPU" not in said
+    text = capsys.readouterr().out
+    assert "note: devguard supports SGLang 0.4.6 to 0.5.23, and this is 0.6.0" in text
+    assert "wrong GPU" not in text
 
 
-def test_without_sglang_it_says_nothing_of_it(environ, checked, monkeypatch, capsys):
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "sglang" else real(name))
+def test_without_sglang_the_doctor_does_not_mention_it(environ, checked, monkeypatch, capsys):
+    real = doctor._find_version
+    monkeypatch.setattr(doctor, "_find_version", lambda name: None if name == "sglang" else real(name))
     assert cli.main(["doctor"]) == 0
     assert "SGLang" not in capsys.readouterr().out

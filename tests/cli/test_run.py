@@ -1,4 +1,4 @@
-"""``devguard run``: the variables that it sets, the program that it becomes, and what it refuses."""
+"""``devguard run``: the variables that it sets, the program that it becomes, and the arguments that it refuses."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from tests.helpers.simulated import ROOT
 
 @pytest.fixture
 def become(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The variables of the program that the command would have become."""
-    said: dict[str, str] = {}
+    """The variables of devguard in the environment of the program that the command would have become."""
+    variables: dict[str, str] = {}
 
-    def instead(command: str, path: str, program: list[str], environment: dict[str, str]) -> int:
-        said.update({name: value for name, value in environment.items() if name.startswith("DEVGUARD")})
+    def record_variables(command: str, path: str, program: list[str], environment: dict[str, str]) -> int:
+        variables.update({name: value for name, value in environment.items() if name.startswith("DEVGUARD")})
         return 0
 
-    monkeypatch.setattr(program, "become", instead)
+    monkeypatch.setattr(program, "become", record_variables)
     for name in [name for name in os.environ if name.startswith("DEVGUARD") or "RANK" in name]:
         monkeypatch.delenv(name)
-    return said
+    return variables
 
 
-def test_it_becomes_the_program_with_the_variables_set(tmp_path: Path) -> None:
+def test_the_command_becomes_the_program_with_the_variables_set(tmp_path: Path) -> None:
     options = ["--mode", "warn", "--device", "cuda:1", "--doors", "ipc=error,threads=off", "--log", "logs"]
     command = [sys.executable, "-m", "devguard", "run", *options, "--", "sh", "-c", "echo $$; env; exit 7"]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("DEVGUARD")}
@@ -47,7 +47,7 @@ def test_it_becomes_the_program_with_the_variables_set(tmp_path: Path) -> None:
     ]
 
 
-def test_without_options_the_mode_is_what_the_environment_says_or_repair(
+def test_without_options_the_mode_comes_from_the_environment_or_is_repair(
     become: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cli.main(["run", "--", "true"]) == 0
@@ -60,15 +60,15 @@ def test_without_options_the_mode_is_what_the_environment_says_or_repair(
 
 
 @pytest.mark.parametrize("option", ["--mode=observe", "--device=cuda:1", "--doors=ipc=error", "--log=logs"])
-def test_tracing_alone_guards_nothing_and_every_option_for_guarding_guards(
+def test_tracing_enables_the_guard_only_with_an_option_for_guarding(
     become: dict[str, str], monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
     from devguard import tracing
 
-    def traced(output: str | None, *, json: bool, base: dict[str, str]) -> dict[str, str]:
+    def traced_environment(output: str | None, *, json: bool, base: dict[str, str]) -> dict[str, str]:
         return {**base, "DEVGUARD_TRACED": "yes"}
 
-    monkeypatch.setattr(tracing, "environment", traced)
+    monkeypatch.setattr(tracing, "environment", traced_environment)
     assert cli.main(["run", "--trace-contexts", "--", "true"]) == 0
     assert become == {"DEVGUARD_TRACED": "yes"}
     assert cli.main(["run", "--trace-contexts", option, "--", "true"]) == 0
@@ -78,7 +78,7 @@ def test_tracing_alone_guards_nothing_and_every_option_for_guarding_guards(
 
 
 @pytest.mark.parametrize(
-    ("options", "environ", "said"),
+    ("options", "environ", "message"),
     [
         (["--mode", "repiar"], {}, "'repiar' is not a mode. Valid: off, observe, warn, repair, error"),
         (["--device", "gpu1"], {}, "is 'gpu1'. Valid: a device such as 'cuda:1'"),
@@ -89,16 +89,16 @@ def test_tracing_alone_guards_nothing_and_every_option_for_guarding_guards(
         (["--log", __file__], {}, "is not a directory"),
         ([], {"DEVGUARD": "nonsense"}, "'nonsense' is not a mode"),
         ([], {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, "keeps torch from loading devguard. Unset it"),
-        (["--json"], {}, "say where --trace-contexts reports"),
+        (["--json"], {}, "only valid with --trace-contexts"),
     ],
 )
-def test_what_means_nothing_is_refused_with_what_is_valid(
+def test_bad_options_and_variables_are_refused_with_what_is_valid(
     become: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     options: list[str],
     environ: dict[str, str],
-    said: str,
+    message: str,
 ) -> None:
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
@@ -106,15 +106,15 @@ def test_what_means_nothing_is_refused_with_what_is_valid(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("devguard run: ")
-    assert said in err
+    assert message in err
     assert become == {}
 
 
-def test_without_a_program_it_shows_the_usage(become: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_program_the_usage_is_printed(become: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "--mode", "repair"]) == 2
     assert "usage: devguard run [--mode MODE]" in capsys.readouterr().err
 
 
-def test_a_program_that_is_not_there_is_told(become: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_program_that_does_not_exist_returns_127(become: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "--", "no-such-program"]) == 127
     assert capsys.readouterr().err == "devguard run: there is no program 'no-such-program' on PATH\n"

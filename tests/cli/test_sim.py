@@ -1,4 +1,4 @@
-"""`devguard sim`."""
+"""``devguard sim``: run a program on simulated GPUs, show a state file, and refuse bad options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def sim(*arguments: object, cwd: Path = ROOT, **variables: str) -> subprocess.Co
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True)
 
 
-def test_it_runs_a_script_with_its_own_arguments_and_status(tmp_path: Path) -> None:
+def test_a_script_runs_with_its_own_arguments_and_exit_status(tmp_path: Path) -> None:
     script, state, log = tmp_path / "train.py", tmp_path / "state", tmp_path / "log"
     script.write_text(
         "import sys, torch\n"
@@ -46,13 +46,13 @@ def test_it_runs_a_script_with_its_own_arguments_and_status(tmp_path: Path) -> N
     assert sim("--state", script).returncode == 2  # no state file
 
 
-def test_a_program_that_is_not_there_is_told() -> None:
+def test_a_program_that_does_not_exist_returns_127() -> None:
     done = sim("--", "no-such-program")
     assert (done.returncode, done.stderr) == (127, "devguard sim: there is no program 'no-such-program' on PATH\n")
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--gpus", "0"], "from 1 to 16"),
         (["--gpus", "17"], "from 1 to 16"),
@@ -61,15 +61,15 @@ def test_a_program_that_is_not_there_is_told() -> None:
         (["--torch", "1.13"], "too old"),
     ],
 )
-def test_bad_options_are_told_with_what_is_valid(options: list[str], said: str) -> None:
+def test_bad_options_return_2_and_print_what_is_valid(options: list[str], message: str) -> None:
     done = sim(*options, "--", "true")
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert sim(*options).returncode == 2  # without a program, too
 
 
-def test_another_python_is_warned_of(tmp_path: Path) -> None:
+def test_a_program_that_is_another_python_causes_a_warning(tmp_path: Path) -> None:
     other = tmp_path / "python3.99"
     other.write_text("#!/bin/sh\necho ran $DEVGUARD_SIM_GPUS\n")
     other.chmod(0o755)
@@ -79,7 +79,7 @@ def test_another_python_is_warned_of(tmp_path: Path) -> None:
     assert sys.executable in done.stderr
 
 
-def test_without_a_program_everything_is_made_ready() -> None:
+def test_without_a_program_the_simulation_is_prepared() -> None:
     done = sim()
     assert done.returncode == 0
     assert done.stdout.startswith("ready: simulated GPUs for torch ")
@@ -88,7 +88,7 @@ def test_without_a_program_everything_is_made_ready() -> None:
     assert Path(ready["overlay"]).is_dir()
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     code = """if True:
         import sys
         from devguard.cli import main

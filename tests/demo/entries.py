@@ -1,4 +1,4 @@
-"""Entry points of rank processes for the tests: small, and without torch."""
+"""Small entry points of rank processes for the tests, without torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 
 
 def echo(link: Connection, gpu_id: int, ranks: int, meeting: str) -> None:
-    """Answer every command with the rank and the command."""
+    """Answer each command with the rank and the command."""
     while (command := link.recv()) != "stop":
         link.send(("answer", (gpu_id, command)))
 

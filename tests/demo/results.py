@@ -1,4 +1,4 @@
-"""A result of the demonstration, made up."""
+"""Make up a result of the demonstration."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def run(guarded: bool, ranks: int) -> dict[str, Any]:
         {"name": "tokenizer", "pid": 1, "rank": None, "owner": "cuda:0", "devices": [device(0, 20)], "strays": []}
     ]
     for rank in range(ranks):
-        at_home = guarded or rank == 0
-        devices = [device(rank, 38)] if at_home else [device(0, 38), device(rank, 0)]
+        is_home = guarded or rank == 0
+        devices = [device(rank, 38)] if is_home else [device(0, 38), device(rank, 0)]
         strays = [stray(rank), stray(rank, line=73)] if guarded and rank else []
         processes.append(
             {

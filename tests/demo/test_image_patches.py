@@ -1,4 +1,4 @@
-"""The image processor: hand-computed values, and the properties that make patches patches."""
+"""The image processor: values computed by hand, and the properties of patches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from devguard.demo.image_patches import FEATURES, MAX_PIXELS, MIN_PIXELS, batch, patchify, pixels, smart_resize
+from devguard.demo.image_patches import FEATURES, MAX_PIXELS, MIN_PIXELS, make_batch, normalise, patchify, smart_resize
 
 
 @pytest.mark.parametrize(
@@ -18,15 +18,15 @@ from devguard.demo.image_patches import FEATURES, MAX_PIXELS, MIN_PIXELS, batch,
         ((28, 28), (56, 56)),  # 784 pixels, doubled to reach 3136
         ((3000, 4000), (840, 1148)),  # shrunk by 3.458, rounded down
         ((56, 56), (56, 56)),
-        ((42, 70), (56, 56)),  # 1.5 and 2.5 blocks: halves go to the even number
+        ((42, 70), (56, 56)),  # 1.5 and 2.5 blocks: halves are rounded to the even number
     ],
 )
-def test_smart_resize_gives_the_sizes_computed_by_hand(size, expected):
+def test_smart_resize_returns_the_sizes_computed_by_hand(size, expected):
     assert smart_resize(*size) == expected
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
-def test_smart_resize_gives_whole_blocks_within_the_bounds(height, width):
+def test_smart_resize_returns_whole_blocks_within_the_bounds(height, width):
     if max(height, width) / min(height, width) > 200:
         with pytest.raises(ValueError, match="too thin"):
             smart_resize(height, width)
@@ -37,7 +37,7 @@ def test_smart_resize_gives_whole_blocks_within_the_bounds(height, width):
     assert MIN_PIXELS <= rows * columns <= MAX_PIXELS
 
 
-def test_each_patch_is_the_square_that_its_row_stands_for():
+def test_each_row_holds_the_patch_of_its_position():
     height, width = 56, 84
     frames = torch.arange(3 * height * width, dtype=torch.int64).reshape(1, 3, height, width)
     patches, grid = patchify(frames)
@@ -56,16 +56,16 @@ def test_each_patch_is_the_square_that_its_row_stands_for():
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
-def test_patches_hold_every_pixel_and_can_be_put_together_again(down, across, count):
+def test_frames_can_be_rebuilt_from_patches(down, across, count):
     frames = torch.arange(count * 3 * down * across * 28 * 28).reshape(count, 3, down * 28, across * 28)
     patches, (grid_t, grid_h, grid_w) = patchify(frames)
     assert patches.shape == (grid_t * grid_h * grid_w, FEATURES)
     assert (grid_t, grid_h, grid_w) == ((count + 1) // 2, 2 * down, 2 * across)
-    taken = patches.reshape(grid_t, down, across, 2, 2, 3, 2, 14, 14).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
-    again = taken.reshape(2 * grid_t, 3, down * 28, across * 28)
-    assert torch.equal(again[:count], frames)
+    parts = patches.reshape(grid_t, down, across, 2, 2, 3, 2, 14, 14).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+    rebuilt = parts.reshape(2 * grid_t, 3, down * 28, across * 28)
+    assert torch.equal(rebuilt[:count], frames)
     if count % 2:
-        assert torch.equal(again[count], frames[-1])
+        assert torch.equal(rebuilt[count], frames[-1])
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 30, 28), (1, 3, 28, 14), (1, 4, 28, 28), (0, 3, 28, 28)])
@@ -75,8 +75,8 @@ def test_frames_of_a_wrong_shape_are_refused(shape):
 
 
 def test_pixels_are_normalised_as_clip_does():
-    white = pixels(Image.new("RGB", (56, 56), "white"))
-    black = pixels(Image.new("RGB", (56, 56), "black"))
+    white = normalise(Image.new("RGB", (56, 56), "white"))
+    black = normalise(Image.new("RGB", (56, 56), "black"))
     for found, by_hand in ((white, (1.9303361, 2.0748837, 2.1458969)), (black, (-1.7922626, -1.7520971, -1.4802198))):
         assert found.dtype == torch.float32
         assert found.shape == (3, 56, 56)
@@ -84,13 +84,14 @@ def test_pixels_are_normalised_as_clip_does():
             torch.testing.assert_close(channel, torch.full((56, 56), value), rtol=0, atol=1e-6)
 
 
-def test_a_grey_or_transparent_picture_counts_as_rgb():
-    assert pixels(Image.new("L", (56, 56))).shape == pixels(Image.new("RGBA", (56, 56))).shape == (3, 56, 56)
+def test_a_grey_or_transparent_picture_is_converted_to_rgb():
+    assert normalise(Image.new("L", (56, 56))).shape == (3, 56, 56)
+    assert normalise(Image.new("RGBA", (56, 56))).shape == (3, 56, 56)
 
 
 def test_a_batch_holds_the_pictures_one_after_the_other():
     first, second = Image.new("RGB", (56, 56), "white"), Image.new("RGB", (112, 84), "black")
-    pixel_values, grid = batch([first, second])
+    pixel_values, grid = make_batch([first, second])
     assert pixel_values.shape == (16 + 48, 1176)
     assert pixel_values.dtype == torch.float32
     assert grid.dtype == torch.int64

@@ -1,4 +1,4 @@
-"""Pictures: the one that ships, and files that are none."""
+"""Reading pictures: the built-in one, and files that cannot be read."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ def test_a_missing_file_is_named(tmp_path):
         pictures.read(tmp_path / "nowhere.png")
 
 
-def test_a_text_is_no_picture(tmp_path):
+def test_a_text_file_is_refused(tmp_path):
     (tmp_path / "text.png").write_text("once upon a time")
     with pytest.raises(ConfigError, match="not a picture"):
         pictures.read(tmp_path / "text.png")
 
 
-def test_a_directory_is_no_picture(tmp_path):
+def test_a_directory_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be decoded"):
         pictures.read(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg"])
-def test_a_picture_that_breaks_off_cannot_be_decoded(tmp_path, kind):
-    whole = tmp_path / f"whole.{kind}"
-    pictures.read(pictures.DEFAULT).save(whole)
+def test_a_truncated_picture_is_refused(tmp_path, kind):
+    complete = tmp_path / f"complete.{kind}"
+    pictures.read(pictures.DEFAULT).save(complete)
     broken = tmp_path / f"broken.{kind}"
-    broken.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    broken.write_bytes(complete.read_bytes()[: complete.stat().st_size // 2])
     with pytest.raises(ConfigError, match=rf"broken\.{kind}: the picture cannot be decoded"):
         pictures.read(broken)
 
 
-@pytest.mark.parametrize("limit", [70, 30])  # Pillow warns above the limit, and refuses above twice the limit
-def test_a_picture_beyond_pillows_limit_is_refused(tmp_path, monkeypatch, limit):
+@pytest.mark.parametrize("limit", [70, 30])  # Pillow warns above the limit, and raises above twice the limit.
+def test_a_picture_above_the_limit_of_pillow_is_refused(tmp_path, monkeypatch, limit):
     Image.new("RGB", (10, 10)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(ConfigError, match="too large"):

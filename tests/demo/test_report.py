@@ -1,4 +1,4 @@
-"""What the demonstration says and draws, from a made-up result."""
+"""The printed report and the chart, from a made-up result."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from devguard.errors import ConfigError
 from tests.demo.results import result
 
 
-def shown(found) -> str:
+def print_report(found) -> str:
     console = Console(file=io.StringIO(), width=160)
     report.show(found, console)
     return console.file.getvalue()
 
 
-def test_a_result_is_clean_when_the_guarded_pass_is():
-    assert report.clean(result())
+def test_a_result_is_clean_if_the_guarded_pass_is_clean():
+    assert report.is_clean(result())
 
 
 @pytest.mark.parametrize(("key", "value"), [("stray_bytes", 1), ("stray_contexts", 1), ("values_equal", False)])
-def test_a_result_is_not_clean_when_anything_is_wrong(key, value):
+def test_a_result_with_a_stray_or_a_wrong_value_is_not_clean(key, value):
     found = result()
     found["guarded"][key] = value
-    assert not report.clean(found)
-    assert "did NOT come out clean" in report.meaning(found)
+    assert not report.is_clean(found)
+    assert "The guarded pass was NOT clean" in report.explain(found)
 
 
-def test_a_rank_with_another_owner_is_not_clean():
+def test_a_result_with_a_wrong_owner_is_not_clean():
     found = result()
     found["guarded"]["processes"][2]["owner"] = "cuda:0"
-    assert not report.clean(found)
+    assert not report.is_clean(found)
 
 
 def test_the_report_shows_both_tables_the_lines_and_the_totals():
-    text = shown(result())
+    text = print_report(result())
     assert "Before: unguarded" in text
     assert 'After: @devguard.guard(argument="gpu_id")' in text
     assert text.count("● 38 MiB !") == 3
@@ -49,28 +49,28 @@ def test_the_report_shows_both_tables_the_lines_and_the_totals():
     assert "Simulated GPUs (torch sees no GPU here), torch 2.13.0+cu130." in text
 
 
-def test_strays_of_all_ranks_at_one_line_are_one_row():
-    rows = report.sites(result()["guarded"])
+def test_the_strays_of_all_ranks_at_one_line_are_merged():
+    rows = report.group_by_site(result()["guarded"])
     assert [(row["site"]["line"], row["count"], len(row["moves"])) for row in rows] == [(43, 6, 3), (73, 6, 3)]
 
 
-def test_a_stray_without_a_line_is_shown_as_such():
+def test_a_stray_without_a_call_site_is_shown():
     found = result()
     for process in found["guarded"]["processes"]:
         for row in process["strays"]:
             row["site"], row["code"] = None, ""
-    assert "no line of user code" in shown(found)
+    assert "no line of user code" in print_report(found)
 
 
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0"), (512, "0.0"), (3 << 19, "1.5"), (2 << 20, "2"), (39845888, "38")]
 )
 def test_bytes_are_shown_as_mebibytes(count, text):
-    assert report.mebibytes(count) == text
+    assert report.format_mebibytes(count) == text
 
 
 @pytest.mark.parametrize("ranks", [2, 8])
-def test_the_chart_is_a_picture(tmp_path, ranks):
+def test_the_chart_is_a_readable_picture(tmp_path, ranks):
     target = tmp_path / "chart.png"
     plot.check(str(target))
     plot.draw(result(ranks), str(target))
@@ -80,8 +80,8 @@ def test_the_chart_is_a_picture(tmp_path, ranks):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("chart.txt", "must end in"), ("nowhere/chart.png", "there is no directory")]
+    ("name", "message"), [("chart.txt", "must end in"), ("nowhere/chart.png", "there is no directory")]
 )
-def test_a_chart_that_cannot_be_written_is_known_at_once(tmp_path, name, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_chart_that_cannot_be_written_is_refused_by_check(tmp_path, name, message):
+    with pytest.raises(ConfigError, match=message):
         plot.check(str(tmp_path / name))

@@ -16,7 +16,7 @@ from tests.helpers import simulated
 VERSION = os.environ.get("DEVGUARD_TEST_TORCH")
 
 
-def demo(*arguments, env=None):
+def run_demo(*arguments, env=None):
     """Run ``devguard demo`` and return the finished process."""
     command = [sys.executable, "-m", "devguard", "demo", *arguments]
     return subprocess.run(
@@ -24,15 +24,15 @@ def demo(*arguments, env=None):
     )
 
 
-def on_simulated(*arguments):
+def run_on_simulated_gpus(*arguments):
     version = ["--torch", VERSION] if VERSION else []
-    done = demo("--backend", "simulated", "--json", *version, *arguments)
+    done = run_demo("--backend", "simulated", "--json", *version, *arguments)
     assert done.returncode == 0, done.stderr
     return done, json.loads(done.stdout)
 
 
 def check(result, ranks):
-    """Assert the disease before and the cure after."""
+    """Check the strays of the unguarded pass, and that the guarded pass has none."""
     assert result["ranks"] == ranks
     before, after = result["unguarded"], result["guarded"]
     for run in (before, after):
@@ -42,12 +42,12 @@ def check(result, ranks):
         ]
         assert [process["name"] for process in run["processes"]] == ["tokenizer", *(f"rank {r}" for r in range(ranks))]
         assert len({process["pid"] for process in run["processes"]}) == ranks + 1
-    sick = [{device["index"]: device for device in process["devices"]} for process in before["processes"]]
+    held = [{device["index"]: device for device in process["devices"]} for process in before["processes"]]
     for rank in range(1, ranks):
-        assert sick[1 + rank][0]["context"]
-        assert sick[1 + rank][0]["peak_bytes"] >= 2 * result["request_bytes"] > 0
+        assert held[1 + rank][0]["context"]
+        assert held[1 + rank][0]["peak_bytes"] >= 2 * result["request_bytes"] > 0
     assert before["stray_contexts"] == ranks - 1
-    assert before["stray_bytes"] == sum(sick[1 + rank][0]["peak_bytes"] for rank in range(1, ranks))
+    assert before["stray_bytes"] == sum(held[1 + rank][0]["peak_bytes"] for rank in range(1, ranks))
     assert {answer["device"] for answer in before["answers"]} == {"cuda:0"}
 
     assert after["stray_bytes"] == after["stray_contexts"] == 0
@@ -62,11 +62,11 @@ def check(result, ranks):
 @pytest.fixture(scope="module")
 def two_ranks(sim_environment, tmp_path_factory):
     chart = tmp_path_factory.mktemp("chart") / "chart.png"
-    done, result = on_simulated("--ranks", "2", "--plot", str(chart))
+    done, result = run_on_simulated_gpus("--ranks", "2", "--plot", str(chart))
     return done, result, chart
 
 
-def test_two_ranks_are_cured(two_ranks):
+def test_two_ranks_stray_only_without_the_guard(two_ranks):
     _, result, _ = two_ranks
     assert result["backend"] == "simulated"
     assert "+cu" in result["torch"]
@@ -75,7 +75,7 @@ def test_two_ranks_are_cured(two_ranks):
     check(result, 2)
 
 
-def test_the_strays_name_the_two_lines_that_unpickle(two_ranks):
+def test_the_strays_are_at_the_two_lines_that_unpickle(two_ranks):
     _, result, _ = two_ranks
     (rank_1,) = (process for process in result["guarded"]["processes"] if process["rank"] == 1)
     found = {stray["site"]["function"]: stray for stray in rank_1["strays"]}
@@ -87,36 +87,37 @@ def test_the_strays_name_the_two_lines_that_unpickle(two_ranks):
         assert stray["bytes"] == result["request_bytes"]
 
 
-def test_progress_is_on_standard_error_and_nothing_else_is_on_standard_output(two_ranks):
+def test_progress_goes_to_standard_error_and_only_json_to_standard_output(two_ranks):
     done, _, chart = two_ranks
     assert done.stdout.startswith("{")
-    assert "devguard demo: 2 ranks on simulated GPUs (asked for by --backend simulated)" in done.stderr
+    assert "devguard demo: 2 ranks on simulated GPUs (selected with --backend simulated)" in done.stderr
     assert "devguard demo: guarded: data-parallel: one message to each rank" in done.stderr
     with Image.open(chart) as picture:
         assert picture.format == "PNG"
 
 
-def test_four_ranks_are_cured_with_the_users_own_pictures(sim_environment, tmp_path):
+def test_four_ranks_with_pictures_of_the_user_stray_only_without_the_guard(sim_environment, tmp_path):
     Image.new("RGB", (300, 200), "teal").save(tmp_path / "wide.png")
     Image.new("L", (100, 240), 7).save(tmp_path / "tall.png")
-    _, result = on_simulated("--ranks", "4", "--image", str(tmp_path / "wide.png"), str(tmp_path / "tall.png"))
+    files = [str(tmp_path / "wide.png"), str(tmp_path / "tall.png")]
+    _, result = run_on_simulated_gpus("--ranks", "4", "--image", *files)
     assert [image["grid_thw"] for image in result["images"]] == [[1, 14, 22], [1, 18, 8]]
     check(result, 4)
 
 
-def test_where_the_gpus_count_as_real_each_process_reports_on_itself(sim_environment, tmp_path):
+def test_with_backend_real_each_process_reports_on_itself(sim_environment, tmp_path):
     Image.new("RGB", (300, 200)).save(tmp_path / "wide.png")
     environment = sim_environment(2)
-    done = demo("--backend", "real", "--json", "--image", str(tmp_path / "wide.png"), env=environment)
+    done = run_demo("--backend", "real", "--json", "--image", str(tmp_path / "wide.png"), env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["backend"] == "real"
     check(result, 2)
 
 
-def test_a_pass_outside_the_simulation_is_not_believed(sim_environment, tmp_path):
+def test_a_pass_outside_the_simulation_is_an_error(sim_environment, tmp_path):
     environment = launch.clean(sim_environment(2))
-    other = sim_environment(2)["DEVGUARD_SIM_STATE"]  # a state file that none of the processes writes
+    other = sim_environment(2)["DEVGUARD_SIM_STATE"]  # a state file that no process of the pass writes
     task = {"guarded": False, "ranks": 2, "images": [str(pictures.DEFAULT)], "folder": str(tmp_path), "state": other}
     with pytest.raises(launch.DemoError, match="is not in the simulation's state file"):
         launch.run_pass(task, environment, lambda text: None)

@@ -1,4 +1,4 @@
-"""The point-to-point way; the broadcast needs a group and is tested by the whole demonstration."""
+"""Sending to one rank, and the answers. test_scenario.py tests the broadcast, which needs a process group."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def request() -> ImageRequest:
 
 
 def test_a_request_arrives_as_it_was_sent():
-    ours, theirs = multiprocessing.Pipe()
+    sender, receiver = multiprocessing.Pipe()
     sent = request()
-    send_request(ours, sent)
-    received = receive_request(theirs)
+    send_request(sender, sent)
+    received = receive_request(receiver)
     assert torch.equal(received.pixel_values, sent.pixel_values)
     assert torch.equal(received.image_grid_thw, sent.image_grid_thw)
 
 
-def test_the_answer_tells_requests_apart():
+def test_different_requests_have_different_digests():
     first, other_value, other_shape = request(), request(), request()
     other_value.pixel_values[1, 7] += 1
     other_shape.image_grid_thw = torch.tensor([[1, 2, 1]])
@@ -36,7 +36,7 @@ def test_the_answer_tells_requests_apart():
     assert answer(first)["device"] == "cpu"
 
 
-def test_a_strided_tensor_is_the_same_answer_as_its_copy():
+def test_a_strided_tensor_and_its_contiguous_copy_have_the_same_digest():
     plain = request()
     strided = ImageRequest(plain.pixel_values.t().contiguous().t(), plain.image_grid_thw)
     assert answer(strided)["digest"] == answer(plain)["digest"]

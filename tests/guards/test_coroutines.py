@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import devguard
+from devguard.ownership.stack import local
 from tests.helpers.fakecuda import FakeCuda
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -23,13 +24,13 @@ def where(cuda: FakeCuda) -> tuple[int, str]:
     return cuda.current, str(devguard.owner())
 
 
-ONE, TWO, NOBODY = (1, "cuda:1"), (2, "cuda:2"), (0, "None")
+ONE, TWO, UNOWNED = (1, "cuda:1"), (2, "cuda:2"), (0, "None")
 
 
 # --- generators ---
 
 
-def test_a_generator_gives_the_device_back_at_each_yield(cuda: FakeCuda) -> None:
+def test_a_generator_restores_the_device_at_each_yield(cuda: FakeCuda) -> None:
     @devguard.guard("cuda:1")
     def work() -> Generator[Any, None, str]:
         for _ in range(3):
@@ -37,17 +38,17 @@ def test_a_generator_gives_the_device_back_at_each_yield(cuda: FakeCuda) -> None
         return "done"
 
     steps = work()
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
     for _ in range(3):
         assert next(steps) == ONE
-        assert where(cuda) == NOBODY
+        assert where(cuda) == UNOWNED
     with pytest.raises(StopIteration) as stopped:
         next(steps)
     assert stopped.value.value == "done"
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
 
 
-def test_a_step_where_the_device_is_already_right_exchanges_at_most_once(cuda: FakeCuda) -> None:
+def test_a_step_on_the_current_device_calls_at_most_one_exchange(cuda: FakeCuda) -> None:
     @devguard.guard("cuda:1")
     def work() -> Iterator[None]:
         yield
@@ -79,16 +80,16 @@ def test_send_and_throw_reach_the_generator_inside_its_scope(cuda: FakeCuda) -> 
     steps = work()
     next(steps)
     steps.send("a")
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
     steps.throw(LookupError("b"))
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
     with pytest.raises(StopIteration) as stopped:
         steps.throw(ZeroDivisionError())
     assert stopped.value.value == [("a", ONE), ("b", ONE)]
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
 
 
-def test_an_exception_leaves_the_generator_and_restores(cuda: FakeCuda) -> None:
+def test_an_exception_from_a_generator_restores_the_device(cuda: FakeCuda) -> None:
     @devguard.guard("cuda:1")
     def work() -> Iterator[None]:
         yield
@@ -98,13 +99,13 @@ def test_an_exception_leaves_the_generator_and_restores(cuda: FakeCuda) -> None:
     next(steps)
     with pytest.raises(LookupError, match="inside"):
         next(steps)
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
     with pytest.raises(StopIteration):
         next(steps)
 
 
 @pytest.mark.parametrize("how", ["close", "del", "garbage"])
-def test_clean_up_code_of_a_generator_runs_on_its_own_device(cuda: FakeCuda, how: str) -> None:
+def test_the_clean_up_code_of_a_generator_runs_on_its_own_device(cuda: FakeCuda, how: str) -> None:
     seen = []
 
     @devguard.guard("cuda:1")
@@ -124,7 +125,7 @@ def test_clean_up_code_of_a_generator_runs_on_its_own_device(cuda: FakeCuda, how
     del steps, cycle
     gc.collect()
     assert seen == [ONE]
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
 
 
 def test_a_generator_that_ignores_close_is_an_error_as_without_a_guard(cuda: FakeCuda) -> None:
@@ -139,10 +140,10 @@ def test_a_generator_that_ignores_close_is_an_error_as_without_a_guard(cuda: Fak
     next(steps)
     with pytest.raises(RuntimeError, match="ignored GeneratorExit"):
         steps.close()
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
 
 
-def test_yield_from_a_decorated_generator_sends_on_and_returns(cuda: FakeCuda) -> None:
+def test_yield_from_a_decorated_generator_passes_values_in_and_out(cuda: FakeCuda) -> None:
     @devguard.guard("cuda:2")
     def inner() -> Generator[Any, Any, Any]:
         got = yield where(cuda)
@@ -155,7 +156,7 @@ def test_yield_from_a_decorated_generator_sends_on_and_returns(cuda: FakeCuda) -
 
     steps = outer()
     assert next(steps) == TWO
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
     assert steps.send("x") == (("x", TWO), ONE)
     steps.close()
 
@@ -167,7 +168,7 @@ def test_two_interleaved_generators_never_see_each_others_device(cuda: FakeCuda)
             yield where(cuda) == (index, f"cuda:{index}")
 
     assert all(a and b for a, b in zip(work(1), work(2), strict=True))
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
 
 
 def test_a_decorated_generator_serves_contextmanager(cuda: FakeCuda) -> None:
@@ -183,7 +184,7 @@ def test_a_decorated_generator_serves_contextmanager(cuda: FakeCuda) -> None:
             seen.append(where(cuda))
 
     with pytest.raises(LookupError), managed():
-        assert where(cuda) == NOBODY
+        assert where(cuda) == UNOWNED
         raise LookupError
     assert seen == [ONE, ONE]
 
@@ -229,13 +230,13 @@ def test_interleaved_tasks_with_different_owners_never_see_each_others_device(cu
             devguard.guard("cpu").run(turns(cuda, 0)),
         )
 
-    one, two, three, nobody, cpu = asyncio.run(main())
+    one, two, three, unowned, cpu = asyncio.run(main())
     assert one == [ONE] * 5
     assert two == [TWO] * 5
     assert three == [(3, "cuda:3")] * 5
-    assert nobody == [NOBODY] * 5
+    assert unowned == [UNOWNED] * 5
     assert cpu == [(0, "cpu")] * 5
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
 
 
 def test_the_event_loop_runs_on_its_own_device_between_steps(cuda: FakeCuda) -> None:
@@ -249,11 +250,11 @@ def test_the_event_loop_runs_on_its_own_device_between_steps(cuda: FakeCuda) -> 
             await asyncio.sleep(0)
 
     asyncio.run(main())
-    assert set(seen) == {NOBODY}
+    assert set(seen) == {UNOWNED}
 
 
 def test_a_task_that_a_task_starts_does_not_inherit_its_owner_and_a_thread_does(cuda: FakeCuda) -> None:
-    """A task of its own has a stack of its own turns: an owner held by somebody else's step would come and go."""
+    """The event loop steps the new task outside the scope of the task that started it."""
 
     @devguard.guard("cuda:1")
     async def main() -> Any:
@@ -261,10 +262,10 @@ def test_a_task_that_a_task_starts_does_not_inherit_its_owner_and_a_thread_does(
         threads = await asyncio.to_thread(where, cuda)
         return await child, threads
 
-    assert asyncio.run(main()) == ([NOBODY], ONE)
+    assert asyncio.run(main()) == ([UNOWNED], ONE)
 
 
-def test_cancellation_reaches_the_coroutine_inside_its_scope_and_restores(cuda: FakeCuda) -> None:
+def test_cancellation_is_raised_inside_the_scope_and_restores_the_device(cuda: FakeCuda) -> None:
     seen = []
 
     @devguard.guard("cuda:1")
@@ -288,10 +289,10 @@ def test_cancellation_reaches_the_coroutine_inside_its_scope_and_restores(cuda: 
         seen.append(where(cuda))
 
     asyncio.run(main())
-    assert seen == [ONE, ONE, NOBODY]
+    assert seen == [ONE, ONE, UNOWNED]
 
 
-def test_a_coroutine_may_survive_its_cancellation(cuda: FakeCuda) -> None:
+def test_a_coroutine_that_suppresses_its_cancellation_keeps_its_device(cuda: FakeCuda) -> None:
     @devguard.guard("cuda:1")
     async def work() -> Any:
         with contextlib.suppress(asyncio.CancelledError):
@@ -320,22 +321,22 @@ def test_closing_a_coroutine_cleans_up_on_its_own_device(cuda: FakeCuda) -> None
 
     coroutine = work()
     coroutine.send(None)
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
     coroutine.close()
     assert seen == [ONE]
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
 
 
 def test_asyncio_timeouts_work_through_run(cuda: FakeCuda) -> None:
     async def main() -> None:
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(devguard.guard(1).run(asyncio.Event().wait()), 0.001)
-        assert where(cuda) == NOBODY
+        assert where(cuda) == UNOWNED
 
     asyncio.run(main())
 
 
-def test_run_awaits_what_is_awaitable_and_returns_its_result(cuda: FakeCuda) -> None:
+def test_run_awaits_any_awaitable_and_returns_its_result(cuda: FakeCuda) -> None:
     class Awaitable:
         def __await__(self) -> Generator[Any, None, Any]:
             yield from asyncio.sleep(0).__await__()
@@ -346,7 +347,7 @@ def test_run_awaits_what_is_awaitable_and_returns_its_result(cuda: FakeCuda) -> 
 
 
 class PlainIterator:
-    """An awaitable whose iterator knows ``__next__`` and nothing else, as Python allows."""
+    """An awaitable with an iterator that has only ``__next__``, as Python allows."""
 
     def __await__(self) -> Iterator[Any]:
         return iter([None, None])
@@ -355,8 +356,10 @@ class PlainIterator:
 def test_an_awaitable_of_a_plain_iterator_can_be_run() -> None:
     async def main() -> None:
         await devguard.guard("cpu").run(PlainIterator())
+        assert not local.stack
 
     asyncio.run(main())
+    assert devguard.owner() is None
 
 
 def test_an_awaitable_of_a_plain_iterator_can_be_cancelled() -> None:
@@ -366,6 +369,7 @@ def test_an_awaitable_of_a_plain_iterator_can_be_cancelled() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert not local.stack
 
     asyncio.run(main())
 
@@ -373,10 +377,14 @@ def test_an_awaitable_of_a_plain_iterator_can_be_cancelled() -> None:
 def test_an_awaitable_of_a_plain_iterator_can_be_closed() -> None:
     coroutine = devguard.guard("cpu").run(PlainIterator())
     coroutine.send(None)
+    assert not local.stack
     coroutine.close()
+    assert not local.stack
+    with pytest.raises(RuntimeError, match="cannot reuse already awaited coroutine"):
+        coroutine.send(None)
 
 
-def test_run_refuses_a_task_because_the_loop_steps_it(cuda: FakeCuda) -> None:
+def test_run_refuses_tasks_and_futures_because_the_event_loop_steps_them(cuda: FakeCuda) -> None:
     async def main() -> None:
         task = asyncio.create_task(asyncio.sleep(0))
         with pytest.raises(TypeError, match="create_task"):
@@ -417,7 +425,7 @@ def test_nested_decorated_coroutines_hold_their_own_devices(cuda: FakeCuda) -> N
 
 
 @pytest.mark.parametrize("outer", [devguard.guard("cuda:1"), devguard.guard("cpu"), devguard.unguarded()], ids=repr)
-def test_a_with_block_inside_a_driven_coroutine_sleeps_and_wakes_with_it(cuda: FakeCuda, outer: Any) -> None:
+def test_a_with_block_in_a_decorated_coroutine_is_left_and_entered_with_it(cuda: FakeCuda, outer: Any) -> None:
     @outer
     async def work() -> Any:
         with devguard.guard("cuda:2"):
@@ -426,14 +434,14 @@ def test_a_with_block_inside_a_driven_coroutine_sleeps_and_wakes_with_it(cuda: F
 
     coroutine = work()
     coroutine.send(None)
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
     with pytest.raises(StopIteration) as stopped:
         coroutine.send(None)
     assert stopped.value.value == TWO
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
 
 
-def test_a_with_block_inside_a_driven_coroutine_of_the_same_device_sleeps_and_wakes(cuda: FakeCuda) -> None:
+def test_a_with_block_in_a_coroutine_on_the_current_device_is_left_and_entered_with_it(cuda: FakeCuda) -> None:
     torch.cuda.set_device(1)
 
     @devguard.guard("cuda:1")
@@ -453,7 +461,7 @@ def test_a_with_block_inside_a_driven_coroutine_of_the_same_device_sleeps_and_wa
 
 
 @pytest.mark.parametrize("innermost", [devguard.guard("cpu"), devguard.unguarded()], ids=repr)
-def test_the_innermost_device_wakes_even_under_a_scope_that_took_none(cuda: FakeCuda, innermost: Any) -> None:
+def test_the_innermost_device_is_restored_even_under_a_scope_that_took_none(cuda: FakeCuda, innermost: Any) -> None:
     @devguard.guard("cuda:1")
     async def work() -> Any:
         with devguard.guard("cuda:2"), innermost:
@@ -462,16 +470,16 @@ def test_the_innermost_device_wakes_even_under_a_scope_that_took_none(cuda: Fake
 
     coroutine = work()
     coroutine.send(None)
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
     with pytest.raises(StopIteration) as stopped:
         coroutine.send(None)
     assert stopped.value.value == 2
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
 
 
 @pytest.mark.parametrize("outer", [devguard.guard("cuda:1"), devguard.guard("cpu"), devguard.unguarded()], ids=repr)
-def test_a_block_that_slept_gives_back_the_device_that_it_woke_on(cuda: FakeCuda, outer: Any) -> None:
-    """The thread's own device may have changed meanwhile."""
+def test_a_resumed_block_restores_the_device_on_which_it_was_resumed(cuda: FakeCuda, outer: Any) -> None:
+    """The device of the thread may have changed during the suspend."""
 
     @outer
     async def work() -> Any:
@@ -489,7 +497,7 @@ def test_a_block_that_slept_gives_back_the_device_that_it_woke_on(cuda: FakeCuda
     assert where(cuda) == (6, "None")
 
 
-def test_a_step_on_another_thread_is_that_threads_own_affair(cuda: FakeCuda) -> None:
+def test_a_step_on_another_thread_restores_the_device_of_that_thread(cuda: FakeCuda) -> None:
     @devguard.guard("cuda:1")
     def work() -> Iterator[Any]:
         with devguard.guard("cuda:2"):
@@ -511,7 +519,7 @@ def test_a_step_on_another_thread_is_that_threads_own_affair(cuda: FakeCuda) -> 
     assert seen == [TWO, (5, "None")]
     assert next(steps) == TWO
     steps.close()
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
 
 
 def test_a_with_block_in_a_bare_coroutine_is_reported(cuda: FakeCuda) -> None:
@@ -529,7 +537,7 @@ def test_a_with_block_in_a_bare_coroutine_is_reported(cuda: FakeCuda) -> None:
     with pytest.warns(RuntimeWarning, match="held across an await") as caught:
         asyncio.run(main())
     assert caught[0].filename == __file__
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
     unwind._reported.clear()
 
 
@@ -557,21 +565,21 @@ def test_an_asynchronous_generator_holds_its_device_only_while_it_runs(cuda: Fak
         steps = items(cuda, 1, seen)
         assert inspect.isasyncgen(steps)
         assert await anext(steps) == (None, ONE)
-        assert where(cuda) == NOBODY
+        assert where(cuda) == UNOWNED
         assert await steps.asend("a") == ("a", ONE)
-        assert where(cuda) == NOBODY
+        assert where(cuda) == UNOWNED
         assert await steps.athrow(LookupError("b")) == ("b", ONE)
-        assert where(cuda) == NOBODY
+        assert where(cuda) == UNOWNED
         await steps.aclose()
         assert seen == [ONE]
-        assert where(cuda) == NOBODY
+        assert where(cuda) == UNOWNED
         with pytest.raises(StopAsyncIteration):
             await anext(steps)
 
     asyncio.run(main())
 
 
-def test_an_asynchronous_generator_ends_and_raises_as_its_own(cuda: FakeCuda) -> None:
+def test_an_asynchronous_generator_ends_and_raises_as_without_a_guard(cuda: FakeCuda) -> None:
     @devguard.guard("cuda:1")
     async def work(fail: bool) -> AsyncGenerator[int, None]:
         yield 1
@@ -583,12 +591,12 @@ def test_an_asynchronous_generator_ends_and_raises_as_its_own(cuda: FakeCuda) ->
         assert [item async for item in work(False)] == [1, 2]
         with pytest.raises(ZeroDivisionError):
             _ = [item async for item in work(True)]
-        assert where(cuda) == NOBODY
+        assert where(cuda) == UNOWNED
 
     asyncio.run(main())
 
 
-def test_an_exception_thrown_into_an_asynchronous_generator_comes_out_if_it_is_not_caught(cuda: FakeCuda) -> None:
+def test_an_exception_thrown_into_an_asynchronous_generator_is_raised_if_it_is_not_caught(cuda: FakeCuda) -> None:
     async def main() -> None:
         seen: list[Any] = []
         steps = items(cuda, 1, seen)
@@ -596,7 +604,7 @@ def test_an_exception_thrown_into_an_asynchronous_generator_comes_out_if_it_is_n
         with pytest.raises(ZeroDivisionError):
             await steps.athrow(ZeroDivisionError())
         assert seen == [ONE]
-        assert where(cuda) == NOBODY
+        assert where(cuda) == UNOWNED
 
     asyncio.run(main())
 
@@ -642,7 +650,7 @@ def test_cancellation_inside_an_asynchronous_generator_cleans_up_on_its_own_devi
 
     asyncio.run(main())
     assert seen == [ONE]
-    assert where(cuda) == NOBODY
+    assert where(cuda) == UNOWNED
 
 
 def test_an_abandoned_asynchronous_generator_cleans_up_on_its_own_device(cuda: FakeCuda) -> None:
@@ -662,7 +670,7 @@ def test_an_abandoned_asynchronous_generator_cleans_up_on_its_own_device(cuda: F
 def test_asynchronous_generators_left_open_at_the_end_of_the_loop_clean_up_on_their_own_device(
     cuda: FakeCuda,
 ) -> None:
-    """The loop closes every generator that it knows, in any order: it must not know the undecorated one inside."""
+    """The loop closes the generators that it knows in any order, so it must not know the undecorated one inside."""
     seen: list[Any] = []
     kept = [items(cuda, 1, seen) for _ in range(16)]
 

@@ -1,4 +1,4 @@
-"""Decorating: the kind of function stays, its name and signature stay, and its device is bound by name."""
+"""DecoratingScope: the kind, the name and the signature of a function stay, and its device is bound by name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import asyncio
 import functools
 import inspect
 import pickle
+import re
 import types
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -160,7 +161,7 @@ class Derived(Worker):
         return ("derived", *super().method(value, gpu_id))
 
 
-def test_methods_take_the_device_by_name_whatever_stands_before_it(cuda: FakeCuda) -> None:
+def test_methods_take_the_device_by_name_after_other_arguments(cuda: FakeCuda) -> None:
     worker = Worker()
     assert worker.method(1, 2) == (worker, 1, "cuda:2")
     assert worker.method(gpu_id=3, value=1) == (worker, 1, "cuda:3")
@@ -200,7 +201,7 @@ def test_bound_methods_callable_objects_and_partials_can_be_decorated(cuda: Fake
     assert scoped(functools.partial(work, 1))(2) == (1, "cuda:2", 0)
     assert scoped(functools.partial(work, gpu_id=3))(1) == (1, "cuda:3", 0)
     assert scoped(functools.partial(work, gpu_id=3))(1, gpu_id=4) == (1, "cuda:4", 0)
-    with pytest.raises(ConfigError, match="gpu_id"):  # it is no parameter of this partial any more
+    with pytest.raises(ConfigError, match="gpu_id"):  # the partial already passes it
         scoped(functools.partial(work, 1, 5))
     assert functools.partial(scoped(work), 1)(6) == (1, "cuda:6", 0)
 
@@ -340,7 +341,7 @@ def test_a_positional_only_parameter_is_not_taken_from_keywords_of_the_same_name
     assert work(1, gpu_id=2) == "cuda:1"
 
 
-def test_none_passed_or_by_default_lets_the_search_go_on(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_none_continues_the_search_for_an_owner(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     @devguard.guard(argument="gpu_id")
     def work(gpu_id: int | None = None) -> str:
         return where()
@@ -358,7 +359,7 @@ def test_a_missing_argument_is_the_functions_own_type_error(cuda: FakeCuda) -> N
         devguard.guard(argument="gpu_id")(positional)(0)
 
 
-def test_a_missing_argument_is_the_functions_own_type_error_even_where_nothing_else_names_a_device() -> None:
+def test_a_missing_argument_is_the_functions_own_type_error_even_without_any_owner() -> None:
     with pytest.raises(TypeError, match="gpu_id"):
         devguard.guard(argument="gpu_id")(positional)(0)
 
@@ -410,7 +411,29 @@ def test_each_kind_takes_its_device_from_its_argument(cuda: FakeCuda) -> None:
     assert cuda.current == 0
 
 
-def test_the_value_is_taken_at_each_call(cuda: FakeCuda) -> None:
+def test_the_device_is_read_from_the_argument_at_each_call(cuda: FakeCuda) -> None:
     decorated = devguard.guard(argument="value")(generator)
     first, second = decorated(1), decorated(2)
     assert (next(second), next(first)) == ("cuda:2", "cuda:1")
+
+
+def pick() -> str:
+    return "cuda:2"
+
+
+def name(value: object) -> str:
+    """Return a test id without addresses, so that it is the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def test_decorating_a_class_is_a_type_error_that_names_it() -> None:
+    with pytest.raises(TypeError, match="Model"):
+
+        @devguard.guard("cpu")
+        class Model: ...
+
+
+@pytest.mark.parametrize("thing", [1, "work", None, property(pick)], ids=name)
+def test_decorating_what_cannot_be_called_is_a_type_error(thing: Any) -> None:
+    with pytest.raises(TypeError, match="decorates functions"):
+        devguard.guard("cpu")(thing)

@@ -1,4 +1,4 @@
-"""Any nesting of scopes, in any order of steps: device and owner are always those of the innermost scope."""
+"""Property tests: device and owner are those of the innermost scope, for any nesting and any order of steps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 import devguard
 from devguard.modes import MODES
 from devguard.ownership import in_force
-from devguard.ownership.owner import parse_owner
-from devguard.ownership.resolve import LAUNCHERS, owner_from_environment
 from devguard.ownership.stack import local
 from tests.helpers.fakecuda import FakeCuda
 
@@ -54,7 +52,7 @@ def test_nested_scopes_restore_device_and_owner(tree: Any) -> None:
 @given(st.lists(st.tuples(DEVICES, st.sampled_from([*MODES, None])), max_size=5))
 def test_the_innermost_mode_wins(levels: list[tuple[str | None, Any]]) -> None:
     with FakeCuda(3).installed(), contextlib.ExitStack() as stack:
-        guarded = "repair"  # what the guards around say; unguarded() is off for what runs directly in it
+        guarded = "repair"  # the mode of the enclosing guards; unguarded() is off for code directly inside it
         for device, mode in levels:
             stack.enter_context(scope_of(device, mode))
             guarded = guarded if device is None else mode or guarded
@@ -119,28 +117,3 @@ def test_a_scope_is_a_value(device: Any, mode: Any, doors: Any, kind: Any, proto
     assert hash(value) == hash(again) == hash(back)
     assert repr(value) == repr(back)
     assert eval(repr(value)) == value
-
-
-@FEW
-@given(st.text(max_size=8) | st.integers() | st.floats() | st.booleans() | st.none() | st.binary(max_size=4))
-def test_whatever_is_given_as_a_device_is_an_owner_or_a_resolution_error(device: Any) -> None:
-    try:
-        owner = parse_owner(device)
-    except devguard.DeviceResolutionError as error:
-        ok = "Valid" in str(error)
-    else:
-        ok = owner.tag in ("cpu", f"cuda:{owner.index}") and parse_owner(owner.tag) is owner
-    assert ok
-
-
-@FEW
-@given(st.dictionaries(st.sampled_from([launcher.rank for launcher in LAUNCHERS]), st.text(max_size=4), max_size=3))
-def test_whatever_a_launcher_says_is_an_owner_or_a_resolution_error(environ: dict[str, str]) -> None:
-    with FakeCuda(4).installed():
-        try:
-            owner, looked = owner_from_environment(environ)
-        except devguard.DeviceResolutionError as error:
-            ok = any(name in str(error) for name in environ)
-        else:
-            ok = bool(looked) and (owner is None or 0 <= owner.index < 4)
-    assert ok

@@ -1,7 +1,7 @@
-"""Devices that only know which of them is current, for tests of scopes on a CPU build of torch.
+"""Fake devices that only have a current index, for tests of scopes on a CPU build of torch.
 
 `FakeCuda` puts the functions into ``torch._C`` that devguard and ``torch.cuda.set_device`` call. No tensor can be on
-such a device; where the bytes go is tested on simulated GPUs (tests/placement).
+such a device; tests/placement checks on simulated GPUs where bytes go.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import devguard
 
 
 class FakeCuda:
-    """`count` devices; each thread begins on device 0, as with CUDA."""
+    """`count` devices; each thread starts on device 0, as with CUDA."""
 
     def __init__(self, count: int = 4) -> None:
         self.count = count
@@ -48,7 +48,7 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[FakeCuda]:
-        """Put the devices into torch, and take them out again, devguard first."""
+        """Patch the devices into torch inside this block. devguard is uninstalled before torch is restored."""
         functions: dict[str, Any] = {
             "_cuda_exchangeDevice": self.exchange,
             "_cuda_maybeExchangeDevice": self.maybe_exchange,

@@ -1,4 +1,4 @@
-"""Runs code in processes in which torch is imported and CUDA is not initialised: forks of one server, so quickly."""
+"""Run code in processes that have imported torch and not initialised CUDA. One server forks them, which is fast."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _server() -> subprocess.Popen[str]:
 
 
 def stop() -> None:
-    """End the server, if there is one."""
+    """Stop the server, if it runs."""
     if _server.cache_info().currsize:
         server = _server()
         _server.cache_clear()
@@ -51,7 +51,7 @@ def stop() -> None:
 
 
 def run(code: str) -> dict[str, Any]:
-    """Run `code` with torch, devguard, json and ``ctx()`` at hand; what it printed (``out``) and its ``strays``."""
+    """Run `code`, which can use torch, devguard, json and ``ctx()``; return its output (``out``) and its ``strays``."""
     server = _server()
     assert server.stdin is not None
     assert server.stdout is not None
@@ -63,5 +63,5 @@ def run(code: str) -> dict[str, Any]:
 
 
 def strays(code: str, door: str) -> list[dict[str, Any]]:
-    """Run `code`; the strays of one door."""
+    """Run `code` and return the strays of one door."""
     return [stray for stray in run(code)["strays"] if stray["door"] == door]

@@ -1,4 +1,4 @@
-"""What child processes do in the tests of the door ``children``; to be imported by spawned ones."""
+"""The work of child processes in the tests of the door ``children``; a spawned child imports this module."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import devguard
 TOUCH_LINE = 23
 
 
-class Curious(Dataset[Any]):
+class OpensCuda(Dataset[Any]):
     def __len__(self) -> int:
         return 1
 
@@ -21,12 +21,12 @@ class Curious(Dataset[Any]):
         error = None
         try:
             torch.ones(1, device="cuda")  # TOUCH_LINE
-        except Exception as raised:  # noqa: BLE001 - whatever it is, it is what is shown
+        except Exception as raised:  # noqa: BLE001 - the test compares its type
             error = type(raised).__name__
         return report() | {"error": error}
 
 
-class Harmless(Curious):
+class StaysOnHost(OpensCuda):
     def __getitem__(self, index: int) -> dict[str, Any]:
         torch.ones(1)
         return report()
@@ -48,20 +48,20 @@ def report() -> dict[str, Any]:
     }
 
 
-def load(method: str, kind: type[Dataset[Any]] = Curious) -> dict[str, Any]:
+def load(method: str, kind: type[Dataset[Any]] = OpensCuda) -> dict[str, Any]:
     (item,) = DataLoader(kind(), batch_size=None, num_workers=1, multiprocessing_context=method)
     return dict(item)
 
 
-def tell(queue: Any) -> None:
+def send_report(queue: Any) -> None:
     row = report()
     with devguard.guard("cpu"):
         row["guarded"] = report()
     queue.put(row)
 
 
-def tell_through(queue: Any) -> None:
-    queue.put(ask(multiprocessing.get_start_method()))
+def send_report_of_child(queue: Any) -> None:
+    queue.put(run_in_child(multiprocessing.get_start_method()))
 
 
 def try_cuda(queue: Any) -> None:
@@ -73,7 +73,7 @@ def try_cuda(queue: Any) -> None:
         queue.put("")
 
 
-def ask(method: str, target: Any = tell) -> Any:
+def run_in_child(method: str, target: Any = send_report) -> Any:
     context = multiprocessing.get_context(method)
     queue = context.SimpleQueue()
     process = context.Process(target=target, args=(queue,))

@@ -1,4 +1,4 @@
-"""A process that shares CUDA tensors and events, for tests of who receives them."""
+"""A process that shares CUDA tensors and events, for tests of the receiver."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Producer:
             )
             self._connection = listener.accept()
 
-    def _ask(self, *request: Any) -> Any:
+    def _request(self, *request: Any) -> Any:
         self._connection.send(request)
         answer = self._connection.recv()
         if isinstance(answer, BaseException):
@@ -36,32 +36,32 @@ class Producer:
         return answer
 
     def share(self, device: str, *, how: str = "tensor", shape: tuple[int, ...] = (4,)) -> bytes:
-        """Return what a queue would carry: a tensor with the values 0, 1, 2, ...; the producer keeps the last one."""
-        return self._ask("share", device, how, shape)
+        """Return a message as a queue carries it, with the tensor 0, 1, 2, ...; the producer keeps the last tensor."""
+        return self._request("share", device, how, shape)
 
     def again(self) -> bytes:
-        """Return the last one once more."""
-        return self._ask("again")
+        """Return another message with the last tensor."""
+        return self._request("again")
 
     def values(self) -> list[Any]:
-        """Return what the producer's last tensor holds now."""
-        return self._ask("values")
+        """Return the current values of the producer's last tensor."""
+        return self._request("values")
 
     def fill(self, value: float) -> None:
         """Write into the producer's last tensor."""
-        self._ask("fill", value)
+        self._request("fill", value)
 
     def drop(self) -> int:
-        """Drop the last tensor; return how many bytes the producer still has to keep, of this test's."""
-        return self._ask("drop") - self._unread
+        """Drop the last tensor; return the bytes that the producer still keeps for messages of this test."""
+        return self._request("drop") - self._unread
 
-    def begin(self) -> None:
-        """Count from here: messages of earlier tests that nobody read keep their memory."""
-        self._unread = self._ask("drop")
+    def reset_count(self) -> None:
+        """Leave the memory of earlier tests out of `drop`: messages that were never read keep theirs."""
+        self._unread = self._request("drop")
 
     def do(self, code: str) -> None:
         """Run code in the producer."""
-        self._ask("do", code)
+        self._request("do", code)
 
     def close(self) -> None:
         self._connection.send(None)
@@ -115,11 +115,11 @@ def _serve(connection: Connection) -> None:
                 answer = sum(map(torch.cuda.memory_allocated, range(torch.cuda.device_count())))
             elif verb == "do":
                 exec(rest[0], {})
-        except Exception as error:  # noqa: BLE001  (handed to the test)
+        except Exception as error:  # noqa: BLE001 - the test raises it
             answer = error
         connection.send(answer)
 
 
 if __name__ == "__main__":
-    with Client(sys.argv[1], "AF_UNIX") as asked:
-        _serve(asked)
+    with Client(sys.argv[1], "AF_UNIX") as to_test:
+        _serve(to_test)

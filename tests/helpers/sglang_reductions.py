@@ -1,6 +1,6 @@
-"""A stand-in for SGLang's ``monkey_patch_torch_reductions``: the same names, the same marks, the same wire format.
+"""A stand-in for SGLang's ``monkey_patch_torch_reductions``: the same names, attributes and wire format.
 
-SGLang, and what copied it, writes the UUID of the sender's GPU where torch writes its index.
+SGLang, and projects that copied its patch, write the UUID of the sender's GPU where torch writes its index.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.multiprocessing import reductions
 
-_DEVICE = 6  # the place of storage_device among the arguments
+_DEVICE = 6  # the position of the argument storage_device
 
 
 def monkey_patch_torch_reductions() -> None:
@@ -24,8 +24,8 @@ def monkey_patch_torch_reductions() -> None:
     reductions.init_reductions()
 
 
-def take_back() -> None:
-    """What SGLang does not have, and tests need."""
+def restore_torch_reductions() -> None:
+    """Undo the patch. SGLang has no such function; the tests need one."""
     reductions.reduce_tensor = reductions._reduce_tensor_original
     reductions.rebuild_cuda_tensor = reductions._rebuild_cuda_tensor_original
     del reductions._reduce_tensor_original, reductions._rebuild_cuda_tensor_original

@@ -1,4 +1,4 @@
-"""Runs programs on simulated GPUs, for the tests: `run_simulated`, and what comes back.
+"""Run programs on simulated GPUs: `run_simulated`, and its result, `Finished`.
 
 The version of torch is this environment's, or the one that DEVGUARD_TEST_TORCH names (tests/torch_versions.py sets it).
 """
@@ -36,7 +36,7 @@ class Finished:
 
     @property
     def me(self) -> simgpu.ProcessState:
-        """The program itself, without its children."""
+        """The state of the program, without its children."""
         return next(process for process in self.state if process.pid == self.pid)
 
     @property
@@ -52,7 +52,7 @@ def sim_environment(
     base: Mapping[str, str] | None = None,
     **options: Any,
 ) -> dict[str, str]:
-    """An environment with a fresh state file and a log; the options are those of `devguard.simgpu.environment`."""
+    """Return an environment with a new state file and a log; the options are those of `devguard.simgpu.environment`."""
     place = Path(tempfile.mkdtemp(prefix="devguard-test-", dir=folder))
     variables = dict(os.environ if base is None else base)
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), variables.get("PYTHONPATH")]))
@@ -74,8 +74,8 @@ def run_simulated(
 ) -> Finished:
     """Run Python code (a string), or Python with these arguments (a sequence), on simulated GPUs, and wait.
 
-    ``env`` is what `sim_environment` gave; without it a fresh one is made from ``gpus`` and ``options``. With
-    ``check``, a program that fails fails the test, with its error output.
+    ``env`` comes from `sim_environment`; by default a new one is made from ``gpus`` and ``options``. With ``check``, an
+    exit status other than 0 raises an `AssertionError` with the program's output.
     """
     variables = dict(env) if env is not None else sim_environment(gpus, **options)
     arguments = ["-c", textwrap.dedent(program)] if isinstance(program, str) else [os.fspath(word) for word in program]

@@ -1,8 +1,8 @@
-"""Pickles and files of CPU tensors that carry the tag of a GPU, so that a CPU build of torch can test what a tag does.
+"""Pickles and files of CPU tensors that carry the tag of a GPU, for tests of tags on a CPU build of torch.
 
-A tagger put first into torch's own registry writes the tag; no tensor is on a GPU at any time. On a CPU build torch
-refuses to restore such a tag, which is what "the door is closed" looks like in these tests. `landings` lets it restore
-one, and notes where each storage would have gone.
+A tagger, put first into torch's own registry, writes the tag; no tensor is ever on a GPU. A CPU build of torch raises
+`REFUSAL` for such a tag, so in these tests that error shows that the door is closed. `landings` lets torch restore the
+storages, and lists the device that each was meant for.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import devguard
 from devguard.ownership.stack import local
 from devguard.reporting.journal import journal
 
-# What torch says on a CPU build to a tag that nobody repaired.
+# torch's error on a CPU build for a tag that was not repaired
 REFUSAL = "deserialize object on a CUDA device"
 
-# Before devguard's tagger (4.875) and torch's (10 and more); two equal ones would make torch compare functions.
+# Lower than devguard's priority (4.875) and torch's (10 and more). torch sorts the rows, so with two equal priorities
+# it would compare functions.
 _TAG_PRIORITY = 1.5
 _LAND_PRIORITY = 2.5
 
@@ -42,7 +43,7 @@ def _registered(priority: float, tagger: Any, deserializer: Any) -> Iterator[Non
 
 @contextlib.contextmanager
 def tagged(tag: str) -> Iterator[None]:
-    """Inside, whatever is saved or pickled from the CPU carries `tag`."""
+    """Write `tag` for CPU storages that are saved or pickled inside this block."""
     with _registered(
         _TAG_PRIORITY,
         lambda storage: tag if storage.device.type == "cpu" else None,
@@ -53,7 +54,7 @@ def tagged(tag: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def landings() -> Iterator[list[str]]:
-    """Inside, storages with the tag of a GPU are restored (on the CPU), and the list says where each was sent."""
+    """Inside this block, restore storages with a GPU tag on the CPU; yield the list of those tags."""
     landed: list[str] = []
 
     def restore(storage: Any, location: str) -> Any:
@@ -71,7 +72,7 @@ def _device_table(tag: str) -> dict[type, Any]:
 
 
 def dumps(obj: Any, tag: str = "cuda:3", protocol: int = pickle.DEFAULT_PROTOCOL) -> bytes:
-    """Return a pickle of `obj` as a process would write it whose CPU tensors were on `tag`."""
+    """Return the pickle that a process would write if the CPU tensors in `obj` were on `tag`."""
     buffer = io.BytesIO()
     pickler = pickle.Pickler(buffer, protocol)
     pickler.dispatch_table = {**copyreg.dispatch_table, **_device_table(tag)}
@@ -81,7 +82,7 @@ def dumps(obj: Any, tag: str = "cuda:3", protocol: int = pickle.DEFAULT_PROTOCOL
 
 
 def save(obj: Any, tag: str = "cuda:3", *, legacy: bool = False, outer: bool = False) -> bytes:
-    """Return the bytes of a ``torch.save`` file of `obj` whose CPU tensors were on `tag`.
+    """Return the bytes that ``torch.save`` would write if the CPU tensors in `obj` were on `tag`.
 
     With `outer`, the devices that tensor subclasses remember are changed too.
     """
@@ -95,7 +96,7 @@ def save(obj: Any, tag: str = "cuda:3", *, legacy: bool = False, outer: bool = F
 
 
 def _device_module(tag: str) -> Any:
-    """Return a stand-in for the pickle module whose pickler writes `tag` for the device of the CPU."""
+    """Return a stand-in for the pickle module; its pickler writes `tag` in place of the device ``cpu``."""
 
     class DevicePickler(pickle.Pickler):
         dispatch_table = {**copyreg.dispatch_table, **_device_table(tag)}  # noqa: RUF012 - read by the C pickler
@@ -104,7 +105,7 @@ def _device_module(tag: str) -> Any:
 
 
 class Nested:
-    """Holds another pickle, and unpickles it when it is itself unpickled."""
+    """Holds another pickle, and unpickles it while it is being unpickled."""
 
     def __init__(self, payload: bytes) -> None:
         self.payload = payload
@@ -118,7 +119,7 @@ class Nested:
 
 
 class NestedFile:
-    """Holds a ``torch.save`` file, and loads it when it is itself unpickled."""
+    """Holds a ``torch.save`` file, and loads it while it is being unpickled."""
 
     def __init__(self, payload: bytes, **options: Any) -> None:
         self.state = {"payload": payload, "options": options}
@@ -132,7 +133,7 @@ class NestedFile:
 
 
 class Envelope:
-    """An object that no transport looks into: it pickles as the bytes that it carries."""
+    """An object that is pickled as the bytes it carries, so that a transport does not see its tensors."""
 
     def __init__(self, payload: bytes) -> None:
         self.payload = payload
@@ -142,7 +143,7 @@ class Envelope:
 
 
 def fresh() -> Iterator[None]:
-    """For a fixture: devguard as after import, before the test and after it."""
+    """Reset devguard to its state after import, before and after the test. For fixtures."""
     devguard.uninstall()
     journal.clear()
     yield

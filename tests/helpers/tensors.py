@@ -1,4 +1,4 @@
-"""Tensors of every kind for the tests: how to make them, move them, and describe them so that two can be compared."""
+"""Make tensors of every kind, move them, and describe them in a form that can be compared."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ DTYPES = [
     torch.bool,
 ]
 # torch 2.13 cannot read back a float8 tensor that was pickled plainly or saved in the legacy format (its storage has no
-# typed class, and the legacy reader wants one), nor one that requires a gradient (it sets the flag too early): guarded
-# or not
+# typed class, which the legacy reader needs), nor one that requires a gradient (it sets the flag too early). This holds
+# without devguard too.
 ZIP_ONLY = [torch.float8_e4m3fn, torch.float8_e5m2]
 ZIP_DTYPES = [*DTYPES, *ZIP_ONLY]
 
 
 @contextlib.contextmanager
 def tagged(tag: str) -> Iterator[None]:
-    """Inside, CPU storages are saved with the device tag `tag`, as if they lay there."""
+    """Write the device tag `tag` for CPU storages that are saved inside this block."""
     registry = torch.serialization._package_registry
     row = (1, lambda storage: tag if storage.device.type == "cpu" else None, lambda storage, location: None)
     registry.insert(0, row)
@@ -115,7 +115,7 @@ def containers(draw: st.DrawFn, dtypes: list[torch.dtype] = DTYPES) -> Any:
 
 
 def to(value: Any, device: str) -> Any:
-    """The same containers with their tensors on `device`: aliases stay aliases, strides and offsets stay."""
+    """Return the same containers with their tensors on `device`; aliases, strides and offsets are kept."""
     storages: dict[int, torch.UntypedStorage] = {}
     moved: dict[int, torch.Tensor] = {}
 
@@ -148,7 +148,7 @@ def to(value: Any, device: str) -> Any:
 
 
 def describe(value: Any) -> str:
-    """Everything about the tensors in `value` that a load must keep, as a text that compares."""
+    """Return, as a string to compare, all that a load must keep of the tensors in `value`."""
     storages: dict[int, int] = {}
 
     def walk(node: Any) -> Any:
@@ -184,7 +184,7 @@ def _tensor(tensor: torch.Tensor, storages: dict[int, int]) -> Any:
         tensor.is_neg(),
         getattr(tensor, "names", None),
     ]
-    if storage.nbytes():  # torch gives every reference to an empty storage one of its own
+    if storage.nbytes():  # torch makes a new storage for each reference to an empty one
         about.append(storages.setdefault(storage._cdata, len(storages)))
     if tensor.is_quantized and tensor.qscheme() is torch.per_tensor_affine:
         about += [tensor.q_scale(), tensor.q_zero_point()]
@@ -192,7 +192,7 @@ def _tensor(tensor: torch.Tensor, storages: dict[int, int]) -> Any:
 
 
 def devices(tensor: torch.Tensor) -> set[torch.device]:
-    """Every device that a tensor and its parts say they are on."""
+    """Return the devices of a tensor and of its parts."""
     found = {tensor.device}
     for name in ("a", "b", "_values", "_indices", "_offsets"):
         part = getattr(tensor, name, None)
@@ -215,7 +215,7 @@ def _named(device: str) -> torch.Tensor:
     return torch.arange(6.0).reshape(2, 3).to(device).refine_names("rows", "columns")
 
 
-# kinds of tensors beyond strided ones: name -> function of a device
+# kinds of tensors other than strided ones: name -> function of a device
 SPECIAL: dict[str, Callable[[str], torch.Tensor]] = {
     "conj": lambda device: torch.tensor([1 + 2j, 3 - 1j]).to(device).conj(),
     "neg": lambda device: torch._neg_view(torch.arange(3.0).to(device)),

@@ -1,4 +1,4 @@
-"""A stand-in of Triton's shape, for the door ``triton``: Triton is 700 MB (tests/real_triton.py takes the real one)."""
+"""A stand-in for Triton, for the door ``triton``: Triton is 700 MB (tests/real_triton.py uses the real one)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 __all__ = ["write"]
 
-# As triton/runtime/jit.py and autotuner.py of Triton 3.7: who calls whom, and what asks for the current device.
+# The calls, and the uses of the current device, follow triton/runtime/jit.py and autotuner.py of Triton 3.7.
 JIT = """
 import torch
 
@@ -62,7 +62,7 @@ class Autotuner(KernelInterface):
 
 
 def write(folder: Path) -> Path:
-    """Write a package ``triton`` into `folder`, at a path as an installed one has it; what to put on ``sys.path``."""
+    """Write a package ``triton`` under ``site-packages`` in `folder`; return the folder to put on ``sys.path``."""
     runtime = folder / "site-packages" / "triton" / "runtime"
     runtime.mkdir(parents=True)
     (runtime.parent / "__init__.py").write_text("")

@@ -1,6 +1,6 @@
-"""vLLM's plugin contract: an entry point that is called in every process, and that knows the device of each worker.
+"""vLLM's plugin contract: vLLM calls the entry point in every process, and each worker owns the device that it chose.
 
-vLLM is played by tests/integrations/standin, which keeps to the contract as its source has it; no server runs here.
+The package in tests/integrations/standin stands in for vLLM and follows the contract in vLLM's source; no server runs.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def run(run_simulated: Any, sim_environment: Any, folder: Path, **environ: str) 
     return run_simulated([HERE / "vllm_program.py", folder / "message"], env=env).result
 
 
-def test_the_entry_point_is_a_callable_without_arguments_and_inert_unless_asked_for(
+def test_the_entry_point_takes_no_arguments_and_does_nothing_unless_requested(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("DEVGUARD", raising=False)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    monkeypatch.setattr(vllm, "arm", lambda: pytest.fail("nobody asked for it"))
+    monkeypatch.setattr(vllm, "arm", lambda: pytest.fail("the environment does not request it"))
     (found,) = [e for e in importlib.metadata.entry_points(group="vllm.general_plugins") if e.name == "devguard"]
     found.load()()
     monkeypatch.setenv("VLLM_PLUGINS", "other")
@@ -48,11 +48,11 @@ def test_each_worker_owns_the_device_that_it_chose(run_simulated: Any, sim_envir
     assert found == [
         ["cuda:1", ["cuda:1"], "vLLM worker 0", "repair"],
         ["cuda:2", ["cuda:2"], "vLLM worker 1", "repair"],
-        ["cuda:0", ["cuda:0", "cuda:1"], "environment", "observe"],  # a worker in the user's own process
+        ["cuda:0", ["cuda:0", "cuda:1"], "environment", "observe"],  # A worker in the user's own process.
     ]
 
 
-def test_a_plugin_that_vllm_was_told_to_load_needs_no_variable(
+def test_a_plugin_named_in_vllm_plugins_needs_no_devguard_variable(
     run_simulated: Any, sim_environment: Any, tmp_path: Path
 ) -> None:
     found = run(run_simulated, sim_environment, tmp_path, VLLM_PLUGINS="devguard")
@@ -63,10 +63,10 @@ def test_a_plugin_that_vllm_was_told_to_load_needs_no_variable(
     assert found[2][0] == "cuda:0"
 
 
-def test_a_version_without_the_method_costs_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vllm_version_without_init_device_causes_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType(vllm.HOMES[0])
     module.WorkerWrapperBase = type("WorkerWrapperBase", (), {"__module__": module.__name__})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    with pytest.warns(RuntimeWarning, match=r"vLLM's workers: WorkerWrapperBase\.init_device is not in this version"):
+    with pytest.warns(RuntimeWarning, match=r"vLLM's workers: this version has no WorkerWrapperBase\.init_device"):
         vllm.arm()
     assert vllm.disarm() == []

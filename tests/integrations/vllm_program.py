@@ -1,4 +1,4 @@
-"""Two workers of the stand-in for vLLM, each of which unpickles what a process on cuda:0 has sent; and one here."""
+"""Run two workers of the stand-in for vLLM in processes and one here; each unpickles a message from cuda:0."""
 
 import json
 import multiprocessing
@@ -10,7 +10,7 @@ KWARGS = [{"local_rank": rank, "rank": rank, "shift": 1} for rank in range(2)]
 
 
 def work(rank, message, answers):
-    """As a process of vLLM's executor."""
+    """Do what a process of vLLM's executor does."""
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     wrapper = WorkerWrapperBase(rank)

@@ -1,1 +1,1 @@
-"""The table of all classes of strays: ``python -m tests.matrix`` runs each one live on simulated GPUs."""
+"""The table of all classes of strays: ``python -m tests.matrix`` runs each class live on simulated GPUs."""

@@ -1,7 +1,7 @@
 """``python -m tests.matrix [--json] [CASE ...]``: every class of stray in every mode, live, as a table.
 
-Each cell is a process of its own on simulated GPUs: the work unguarded, in the modes observe, repair and error, and its
-well-behaved twin. What "detected", "repaired" and the rest mean stands under the table, and in table.py.
+Each cell is a separate process on simulated GPUs: the work unguarded, in the modes observe, repair and error, allowed,
+and its well-behaved twin. The text under the table and table.py define "detected", "repaired" and the other words.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.matrix import table
 
 
 def main() -> int:
-    """Run the cases that are asked for; exit status 1 if a program that behaves has a stray."""
+    """Run the named cases, or all; exit with 1 if a well-behaved program has a stray."""
     known = table.cases()
     parser = argparse.ArgumentParser(
         prog="python -m tests.matrix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,15 +1,15 @@
-"""Runs cases, each in a fork of this process, which has imported torch and not initialised CUDA: quickly.
+"""Run cases quickly: each in a fork of a process that has imported torch but not initialised CUDA.
 
-Reads lines of JSON, ``["CASE", "MODE"]``, and answers each with one line of JSON. `Server` is the other end.
+The process reads lines of JSON, ``["CASE", "MODE"]``, and answers each with a line of JSON. `Server` is the other end.
 
-A case is a small user program in cases/: ``stray()`` does what the class describes, on the line marked ``# STRAY``;
-``behaves()`` does the same work as it should be done. Optional:
+A case is a small user program in cases/: ``stray()`` strays as the class describes, on the line marked ``# STRAY``;
+``behaves()`` does the same work correctly. A case may also define:
 
-- ``before(mode)`` runs outside the guard, first;
-- ``guarded(mode, work)`` runs `work` inside a guard of that mode, in its own way;
-- ``REPAIRED(result)`` tells from stray()'s result whether the work ended up on the owner, cuda:1;
-- ``STRAYS(result)`` returns what a child process recorded, ``WORKERS(result)`` its pid, if what it holds counts;
-- ``OPENS`` are devices whose context is open before any repair.
+- ``before(mode)``, which runs first, outside the guard;
+- ``guarded(mode, work)``, which runs `work` inside its own guard of that mode;
+- ``REPAIRED(result)``, which returns whether the result of stray() is on the owner, cuda:1;
+- ``STRAYS(result)`` and ``WORKERS(result)``, which return the strays and the pids of child processes;
+- ``OPENS``: devices with a context that is open before any repair.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["MODES", "OWNER", "Server", "row"]
 
 OWNER = 1
 MODES = ("unguarded", "observe", "repair", "error", "behaves", "allowed")
-MODULES = ["tests.matrix.cases", "some_library"]  # whose code may do as it likes, in the mode "allowed"
+MODULES = ["tests.matrix.cases", "some_library"]  # Allowed to stray in the mode "allowed".
 TIMEOUT_S = 120
 
 
@@ -45,7 +45,7 @@ class Server:
         self._process = subprocess.Popen(command, env=dict(environment), cwd=root, text=True, **pipes)  # type: ignore[call-overload]
 
     def run(self, case: str, mode: str) -> dict[str, Any]:
-        """Run one case in one mode; what `report` returns."""
+        """Run one case in one mode; return the result of `report`."""
         self._process.stdin.write(json.dumps([case, mode]) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -63,7 +63,7 @@ class Server:
 
 def main() -> int:
     """Answer until the other end is closed."""
-    import torch  # noqa: F401 - once, for all of them
+    import torch  # noqa: F401 - imported once for all cases
 
     import devguard  # noqa: F401
 
@@ -79,10 +79,10 @@ def _in_a_fork(case: str, mode: str) -> dict[str, Any]:
             _silence(noise.fileno())
             try:
                 answer.write(json.dumps(report(case, mode)))
-            except BaseException:  # noqa: BLE001 - shown by the other end
+            except BaseException:  # noqa: BLE001 - the other end raises it
                 answer.write(json.dumps({"failed": traceback.format_exc()}))
             answer.flush()
-            os._exit(0)  # threads of NCCL, and the like, are not waited for
+            os._exit(0)  # Does not wait for threads such as those of NCCL.
         deadline = threading.Timer(TIMEOUT_S, os.kill, (pid, 9))
         deadline.start()
         _, status = os.waitpid(pid, 0)
@@ -95,14 +95,14 @@ def _in_a_fork(case: str, mode: str) -> dict[str, Any]:
 
 
 def _silence(descriptor: int) -> None:
-    """Send what a case writes into a file, and give it no input."""
+    """Redirect the output of a case into a file, and its input to nothing."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
 
 
 def report(case: str, mode: str) -> dict[str, Any]:
-    """Run one case in one mode, here."""
+    """Run one case in one mode in this process."""
     warnings.simplefilter("ignore")
     import torch
 
@@ -125,7 +125,7 @@ def report(case: str, mode: str) -> dict[str, Any]:
         found["repaired"] = bool(module.REPAIRED(result)) if hasattr(module, "REPAIRED") else None
         strays += getattr(module, "STRAYS", lambda result: [])(result)
         found["pids"] += getattr(module, "WORKERS", lambda result: [])(result)
-    except Exception as error:  # noqa: BLE001 - whatever a case raises is what it shows
+    except Exception as error:  # noqa: BLE001 - an error of a case is a part of its report
         found["error"] = f"{type(error).__name__}: {error}"
     if mode != "unguarded":
         strays += map(row, devguard.strays())
@@ -140,7 +140,7 @@ def _guarded(mode: Any, work: Any) -> Any:
 
 
 def row(stray: Any) -> dict[str, Any]:
-    """Return what the table needs of one stray."""
+    """Return the fields of one stray that the table needs."""
     site = stray.site
     return {
         "door": stray.door,

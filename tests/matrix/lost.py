@@ -1,4 +1,4 @@
-"""A thread that has chosen no device and that nobody can place, for the cases."""
+"""A thread that has selected no device and that devguard cannot place, for the cases."""
 
 import _thread
 import threading
@@ -7,14 +7,14 @@ __all__ = ["on_a_lost_thread"]
 
 
 def on_a_lost_thread(make):
-    """Run `make` on a thread of ``_thread``, as C code starts them; what it returns or raises."""
+    """Run `make` on a thread of ``_thread``, started as from C; return its result or raise its error."""
     got, ended = [], threading.Lock()
     ended.acquire()
 
     def run():
         try:
             got.append(make())
-        except Exception as error:  # noqa: BLE001 - raised in the caller
+        except Exception as error:  # noqa: BLE001 - raised again in the caller
             got.append(error)
         finally:
             ended.release()

@@ -1,12 +1,12 @@
-"""Runs the cases, judges what they showed, counts, and prints.
+"""Run the cases, judge and count the results, and print the table.
 
-A class is *detected* if mode observe records, in each of its cases, a stray whose call site is the line marked there,
-*repaired* if in one of them mode repair records a repair and leaves no context and no byte on a device that is not
-owned, and *refused* if mode error raises in one of them. It is *allowed* if in each of them mode error lets the work be
-once ``devguard.allow`` names the modules. It has a *false stray* if the well-behaved twin of any case has one.
+A class is *detected* if in each of its cases mode observe records a stray with the marked line as call site. It is
+*repaired* if in one case mode repair records a repair and leaves no context and no byte on a device that is not owned,
+and *refused* if mode error raises in one case. It is *allowed* if in each case mode error accepts the work once
+``devguard.allow`` names the modules. It has a *false stray* if the well-behaved twin of any case has a stray.
 
-The door ``native`` finds contexts afterwards. The line that it names is the guarded call in whose course one appeared,
-not the line that opened it; such a class is counted as detected *around* the line.
+The door ``native`` finds contexts afterwards. It names the guarded call during which a context appeared, not the line
+that opened it; such a class is counted as detected *around* the line.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from tests.matrix.harness import MODES, OWNER, Server
 __all__ = ["cases", "count", "progress", "run", "show"]
 
 HERE = Path(__file__).parent
-CLASSES = 20  # of the table of doors in README.md
+CLASSES = 20  # As in the table of doors in README.md.
 SERVERS = 2
 
 WORDS = """
 unguarded, repair: the devices on which the process opened a context, each with the most MiB that it held there.
-detected: mode observe names the line of user code. "around": the door native names the guarded call in whose course
-    the context appeared; `devguard run --trace-contexts` names the line itself.
-repaired: mode repair records it, and no context and no byte is on a device that is not owned. CLOBBER: the library's
-    own set_device opens the context on 0; the work after it is on the owner.
-error: whether mode error raises before the harm. allowed: whether it lets the same work be, with no record, once
-    devguard.allow(..., modules=...) names the module of the line.
-Devices are counted as the machine counts them (RANK-INDEX)."""
+detected: mode observe names the line of user code. "around": the door native names the guarded call during which the
+    context appeared; `devguard run --trace-contexts` names the line itself.
+repaired: mode repair records a repair, and no context and no byte is on a device that is not owned. CLOBBER: the
+    library's own set_device opens the context on 0; the work after it is on the owner.
+error: whether mode error raises before the harm. allowed: whether mode error accepts the same work without a record,
+    once devguard.allow(..., modules=...) names the module of the line.
+Device numbers are those of the machine (RANK-INDEX)."""
 
 
 def cases() -> dict[str, str]:
-    """Return the title of each case: the class, and perhaps in parentheses which way of it."""
+    """Return the title of each case: the class, for some followed by the variant in parentheses."""
     found = sorted((HERE / "cases").glob("[!_]*.py"))
     return {path.stem: path.read_text().split('"""')[1].split(":")[0] for path in found}
 
 
 def marked(case: str) -> tuple[str, int]:
-    """Return the file and the number of the line marked ``# STRAY``: in the case, or in the library that it uses."""
+    """Return the file and number of the line marked ``# STRAY``, in the case or in the library that it uses."""
     for path in (HERE / "cases" / f"{case}.py", *(HERE / "libraries").glob("*.py")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if line.endswith("# STRAY"):
@@ -60,16 +60,16 @@ def run(
     report: Callable[[int, int, str], None] = lambda *progress: None,
     modes: Sequence[str] = MODES,
 ) -> list[dict[str, Any]]:
-    """Run cases; one row for each.
+    """Run cases; return one row for each.
 
     Parameters
     ----------
     chosen : sequence of str
-        Their names.
+        The names of the cases.
     report : callable, optional
-        Is told of the progress: cells done, cells in all, the cell.
+        Called with the progress: the number of finished cells, the number of all cells, and the finished cell.
     modes : sequence of str, optional
-        Some of the harness's; what the others would show is left out of the rows.
+        Some of the harness's modes; the rows have no results of the others.
     """
     pairs = list(itertools.product(chosen, modes))
     reports: dict[tuple[str, str], dict[str, Any]] = {}
@@ -93,7 +93,7 @@ def run(
 
 
 def _held(state: str, pids: list[int]) -> dict[str, Any]:
-    """Return what some processes ever held: the devices with a context, and the most bytes on each (by its number)."""
+    """Return the devices on which some processes ever had a context, and the most bytes on each (by its number)."""
     processes = [process for process in simgpu.state(state) if process.pid in pids]
     devices = [device for process in processes for device in process.devices]
     contexts = sorted({device.index for device in devices if device.context})
@@ -104,15 +104,15 @@ def _held(state: str, pids: list[int]) -> dict[str, Any]:
 
 
 def judge(case: str, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Say what was shown by one case, in the modes that it ran in."""
+    """Return the row of one case, judged from the reports of the modes that it ran in."""
     file, line = marked(case)
     title = cases()[case]
     row: dict[str, Any] = {"class": title.partition(" ")[0], "case": title, "call_site": f"{file}:{line}"}
     if "unguarded" in reports:
         row["unguarded"] = {key: reports["unguarded"][key] for key in ("contexts", "bytes", "error")}
     if "observe" in reports:
-        there = [stray for stray in reports["observe"]["strays"] if (stray["file"], stray["line"]) == (file, line)]
-        row |= {"door": there[0]["door"] if there else None, "detected": bool(there)}
+        at_line = [stray for stray in reports["observe"]["strays"] if (stray["file"], stray["line"]) == (file, line)]
+        row |= {"door": at_line[0]["door"] if at_line else None, "detected": bool(at_line)}
     if "repair" in reports:
         after = reports["repair"]
         elsewhere = set(after["contexts"]) - {OWNER, *after["opens"]}
@@ -133,7 +133,7 @@ def judge(case: str, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _strays(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what strayed; a thread that was placed has not."""
+    """Return the strays of a report; a thread that was placed is none."""
     return [stray for stray in report["strays"] if stray["action"] != "placed"]
 
 
@@ -142,20 +142,20 @@ def count(rows: list[dict[str, Any]]) -> dict[str, int]:
     classes: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         classes.setdefault(row["class"], []).append(row)
-    detected = [ways for ways in classes.values() if all(row.get("detected") for row in ways)]
+    detected = [variants for variants in classes.values() if all(row.get("detected") for row in variants)]
     return {
         "classes": len(classes),
         "detected": len(detected),
-        "around": sum(any(row["door"] == "native" for row in ways) for ways in detected),
-        "repaired": sum(any(row.get("repaired") for row in ways) for ways in classes.values()),
-        "refused": sum(any(row.get("refused") for row in ways) for ways in classes.values()),
-        "allowed": sum(all(row.get("allowed") for row in ways) for ways in classes.values()),
+        "around": sum(any(row["door"] == "native" for row in variants) for variants in detected),
+        "repaired": sum(any(row.get("repaired") for row in variants) for variants in classes.values()),
+        "refused": sum(any(row.get("refused") for row in variants) for variants in classes.values()),
+        "allowed": sum(all(row.get("allowed") for row in variants) for variants in classes.values()),
         "false strays": sum(bool(row.get("false_strays") or row.get("behaves_error")) for row in rows),
     }
 
 
 def progress(done: int, total: int, cell: str) -> None:
-    """Show how far it is on standard error: one line that is written over, on a terminal."""
+    """Show the progress on standard error; on a terminal, in one line that is overwritten."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{done}/{total} {cell}", end="" if done < total else "\n", file=sys.stderr, flush=True)
     elif done % 10 == 0 or done == total:
@@ -163,7 +163,7 @@ def progress(done: int, total: int, cell: str) -> None:
 
 
 def show(rows: list[dict[str, Any]], counts: dict[str, int]) -> None:
-    """Print the table with rich, and what its words mean."""
+    """Print the table with rich, and the meaning of its words."""
     from rich.console import Console
     from rich.table import Table
 
@@ -208,8 +208,8 @@ def show(rows: list[dict[str, Any]], counts: dict[str, int]) -> None:
     console.print(
         f"{counts['classes']} of {CLASSES} classes ran. Detected: {counts['detected']} ({counts['around']} of them "
         f"around the line). Repaired: {counts['repaired']}. Refused in mode error: {counts['refused']}. "
-        f"Let be where allowed: {counts['allowed']}. "
-        f"False strays in programs that behave: {counts['false strays']}.",
+        f"Accepted once allowed: {counts['allowed']}. "
+        f"False strays in well-behaved programs: {counts['false strays']}.",
         soft_wrap=True,
     )
     console.print(WORDS, soft_wrap=True)

@@ -1,6 +1,6 @@
 """The matrix of all classes of strays, live: the counts that devguard promises, and no false stray.
 
-Each class in one way and in the modes that count; ``python -m tests.matrix`` runs everything, and prints the table.
+The tests run one variant of each class; ``python -m tests.matrix`` runs all cases in all modes and prints the table.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ DETECTED, REPAIRED = 18, 13
 
 
 @pytest.mark.skipif(not simulated.POSSIBLE, reason="simulated GPUs exist for Linux on x86-64 only")
-def test_the_classes_are_detected_at_their_lines_and_repaired_and_programs_that_behave_have_no_stray() -> None:
-    first_ways = [name for name, title in table.cases().items() if "(" not in title]
-    rows = table.run(first_ways, modes=("observe", "repair", "behaves", "allowed"))
+def test_classes_are_detected_at_their_lines_and_repaired_without_false_strays() -> None:
+    first_variants = [name for name, title in table.cases().items() if "(" not in title]
+    rows = table.run(first_variants, modes=("observe", "repair", "behaves", "allowed"))
     counts, shown = table.count(rows), json.dumps(rows, indent=1)
     assert counts["classes"] == table.CLASSES, shown
     assert counts["detected"] - counts["around"] >= DETECTED, shown
@@ -28,7 +28,7 @@ def test_the_classes_are_detected_at_their_lines_and_repaired_and_programs_that_
     assert counts["allowed"] == table.CLASSES, shown
 
 
-# --- what counts, with reports made up ---
+# --- the judgement, with made-up reports ---
 
 CASE = "pickle_tag"
 FILE, LINE = table.marked(CASE)
@@ -43,7 +43,7 @@ def cell(*strays: dict[str, Any], contexts: tuple[int, ...] = (1,), **changes: A
     return {"strays": list(strays), "error": None, "repaired": True, "opens": (), **held, **changes}
 
 
-def test_detected_is_a_stray_at_the_marked_line() -> None:
+def test_detected_means_a_stray_at_the_marked_line() -> None:
     assert table.judge(CASE, {"observe": cell(stray())})["detected"]
     assert not table.judge(CASE, {"observe": cell(stray(line=LINE + 1))})["detected"]
     assert not table.judge(CASE, {"observe": cell()})["detected"]
@@ -63,11 +63,11 @@ def test_detected_is_a_stray_at_the_marked_line() -> None:
     ],
     ids=["yes", "left", "context", "bytes", "a library's context", "elsewhere", "no opinion", "failed"],
 )
-def test_repaired_is_recorded_and_leaves_nothing_elsewhere(repair: dict[str, Any], expected: bool) -> None:
+def test_repaired_means_a_recorded_repair_and_nothing_on_other_devices(repair: dict[str, Any], expected: bool) -> None:
     assert table.judge(CASE, {"repair": repair})["repaired"] is expected
 
 
-def test_refused_is_devguards_error_and_a_stray_or_error_of_the_twin_is_a_false_one() -> None:
+def test_refused_means_devguards_error_and_a_stray_or_error_of_the_twin_is_a_false_stray() -> None:
     row = table.judge(CASE, {"error": cell(error="StrayDeviceError: load: no"), "behaves": cell(stray())})
     assert (row["refused"], table.count([row])["false strays"]) == (True, 1)
     row = table.judge(
@@ -76,18 +76,18 @@ def test_refused_is_devguards_error_and_a_stray_or_error_of_the_twin_is_a_false_
     assert (row["refused"], table.count([row])["false strays"]) == (False, 1)
 
 
-def test_allowed_is_no_stray_and_no_error() -> None:
-    for free, expected in ((cell(), True), (cell(stray()), False), (cell(error="StrayDeviceError: no"), False)):
-        assert table.judge(CASE, {"allowed": free})["allowed"] is expected
+def test_allowed_means_no_stray_and_no_error() -> None:
+    for report, expected in ((cell(), True), (cell(stray()), False), (cell(error="StrayDeviceError: no"), False)):
+        assert table.judge(CASE, {"allowed": report})["allowed"] is expected
 
 
-def test_a_class_is_detected_in_all_of_its_ways_and_repaired_in_one() -> None:
-    ways = [
+def test_a_class_counts_as_detected_if_all_variants_are_and_as_repaired_if_one_is() -> None:
+    variants = [
         {"class": "A", "door": "load", "detected": True, "repaired": True},
         {"class": "A", "door": "load", "detected": True, "repaired": False},
         {"class": "B", "door": "native", "detected": True, "repaired": False},
         {"class": "C", "door": "load", "detected": True, "repaired": False},
         {"class": "C", "door": None, "detected": False, "repaired": False},
     ]
-    counts = table.count(ways)
+    counts = table.count(variants)
     assert [counts[name] for name in ("classes", "detected", "around", "repaired")] == [3, 2, 1, 1]

@@ -1,1 +1,1 @@
-"""The test suites of others, run with and without devguard in force: ``python -m tests.others``."""
+"""Test suites of other projects, run with and without devguard: ``python -m tests.others``."""

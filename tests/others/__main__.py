@@ -1,12 +1,12 @@
-"""``python -m tests.others [--only NAME] [--json]``: the test suites of others, with and without devguard in force.
+"""``python -m tests.others [--only NAME] [--json]``: test suites of other projects, with and without devguard.
 
 Each suite runs twice in a process that has imported torch: without devguard, and with ``DEVGUARD=repair``, an owner and
-every door open from before the first test until after the last, in spawned children too. It is green if no test got
-worse by the guard. Once the owner is ``cpu`` and torch is as installed; once it is ``cuda:1`` of two simulated GPUs,
-where threads are really placed. What is needed is fetched with pip into the user's cache folder.
+every door open from before the first test until after the last, also in spawned children. A suite is green if no test
+has a worse outcome with devguard. It runs with the owner ``cpu`` and torch as installed, and with the owner ``cuda:1``
+of two simulated GPUs, where devguard places threads. pip downloads all requirements into the user's cache folder.
 
-CPython's own tests come from the package ``test`` of this Python. Where that lacks some, ``DEVGUARD_OTHERS_STDLIB`` may
-name a folder that has them: ``Lib`` of CPython's sources of the same version, say.
+CPython's own tests come from the package ``test`` of this Python. For tests that it lacks, ``DEVGUARD_OTHERS_STDLIB``
+can name a folder that has them, such as ``Lib`` of CPython's sources of the same version.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.others.suites import SUITES
 from tests.others.verdict import Verdict, judge
 
 OWNERS = ("cpu", "cuda:1") if simulated.POSSIBLE else ("cpu",)
-SHOWN = 15  # tests of one kind
+SHOWN = 15  # Most tests of one kind that are printed.
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--target", metavar="ID", action="append", default=[], help="only this test, class or file")
     arguments = parser.parse_args()
     if arguments.target and len(arguments.only or ()) != 1:
-        parser.error("--target needs one --only, whose test it is")
+        parser.error("--target needs exactly one --only, the suite of the test")
     verdicts = []
     for name in arguments.only or SUITES:
         for owner in arguments.owner or OWNERS:
@@ -49,11 +49,11 @@ def main() -> int:
 
 
 def show(verdicts: list[Verdict]) -> None:
-    """Print the table, and by name whatever is not simply green."""
+    """Print the table, and the name of every test or guard that is not green."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="the test suites of others: DEVGUARD=repair against no devguard")
+    table = Table(title="test suites of other projects: DEVGUARD=repair against no devguard")
     table.add_column("suite", no_wrap=True)
     table.add_column("owner")
     names = ("tests", "passed", "skipped", "fail anyway", "worse", "unsteady", "children", "records")
@@ -70,15 +70,15 @@ def show(verdicts: list[Verdict]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table)
     for row in verdicts:
-        said = [f"guard: {text}" for text in row.guard]
-        said += [f"worse: {test}: {change}\n{row.details[test]}" for test, change in row.worse.items()]
-        said += [f"unsteady: {test}" for test in row.unsteady[:SHOWN]]
-        said += [
+        notes = [f"guard: {text}" for text in row.guard]
+        notes += [f"worse: {test}: {change}\n{row.details[test]}" for test, change in row.worse.items()]
+        notes += [f"unsteady: {test}" for test in row.unsteady[:SHOWN]]
+        notes += [
             f"fails without devguard, too: {test}: {outcome}" for test, outcome in list(row.already.items())[:SHOWN]
         ]
         if len(row.already) > SHOWN:
-            said.append(f"and {len(row.already) - SHOWN} more that fail without devguard, too (--json lists them)")
-        for text in said:
+            notes.append(f"and {len(row.already) - SHOWN} more that fail without devguard, too (--json lists them)")
+        for text in notes:
             console.print(f"{row.suite}, {row.owner}: {text}", markup=False, highlight=False)
 
 

@@ -1,12 +1,12 @@
-"""Runs a test suite in a process that has imported torch: ``python bootstrap.py RESULTS RUNNER ARGUMENTS``.
+"""Run a test suite in a process that has imported torch: ``python bootstrap.py RESULTS RUNNER ARGUMENTS``.
 
-RUNNER is ``pytest``, ``unittest``, or ``scripts``: files that each are a program, which runs in a forked process.
+RUNNER is ``pytest``, ``unittest``, or ``scripts`` (files that are programs; each runs in a forked process).
 
-Whether devguard is in force is for the environment to say (``DEVGUARD``). RESULTS gets one line of JSON for each test
-as it ends, and how the guard stands before the first test and after the last. Children that `multiprocessing` spawns
-run this file again as their main module, so they import torch too, as the children of a program that uses torch do.
+The environment (``DEVGUARD``) decides whether devguard is active. RESULTS gets one line of JSON for each test as it
+ends, and the state of the guard before the first test and after the last. Children that `multiprocessing` spawns run
+this file again as their main module, so they import torch too, like the children of a program that uses torch.
 
-It is run as a file and imports nothing of the repository: a suite has a package ``tests`` of its own.
+This file is run by path and imports nothing from the repository, because a suite may have its own package ``tests``.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from typing import Any
 import torch
 
 RESULTS = "DEVGUARD_OTHERS_RESULTS"
-STDLIB = "DEVGUARD_OTHERS_STDLIB"  # a folder with more of CPython's package `test` than this Python has
+STDLIB = "DEVGUARD_OTHERS_STDLIB"  # A folder with the tests of CPython that this Python lacks.
 
 _pid = os.getpid()
 
 
 def write(**row: Any) -> None:
-    """Append one line to the results, unless this is a process that a test has forked."""
+    """Append one line to the results, except in a process that a test has forked."""
     if os.getpid() == _pid:
         with open(os.environ[RESULTS], "a") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def guard(when: str) -> None:
-    """Write down how the guard stands in this process."""
+def write_guard(when: str) -> None:
+    """Write the state of the guard in this process."""
     if not os.environ.get("DEVGUARD"):
         write(guard=when, owner=None, doors=0, closed=[], records=0)
         return
     import devguard
 
-    placed = (
-        _device_of_a_thread() if when == "before" else None
-    )  # which may be recorded: after the last test, it is last
+    # The thread may be recorded as a stray. It starts before `status` is read at first, and after it at last, so that
+    # the two counts of strays differ only by those of the suite.
+    placed = _device_of_a_thread() if when == "before" else None
     status, owner = devguard.status(), devguard.owner()
     doors = status["doors"]
     closed = sorted(name for name, row in doors.items() if not row["open"])
@@ -67,7 +67,7 @@ def guard(when: str) -> None:
 
 
 def _device_of_a_thread() -> str | None:
-    """Return the current device of a thread that starts now; None where torch sees no GPU."""
+    """Return the current device of a thread that starts now, or None if torch sees no GPU."""
     if not torch.cuda.is_available():
         return None
     seen: list[str] = []
@@ -78,7 +78,7 @@ def _device_of_a_thread() -> str | None:
 
 
 class Recorder:
-    """Writes the outcome of each test that pytest runs."""
+    """Write the outcome of each test that pytest runs."""
 
     def __init__(self) -> None:
         self.outcome = ""
@@ -102,7 +102,7 @@ class Recorder:
 
 
 class Result(unittest.TestResult):
-    """Writes the outcome of each test that unittest runs; a test with subtests that failed has failed."""
+    """Write the outcome of each test that unittest runs; a test fails if one of its subtests fails."""
 
     def startTest(self, test: Any) -> None:
         super().startTest(test)
@@ -116,7 +116,7 @@ class Result(unittest.TestResult):
         detail = self._exc_info_to_string(error, test)[-2000:] if error else ""  # type: ignore[attr-defined]
         if isinstance(test, unittest.TestCase):
             self.outcome, self.detail = outcome, detail
-        else:  # setUpClass, setUpModule and their like
+        else:  # setUpClass, setUpModule and similar.
             write(test=test.id(), outcome=outcome, detail=detail)
 
     def addError(self, test: Any, err: Any) -> None:
@@ -181,7 +181,7 @@ def _run_script(script: Path) -> int:
         main = sys.modules["__main__"] = types.ModuleType("__main__")
         main.__file__ = str(script)
         exec(compile(script.read_text(), str(script), "exec"), main.__dict__)
-    except BaseException as error:  # noqa: BLE001 - the process ends here, and says so
+    except BaseException as error:  # noqa: BLE001 - the process prints the error and ends here
         traceback.print_exc()
         return (
             int(error.code or 0) if isinstance(error, SystemExit) and isinstance(error.code, (int, type(None))) else 1
@@ -193,17 +193,17 @@ def _run_script(script: Path) -> int:
 
 
 if os.environ.get(STDLIB):
-    importlib.import_module("test").__path__.append(str(Path(os.environ[STDLIB], "test")))  # in children as well
+    importlib.import_module("test").__path__.append(str(Path(os.environ[STDLIB], "test")))  # In children too.
 
 if __name__ == "__mp_main__":
-    guard("child")
+    write_guard("child")
 
 if __name__ == "__main__":
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != here]
     os.environ[RESULTS] = os.path.abspath(sys.argv[1])
-    multiprocessing.set_forkserver_preload(["torch"])  # else each of its children imports torch anew
-    guard("before")
+    multiprocessing.set_forkserver_preload(["torch"])  # Otherwise each child imports torch again.
+    write_guard("before")
     status = {"pytest": run_pytest, "unittest": run_unittest, "scripts": run_scripts}[sys.argv[2]](sys.argv[3:])
-    guard("after")
+    write_guard("after")
     sys.exit(status)

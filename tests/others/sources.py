@@ -1,4 +1,4 @@
-"""Fetches what the suites need through this environment's own pip, into the user's cache folder."""
+"""Download the suites and their requirements with this environment's pip into the user's cache folder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from devguard.simgpu.progress import Reporter
 
 __all__ = ["installed", "sdist", "unpack"]
 
-# pip asks the build backend of a source distribution for its metadata before it hands it over, and maturin would ask
-# cargo, which would fetch half of Rust. We want the tests in there, and build nothing.
+# Before pip downloads a source distribution it asks the build backend for metadata, and maturin would start cargo,
+# which would download many crates. This backend copies the metadata, because only the tests are needed.
 BACKEND = """
 import email, os, shutil
 
@@ -32,7 +32,7 @@ BACKENDS = {"safetensors": "maturin"}
 
 
 def sdist(name: str, version: str) -> Path:
-    """The source distribution of a release, downloaded once."""
+    """Return the source distribution of a release, which is downloaded once."""
 
     def fill(stage: Path) -> None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -47,7 +47,7 @@ def sdist(name: str, version: str) -> Path:
 
 
 def installed(requirements: tuple[str, ...]) -> Path:
-    """A folder with these requirements installed into it, without what they require."""
+    """Return a folder with these requirements installed, without their dependencies."""
     report = Reporter(True)
     text = ", ".join(requirements)
 
@@ -68,7 +68,7 @@ def installed(requirements: tuple[str, ...]) -> Path:
 
 
 def unpack(archive: Path, target: Path) -> Path:
-    """Unpack a source distribution; the folder that it consists of."""
+    """Unpack a source distribution; return its folder."""
     with tarfile.open(archive) as file:
         if hasattr(tarfile, "data_filter"):
             file.extractall(target, filter="data")

@@ -1,4 +1,4 @@
-"""The suites of others: where each comes from, and how it is run once."""
+"""The test suites of other projects: their sources, and a single run of one."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from tests.helpers import simulated
 from tests.others import sources
 
 BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
-STDLIB = "DEVGUARD_OTHERS_STDLIB"  # as in bootstrap.py, which would import torch here
+STDLIB = "DEVGUARD_OTHERS_STDLIB"  # As in bootstrap.py; importing that would import torch here.
 TIMEOUT = 1800.0
 SIMULATED_GPUS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """A test suite of somebody else's.
+    """A test suite of another project.
 
     Attributes
     ----------
     name : str
-        Its name here.
+        The name of the project, or of the module of CPython's package ``test``.
     version : str
-        Of the release whose tests it is; empty for a module of CPython's own package ``test``.
+        The release with the tests; empty for CPython's tests.
     targets : tuple of str
         For pytest, files in the source distribution; for unittest, names.
     paths : tuple of str
-        The folders of the source distribution that are to be imported from.
+        The folders of the source distribution that belong on the import path.
     requires : tuple of str
-        What else pip has to get, at exact versions.
+        Further requirements, at exact versions.
     folder : str
         The folder of the source distribution that its tests expect to run in.
     scripts : bool
-        Whether its tests are programs, each for a process of its own; else they are pytest's.
+        Whether the tests are programs, each for a separate process; otherwise they are pytest's.
     """
 
     name: str
@@ -56,11 +56,11 @@ class Suite:
 
     @property
     def about(self) -> str:
-        """Its name and version."""
+        """The name and version."""
         return f"{self.name} {self.version or 'of Python ' + sys.version.split()[0]}"
 
     def missing(self) -> str | None:
-        """Say what is missing, where this Python comes without CPython's tests."""
+        """Return which of CPython's tests this Python lacks, or None."""
         if self.version:
             return None
         folders = [Path(spec.origin).parent] if (spec := importlib.util.find_spec("test")) and spec.origin else []
@@ -69,7 +69,7 @@ class Suite:
             return None
         return (
             f"this Python has no test.{self.name}: set {STDLIB} to a folder that has test/{self.name}.py of Python "
-            f"{sys.version_info[0]}.{sys.version_info[1]}, as CPython's Lib or libpython3.x-testsuite of Debian have"
+            f"{sys.version_info[0]}.{sys.version_info[1]}, such as CPython's Lib or Debian's libpython3.x-testsuite"
         )
 
 
@@ -81,7 +81,7 @@ SUITES = {
         Suite("test_pickle"),
         Suite("test_threading"),
         Suite("test_threading_local"),
-        # the last release that ships its tests
+        # The last release with its tests in the source distribution.
         Suite(
             "cloudpickle",
             "2.2.1",
@@ -106,30 +106,30 @@ SUITES = {
 
 @dataclasses.dataclass
 class Run:
-    """What one run of a suite came to."""
+    """The result of one run of a suite."""
 
     outcomes: dict[str, str]
     details: dict[str, str]
-    guard: dict[str, dict[str, Any]]  # before, after
-    children: list[dict[str, Any]]  # that multiprocessing spawned
+    guard: dict[str, dict[str, Any]]  # Keys: before, after.
+    children: list[dict[str, Any]]  # Those that multiprocessing spawned.
     seconds: float
     returncode: int
     output: str
 
 
 def run(suite: Suite, owner: str, guarded: bool, targets: tuple[str, ...] = ()) -> Run:
-    """Run a suite once, in a folder of its own that is gone afterwards.
+    """Run a suite once, in a temporary folder.
 
     Parameters
     ----------
     suite : Suite
-        Which.
+        The suite to run.
     owner : str
-        The owner, ``cpu`` or ``cuda:1``; for ``cuda:1`` torch's CUDA build on simulated GPUs.
+        The owner, ``cpu`` or ``cuda:1``; for ``cuda:1``, torch's CUDA build runs on simulated GPUs.
     guarded : bool
-        Whether devguard is in force.
+        Whether devguard is active.
     targets : tuple of str, optional
-        Only these of its tests.
+        The only tests to run.
     """
     with tempfile.TemporaryDirectory(prefix="devguard-others-") as scratch:
         root = work = Path(scratch, "work")
@@ -137,7 +137,7 @@ def run(suite: Suite, owner: str, guarded: bool, targets: tuple[str, ...] = ()) 
         runner, arguments = "unittest", list(targets or (f"test.{suite.name}",))
         if suite.version:
             root = sources.unpack(sources.sdist(suite.name, suite.version), work)
-            if suite.requires:  # in there, because tests start Python with a path of their own
+            if suite.requires:  # Inside the suite, because its tests start Python with another import path.
                 place = root / suite.paths[0]
                 place.mkdir(exist_ok=True)
                 for entry in sources.installed(suite.requires).iterdir():
@@ -151,7 +151,7 @@ def run(suite: Suite, owner: str, guarded: bool, targets: tuple[str, ...] = ()) 
         results, output = Path(scratch, "results"), Path(scratch, "output")
         results.touch()
         command = [sys.executable, str(BOOTSTRAP), str(results), runner, *arguments]
-        begin = time.monotonic()
+        start = time.monotonic()
         with output.open("wb") as file:
             process = subprocess.Popen(
                 command,
@@ -168,9 +168,9 @@ def run(suite: Suite, owner: str, guarded: bool, targets: tuple[str, ...] = ()) 
                 returncode = -signal.SIGKILL
             finally:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # and whatever its tests have left running
+                    os.killpg(process.pid, signal.SIGKILL)  # Also ends processes that the tests left running.
                 process.wait()
-        seconds = time.monotonic() - begin
+        seconds = time.monotonic() - start
         rows = [json.loads(line) for line in results.read_text().splitlines()]
         tests = [row for row in rows if "test" in row]
         return Run(

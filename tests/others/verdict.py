@@ -1,4 +1,4 @@
-"""Compares a suite's run under devguard with its run without: what got worse, and whether the guard was there."""
+"""Compare a suite's run under devguard with a run without it: worse tests, and whether the guard was in force."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from tests.others.suites import Run, Suite
 
 __all__ = ["Verdict", "judge", "unguarded_by", "worse"]
 
-TRIES = 2  # more, of a test that got worse: many wait for a second or two, and a busy machine fails them
-MISSING = "missing"  # the run ended before it, or never collected it
+TRIES = 2  # Further runs of a worse test: many wait only a second or two and fail on a busy machine.
+MISSING = "missing"  # The run ended before the test, or never collected it.
 RANKS = {"passed": 0, "xfailed": 0, "skipped": 1, "xpassed": 2, "failed": 2, "error": 2, MISSING: 3}
 
 
 @dataclasses.dataclass
 class Verdict:
-    """What a suite showed.
+    """The result of a suite.
 
     Attributes
     ----------
     suite, owner : str
-        Which, under which owner.
+        The suite and the owner.
     counts : dict of str to int
-        How many tests ended how, guarded.
+        The number of tests by outcome, guarded.
     already : dict of str to str
-        Tests that fail without devguard, too, and how.
+        Tests that also fail without devguard, and their outcome.
     worse : dict of str to str
-        Tests that got worse, each time: from what to what.
+        Tests that are worse in each guarded run: the outcome without and with devguard.
     unsteady : list of str
-        Tests that got worse, and not when run again.
+        Tests that are worse at first, but not when run again.
     guard : list of str
-        Why the guard was not what it should have been.
+        The ways in which the guard was not in force.
     children : int
-        How many children `multiprocessing` spawned, each with torch imported and every door open.
+        The number of children that `multiprocessing` spawned, each with torch imported and every door open.
     records : int
-        How many strays devguard recorded in the process itself.
+        The number of strays that devguard recorded in the process itself.
     seconds : tuple of float
-        What the run took unguarded and guarded.
+        The time of the run, unguarded and guarded.
     details : dict of str to str
-        The end of the error of each test that got worse.
+        The end of the error of each worse test.
     """
 
     suite: str
@@ -57,54 +57,55 @@ class Verdict:
 
     @property
     def green(self) -> bool:
-        """Whether no test got worse, and devguard was in force from the first to the last."""
+        """Whether no test is worse, and devguard was in force from the first test to the last."""
         return not self.worse and not self.guard
 
 
 def judge(suite: Suite, owner: str, targets: tuple[str, ...] = ()) -> Verdict:
-    """Run a suite, or only `targets` of it, without devguard and with it; what got worse is run again."""
-    said = Verdict(suite.about, owner)
+    """Run a suite, or only `targets` of it, without and with devguard; run worse tests again."""
+    verdict = Verdict(suite.about, owner)
     if reason := suite.missing():
-        said.guard = [f"not run: {reason}"]
-        return said
+        verdict.guard = [f"not run: {reason}"]
+        return verdict
     plain = suites.run(suite, owner, guarded=False, targets=targets)
     guarded = suites.run(suite, owner, guarded=True, targets=targets)
-    said.seconds = (plain.seconds, guarded.seconds)
+    verdict.seconds = (plain.seconds, guarded.seconds)
     for outcome in guarded.outcomes.values():
-        said.counts[outcome] = said.counts.get(outcome, 0) + 1
-    said.already = {test: outcome for test, outcome in plain.outcomes.items() if RANKS[outcome] >= RANKS["failed"]}
-    said.children = len(guarded.children)
-    said.records = guarded.guard.get("after", {}).get("records", 0) - guarded.guard.get("before", {}).get("records", 0)
-    said.guard = unguarded_by(guarded, owner)
+        verdict.counts[outcome] = verdict.counts.get(outcome, 0) + 1
+    verdict.already = {test: outcome for test, outcome in plain.outcomes.items() if RANKS[outcome] >= RANKS["failed"]}
+    verdict.children = len(guarded.children)
+    before, after = (guarded.guard.get(when, {}).get("records", 0) for when in ("before", "after"))
+    verdict.records = after - before
+    verdict.guard = unguarded_by(guarded, owner)
     if not plain.outcomes:
-        said.guard.append(f"no test ran, even without devguard:\n{plain.output}")
+        verdict.guard.append(f"no test ran, even without devguard:\n{plain.output}")
     found = worse(plain.outcomes, guarded.outcomes)
-    said.worse = dict(found)
+    verdict.worse = dict(found)
     for _ in range(TRIES):
-        if said.worse:
-            again = suites.run(suite, owner, guarded=True, targets=tuple(said.worse))
+        if verdict.worse:
+            again = suites.run(suite, owner, guarded=True, targets=tuple(verdict.worse))
             still = worse(plain.outcomes, {**guarded.outcomes, **again.outcomes})
-            said.worse = {test: change for test, change in said.worse.items() if test in still}
-    said.unsteady = sorted(set(found) - set(said.worse))
-    said.details = {test: guarded.details.get(test, guarded.output) for test in said.worse}
-    return said
+            verdict.worse = {test: change for test, change in verdict.worse.items() if test in still}
+    verdict.unsteady = sorted(set(found) - set(verdict.worse))
+    verdict.details = {test: guarded.details.get(test, guarded.output) for test in verdict.worse}
+    return verdict
 
 
 def worse(plain: dict[str, str], guarded: dict[str, str]) -> dict[str, str]:
     """Return the tests whose outcome is worse in the second run, with ``from -> to``."""
     changes = {test: (before, guarded.get(test, MISSING)) for test, before in plain.items()}
-    # an error of a whole class or module has an identity of its own
+    # An error of a whole class or module has its own name, which the plain run lacks.
     changes.update({test: ("passed", after) for test, after in guarded.items() if test not in plain})
     return {test: f"{old} -> {new}" for test, (old, new) in changes.items() if RANKS[new] > RANKS[old]}
 
 
 def unguarded_by(run: Run, owner: str) -> list[str]:
-    """Return what shows that devguard was not in force throughout a run; empty where it was."""
+    """Return the reasons why devguard was not in force throughout a run; empty if it was."""
     wrong = []
     for when in ("before", "after"):
         state = run.guard.get(when)
         if state is None:
-            wrong.append(f"the run did not come to the point {when!r}: exit status {run.returncode}\n{run.output}")
+            wrong.append(f"the run did not reach the point {when!r}: exit status {run.returncode}\n{run.output}")
             continue
         if state["owner"] != owner or state.get("mode") != "repair":
             wrong.append(f"{when}: the owner is {state['owner']}, the mode {state.get('mode')}")

@@ -1,7 +1,7 @@
-"""Runs this folder's tests on simulated GPUs, whatever torch the environment has.
+"""Run this folder's tests on simulated GPUs, with any build of torch.
 
-The tests are collected here and executed, file by file, in a child pytest on `GPUS` simulated GPUs; each one's own
-report comes back, as if it had run here. In the child (and where the simulation is active already) they just run.
+The tests are collected here and run, file by file, in a child pytest on `GPUS` simulated GPUs. The parent replays the
+child's report of each test. In the child, and where the simulation is already active, the tests run directly.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _reports: dict[str, list[Any]] = {}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the first test of a file, which waits for all of them, the time of all; in the child each has its own."""
+    """Raise the timeout in the parent, where the first test of a file waits for the child to run the whole file."""
     for item in items:
         if not simgpu.active() and HERE in item.path.parents:
             item.add_marker(pytest.mark.timeout(900))
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     """Replay the reports of the child, unless this is the child."""
-    if simgpu.active() or HERE not in item.path.parents:  # pytest asks every conftest about every test
+    if simgpu.active() or HERE not in item.path.parents:  # pytest calls this hook for every test
         return None
     if item.path not in _finished:  # one child for each file
         _finished.add(item.path)
@@ -77,7 +77,7 @@ def _run_all(items: list[pytest.Item], config: pytest.Config) -> dict[str, list[
 
 
 class _Reporter:
-    """The child's side: each report as a line of JSON."""
+    """Write each report of the child as a line of JSON."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -89,14 +89,14 @@ class _Reporter:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """In the child, start to report."""
+    """Register the reporter, if this is the child."""
     if REPORTS in os.environ and not session.config.pluginmanager.has_plugin("devguard-reporter"):
         session.config.pluginmanager.register(_Reporter(session.config), "devguard-reporter")
 
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
-    """Each test starts with closed doors, no strays and device 0 current, and leaves them so."""
+    """Close the doors, clear the journal and make device 0 current; afterwards, check that no scope is left."""
     import torch
 
     import devguard

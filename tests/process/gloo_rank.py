@@ -1,6 +1,6 @@
-"""One of two ranks over gloo: object collectives of tensors that carry the tag of a GPU. Prints one JSON object.
+"""Run object collectives of tensors with the tag of a GPU, as one of two ranks over gloo; prints one JSON object.
 
-Arguments: the rank, the file of the rendezvous, and ``guarded`` or ``unguarded``.
+Arguments: the rank, the rendezvous file, and ``guarded`` or ``unguarded``.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def main():
     def broadcast():
         objects = [sent(0) if rank == 0 else None]
         dist.broadcast_object_list(objects, src=0)
-        return None if rank == 0 else objects[0].tolist()  # the source keeps its own object
+        return None if rank == 0 else objects[0].tolist()  # The source keeps its own object.
 
     with devguard.guard("cpu") if how == "guarded" else contextlib.nullcontext():
         results["all_gather_object"] = attempt(gather)

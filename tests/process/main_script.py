@@ -1,4 +1,4 @@
-"""A program whose decorated functions are defined in its own ``__main__``: prints one JSON object.
+"""Start child processes with decorated functions that are defined in ``__main__``; prints one JSON object.
 
 Arguments: the start method, and a file with a pickle that carries the tag of a GPU.
 """
@@ -17,7 +17,7 @@ import devguard
 def report(payload):
     try:
         loaded = pickle.loads(payload).tolist()
-    except Exception as error:  # noqa: BLE001 - told to the parent
+    except Exception as error:  # noqa: BLE001 - the result for the parent
         loaded = str(error)
     return {"owner": str(devguard.owner()), "loaded": loaded}
 
@@ -68,7 +68,7 @@ async def async_generator(payload):
 
 
 def by_value(payload):
-    """Ship functions by value to a process that has neither this module nor anything imported."""
+    """Send functions by value to a process that has imported neither this module nor anything else."""
     here = "closure"
 
     @devguard.guard("cpu")

@@ -1,4 +1,4 @@
-"""Object collectives of ``torch.distributed`` over gloo, with two real processes."""
+"""Object collectives of ``torch.distributed`` over gloo, in two real processes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_object_collectives_are_repaired_on_every_rank(tmp_path: Path) -> None:
         assert sorted(stray["line"].partition("(")[0] for stray in strays) == expected
 
 
-def test_object_collectives_fail_while_the_door_is_closed(tmp_path: Path) -> None:
+def test_object_collectives_fail_with_the_door_closed(tmp_path: Path) -> None:
     first, second = ranks(tmp_path, "unguarded")
     assert tagging.REFUSAL in first["all_gather_object"]
     assert tagging.REFUSAL in second["all_gather_object"]

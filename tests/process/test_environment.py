@@ -1,7 +1,7 @@
-"""``DEVGUARD`` against ``import torch``: inert where it is unset, and what is wrong costs one warning, no program.
+"""``DEVGUARD`` and ``import torch``: unset it does nothing; on an error devguard warns once and the program goes on.
 
-What torch calls at the end of its import is called again here in forks of one process that has imported it, so that
-each case starts from a torch that nobody has patched.
+The tests repeat the last step of torch's import, the call of the hook, in forks of one process that has imported
+torch. Each case therefore starts from an unpatched torch.
 """
 
 from __future__ import annotations
@@ -25,36 +25,37 @@ for name in list(os.environ):
     if name.startswith("DEVGUARD") or "RANK" in name: del os.environ[name]
 
 def patched():
-    '''The names in torch's and multiprocessing's modules that devguard has replaced.'''
+    '''Return the names in torch's and multiprocessing's modules that devguard has replaced.'''
     import sys
     found = []
     for module in [m for n, m in sys.modules.items() if n.partition(".")[0] in ("torch", "multiprocessing")]:
-        found += [f"{module.__name__}.{n}" for n, v in list(vars(module).items()) if ours(v)]
-    found += [str(row) for row in torch.serialization._package_registry if ours(row[1]) or ours(row[2])]
+        found += [f"{module.__name__}.{n}" for n, v in list(vars(module).items()) if is_devguards(v)]
+    registry = torch.serialization._package_registry
+    found += [str(row) for row in registry if is_devguards(row[1]) or is_devguards(row[2])]
     return found
 
-def ours(value):
-    code = value.__code__ if type(value) is type(ours) else None
+def is_devguards(value):
+    code = value.__code__ if type(value) is type(is_devguards) else None
     return code is not None and code.co_filename.startswith(os.path.dirname(devguard.__file__))
 
 def load(**environ):
-    '''What torch does at the end of its import, with these variables.'''
+    '''Run the end of torch's import with these variables; return the warnings.'''
     os.environ.update(environ)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch._import_device_backends()
     return [(w.category.__name__, str(w.message)) for w in caught]
 
-def stands():
+def state():
     status = devguard.status()
     return {"problem": status["problem"], "open": sorted(n for n, r in status["doors"].items() if r["open"]),
-            "mode": status["process_owner"], "said_by": status["said_by"], "patched": patched()}
+            "owner": status["process_owner"], "source": status["said_by"], "patched": patched()}
 """
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _server() -> Iterator[None]:
-    """One server of forks for all tests here."""
+    """Use one server of forks for all tests of this module."""
     yield
     fresh.stop()
 
@@ -69,11 +70,11 @@ def python(code: str, *options: str, **environ: str) -> subprocess.CompletedProc
     return subprocess.run(command, env=base | environ, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_torch_finds_the_hook_and_without_the_variable_it_imports_nothing() -> None:
+def test_torch_calls_the_hook_which_imports_nothing_without_devguard_set() -> None:
     code = """
 import sys, torch
 names = {name for name in sys.modules if name.partition(".")[0] in ("devguard", "wrapt")}
-print(*sorted(names - {"devguard._version"}))  # which holds a number
+print(*sorted(names - {"devguard._version"}))  # It only holds a number.
 """
     done = python(code, "-W", "error", DEVGUARD_LOG="/dev/null/x", DEVGUARD_DOORS="nope=1", DEVGUARD_DEVICE="cuda:99")
     assert done.stderr == ""
@@ -85,7 +86,7 @@ def test_a_program_that_never_imports_torch_imports_no_devguard() -> None:
     assert python(code, DEVGUARD="repair").stdout == "[]\n"
 
 
-def test_a_wrong_value_is_one_line_under_w_error_in_a_whole_import() -> None:
+def test_an_invalid_value_prints_one_line_and_torch_imports_even_with_w_error() -> None:
     code = "import torch, devguard, json; print(json.dumps([torch.ones(2).tolist(), devguard.status()['problem']]))"
     done = python(code, "-W", "error", DEVGUARD="nonsense")
     assert done.returncode == 0, done.stderr
@@ -98,21 +99,21 @@ def test_a_wrong_value_is_one_line_under_w_error_in_a_whole_import() -> None:
 
 
 @pytest.mark.parametrize("value", ["", "  ", "off", "OFF", "0"])
-def test_unset_empty_and_off_open_nothing_and_say_nothing(value: str) -> None:
-    code = f"print(json.dumps([load(DEVGUARD={value!r}), stands()]))"
-    said, stands = run(code)
-    assert said == []
-    assert stands == {"problem": None, "open": [], "mode": None, "said_by": None, "patched": []}
+def test_empty_and_off_open_no_door_and_do_not_warn(value: str) -> None:
+    code = f"print(json.dumps([load(DEVGUARD={value!r}), state()]))"
+    warned, state = run(code)
+    assert warned == []
+    assert state == {"problem": None, "open": [], "owner": None, "source": None, "patched": []}
 
 
 @pytest.mark.parametrize("value", ["repair", "1", " Observe "])
-def test_a_mode_opens_every_door_without_a_word(value: str) -> None:
-    said, stands = run(f"print(json.dumps([load(DEVGUARD={value!r}), stands()]))")
-    assert said == []
-    assert stands["problem"] is None
-    assert len(stands["open"]) > 10
-    assert stands["said_by"] == "environment"
-    assert stands["patched"]
+def test_a_mode_opens_every_door_and_does_not_warn(value: str) -> None:
+    warned, state = run(f"print(json.dumps([load(DEVGUARD={value!r}), state()]))")
+    assert warned == []
+    assert state["problem"] is None
+    assert len(state["open"]) > 10
+    assert state["source"] == "environment"
+    assert state["patched"]
 
 
 WRONG = {
@@ -145,73 +146,73 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_whatever_is_wrong_costs_one_warning_and_leaves_torch_as_it_was(case: str) -> None:
-    before, environ, said = WRONG[case]
+def test_an_error_during_activation_warns_once_and_leaves_torch_unpatched(case: str) -> None:
+    before, environ, problem = WRONG[case]
     environ = {"DEVGUARD": "repair", **environ}
-    code = f"import sys\n{before}\nprint(json.dumps([load(**{environ!r}), stands(), torch.ones(2).tolist()]))"
-    warned, stands, values = run(code)
+    code = f"import sys\n{before}\nprint(json.dumps([load(**{environ!r}), state(), torch.ones(2).tolist()]))"
+    warned, state, values = run(code)
     assert values == [1.0, 1.0]
     ((category, text),) = warned
     assert category == "RuntimeWarning"
-    assert text == f"devguard is off in this process, although DEVGUARD={environ['DEVGUARD']!r}: {stands['problem']}"
-    assert said in stands["problem"]
-    assert stands["open"] == stands["patched"] == []
+    assert text == f"devguard is off in this process, although DEVGUARD={environ['DEVGUARD']!r}: {state['problem']}"
+    assert problem in state["problem"]
+    assert state["open"] == state["patched"] == []
 
 
-def test_a_door_that_this_torch_does_not_know_is_named_and_the_others_open() -> None:
+def test_a_door_that_cannot_open_is_reported_and_the_others_open() -> None:
     code = """
 door = importlib.import_module("devguard.doors.current_device.streams")
 from devguard.support.patching import DoorError
 def broken(): raise DoorError("torch.cuda.nothing is not in torch 99")
 door.install = broken
-print(json.dumps([load(DEVGUARD="repair"), stands(), devguard.status()["doors"]["streams"]]))
+print(json.dumps([load(DEVGUARD="repair"), state(), devguard.status()["doors"]["streams"]]))
 """
-    said, stands, row = run(code)
-    assert said == []
-    assert stands["problem"] is None
-    assert "streams" not in stands["open"]
-    assert len(stands["open"]) > 10
+    warned, state, row = run(code)
+    assert warned == []
+    assert state["problem"] is None
+    assert "streams" not in state["open"]
+    assert len(state["open"]) > 10
     assert row["problem"] == "torch.cuda.nothing is not in torch 99"
 
 
-def test_an_integration_that_cannot_be_armed_is_named_and_costs_no_guard_also_under_w_error() -> None:
+def test_an_integration_that_cannot_be_armed_is_reported_and_the_doors_open_even_with_w_error() -> None:
     code = """
 import io, sys
 sys.modules["devguard.integrations.vllm"] = None
-said, real = io.StringIO(), sys.stderr
-sys.stderr = said
+printed, real = io.StringIO(), sys.stderr
+sys.stderr = printed
 with warnings.catch_warnings():
     warnings.simplefilter("error")
     os.environ["DEVGUARD"] = "repair"
     torch._import_device_backends()
 sys.stderr = real
-print(json.dumps([said.getvalue(), stands()]))
+print(json.dumps([printed.getvalue(), state()]))
 """
-    said, stands = run(code)
-    assert said.startswith("devguard does not know the processes of vllm: ")
-    assert said.count("\n") == 1
-    assert stands["problem"] is None
-    assert len(stands["open"]) > 10
+    printed, state = run(code)
+    assert printed.startswith("devguard's integration with vllm is off: ")
+    assert printed.count("\n") == 1
+    assert state["problem"] is None
+    assert len(state["open"]) > 10
 
 
-def test_a_log_that_cannot_be_written_costs_one_warning_and_no_guard() -> None:
+def test_an_unwritable_log_causes_one_warning_and_the_guard_still_works() -> None:
     code = """
 warned = load(DEVGUARD="repair", DEVGUARD_DEVICE="cpu", DEVGUARD_LOG="/dev/null/logs")
 import pickle
 from devguard.cli.selfcheck import tagged_pickle
 landed = str(pickle.loads(tagged_pickle("cuda:1")).device)
-print(json.dumps([warned, stands(), landed, devguard.status()["log"]]))
+print(json.dumps([warned, state(), landed, devguard.status()["log"]]))
 """
-    warned, stands, landed, log = run(code)
+    warned, state, landed, log = run(code)
     assert landed == "cpu"
-    assert stands["problem"] is None
+    assert state["problem"] is None
     ((category, text),) = warned
     assert category == "RuntimeWarning"
     assert text.startswith(log)
     assert log == "devguard cannot write its log to /dev/null/logs: Not a directory."
 
 
-def test_after_a_wrong_value_a_guard_in_code_still_works() -> None:
+def test_after_an_invalid_value_a_guard_in_code_still_works() -> None:
     code = """
 load(DEVGUARD="nonsense")
 import pickle

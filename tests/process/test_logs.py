@@ -1,6 +1,6 @@
-"""``DEVGUARD_LOG`` among processes that are killed, that fork, and that write at the same time; and how it is read.
+"""``DEVGUARD_LOG`` with processes that are killed, fork, or write at the same time; and the reading of the logs.
 
-The writers record strays by hand and import no torch, so that many of them can run.
+The writers record strays directly and do not import torch, so that many can run.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from pathlib import Path
 from devguard.doors import table
 from devguard.reporting import log_file
 from devguard.reporting.journal import journal
+from devguard.reporting.stray import Occurrence
 
 def stray(nbytes=8):
-    journal.record("load", "cuda:0", "cuda:1", "cuda:1", "repaired", nbytes, start=sys._getframe(1))
+    journal.record(Occurrence("load", "cuda:0", "cuda:1", nbytes, sys._getframe(1)), "repaired", "cuda:1")
 
 log_file.start(Path(sys.argv[1]), last_look=table.look)
 """
 
 
 def start(code: str, folder: Path, *options: str) -> subprocess.Popen[str]:
-    """Start a process that logs to `folder`, and runs `code`, in which ``stray(nbytes)`` records one."""
+    """Start a process that logs to `folder` and runs `code`, where ``stray(nbytes)`` records a stray."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("DEVGUARD")}
     command = [sys.executable, *options, "-c", BEFORE + code, str(folder)]
     return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -53,7 +54,7 @@ def log(capsys: pytest.CaptureFixture[str], folder: Path, status: int = 0) -> di
     return found
 
 
-def test_a_killed_process_leaves_every_call_site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_of_a_killed_process_has_every_call_site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = """
 for _ in range(3):
     stray(1000)
@@ -86,7 +87,7 @@ def test_eight_processes_write_at_once_while_another_reads(tmp_path: Path) -> No
     assert sorted(merged[0].processes) == sorted(writer.pid for writer in writers)
 
 
-def test_a_fork_begins_a_file_of_its_own_and_ends_it(tmp_path: Path) -> None:
+def test_a_forked_child_starts_and_ends_its_own_file(tmp_path: Path) -> None:
     code = """
 for _ in range(2): stray()
 child = os.fork()
@@ -105,9 +106,7 @@ os.waitpid(silent, 0)
     assert counts == [(2, 1), (6, 2)]
 
 
-def test_what_cannot_be_read_is_named_and_costs_nothing_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_lines_are_named_and_all_others_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("stray(64)", tmp_path)
     (whole,) = tmp_path.glob("*.jsonl")
     lines = whole.read_text().splitlines()
@@ -125,19 +124,19 @@ def test_what_cannot_be_read_is_named_and_costs_nothing_else(
     assert "128 B  2 x  load: cuda:0 -> cuda:1 [repaired]" in out
 
 
-def test_a_folder_that_is_none_or_holds_nothing_is_an_error_that_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for folder, said in ((tmp_path / "none", "is not a folder"), (tmp_path, "holds no journal")):
+def test_a_missing_or_empty_folder_is_an_error_with_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, problem in ((tmp_path / "none", "is not a folder"), (tmp_path, "holds no journal")):
         assert cli.main(["log", str(folder)]) == 2
         out, err = capsys.readouterr()
         assert out == ""
-        assert said in err
+        assert problem in err
         assert "devguard run --log" in err
 
 
 @pytest.mark.parametrize("options", [(), ("-W", "error")])
-def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_an_unwritable_folder_causes_one_warning_and_the_program_goes_on(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
     (tmp_path / "file").write_text("")
     code = "stray(); stray(); print(journal.total, devguard.status()['log'])"
     out, err = run(code, tmp_path / "file" / "logs", *options)
@@ -145,13 +144,13 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path, optio
     assert err.count("devguard cannot write its log") == 1
 
 
-def test_status_says_where_the_journal_is_written(tmp_path: Path) -> None:
+def test_status_names_the_log_file(tmp_path: Path) -> None:
     out, _ = run("print(devguard.status()['log']); journal.log.stop(); print(devguard.status()['log'])", tmp_path)
     (file,) = tmp_path.iterdir()
     assert out == f"{file}\nNone\n"
 
 
-def test_a_cleared_journal_has_written_what_had_grown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts_are_written_before_the_journal_is_cleared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = """
 def often():
     for _ in range(5):
@@ -165,7 +164,7 @@ often()
     assert sum(site["count"] for site in found["strays"]) == 10
 
 
-def test_a_finalizer_that_strays_while_a_row_is_written_does_not_wait_for_itself(tmp_path: Path) -> None:
+def test_a_stray_during_the_write_of_a_row_does_not_deadlock(tmp_path: Path) -> None:
     code = """
 write = log_file.os.write
 def write_and_stray(descriptor, data):
@@ -179,7 +178,7 @@ print("done")
     assert run(code, tmp_path)[0] == "done\n"
 
 
-def test_one_process_writes_one_file_though_importing_torch_activates_devguard(tmp_path: Path) -> None:
+def test_one_process_writes_one_file_even_if_importing_torch_activates_devguard(tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("DEVGUARD")}
     environ |= {"DEVGUARD": "repair", "DEVGUARD_LOG": str(tmp_path)}
     code = "import devguard\nwith devguard.guard('cpu'): pass"
@@ -187,7 +186,9 @@ def test_one_process_writes_one_file_though_importing_torch_activates_devguard(t
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_an_end_that_fails_keeps_no_other_from_coming(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_exit_function_does_not_stop_the_end_of_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code = """
 from devguard.support import process_exit
 def fail(): raise ValueError("at the end")

@@ -1,4 +1,4 @@
-"""Decorated functions as targets of processes: they start, and they are still guarded in the child."""
+"""Decorated functions as targets of processes: they start, and are guarded in the child."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GUARDED = {"owner": "cpu", "loaded": [0, 1, 2, 3], "strays": [("cuda:3", "cpu", 
 def context(request: pytest.FixtureRequest) -> Any:
     made = multiprocessing.get_context(request.param)
     if request.param == "forkserver":
-        made.set_forkserver_preload(["torch", "tests.process.workers"])  # one import of torch for all children
+        made.set_forkserver_preload(["torch", "tests.process.workers"])  # All children share one import of torch.
     return made
 
 
@@ -66,7 +66,7 @@ def test_targets_of_every_kind_are_guarded_in_the_child(context: Any) -> None:
     processes = []
     for queue, (target, options, _) in zip(queues, targets, strict=True):
         processes.append(context.Process(target=target, args=(queue, PAYLOAD), kwargs=options))
-        if len(processes) % 2 == 0:  # two at a time
+        if len(processes) % 2 == 0:  # Two at a time.
             for process in processes[-2:]:
                 process.start()
             for process in processes[-2:]:
@@ -79,27 +79,27 @@ def test_targets_of_every_kind_are_guarded_in_the_child(context: Any) -> None:
         queue.close()
 
 
-def test_without_a_guard_the_child_fails_as_it_did(context: Any) -> None:
+def test_without_a_guard_the_child_fails_to_load_the_pickle(context: Any) -> None:
     result = in_child(context, workers.undecorated)
     assert result["owner"] == "None"
     assert tagging.REFUSAL in result["loaded"]
     assert result["strays"] == []
 
 
-def test_the_mode_of_the_guard_travels_with_it(context: Any) -> None:
+def test_a_decorated_function_keeps_its_mode_in_the_child(context: Any) -> None:
     result = in_child(context, workers.decorated_to_refuse)
     assert "cuda:3" in result["loaded"]
     assert "owns cpu" in result["loaded"]
     assert result["strays"] == [("cuda:3", "cuda:3", "refused")]
 
 
-def test_the_owner_of_the_parent_is_not_the_childs(context: Any) -> None:
+def test_a_child_does_not_inherit_the_owner_of_its_parent(context: Any) -> None:
     devguard.install("repair", "cpu")
     with devguard.guard("cpu"):
         assert in_child(context, workers.undecorated)["owner"] == "None"
 
 
-def test_pools_run_decorated_functions_and_errors_come_back_whole() -> None:
+def test_pools_run_decorated_functions_and_return_errors_intact() -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         assert pool.submit(workers.for_a_pool, PAYLOAD).result() == GUARDED
         assert pool.submit(devguard.guard("cpu").bind(workers.owner_of_child)).result() == "cpu"
@@ -131,7 +131,7 @@ def test_functions_of_the_main_script_are_guarded_in_the_child(method: str, tmp_
         assert result == {"owner": "cpu", "loaded": [0, 1, 2, 3]}, name
 
 
-def test_functions_shipped_by_value_are_guarded_where_they_arrive(tmp_path: Path) -> None:
+def test_functions_pickled_by_value_are_guarded_in_the_child(tmp_path: Path) -> None:
     (tmp_path / "payload").write_bytes(PAYLOAD)
     results = script("cloudpickle", str(tmp_path / "payload"))
     undecorated = results.pop("undecorated")
@@ -152,7 +152,7 @@ def test_functions_shipped_by_value_are_guarded_where_they_arrive(tmp_path: Path
         assert result == {"owner": "cpu", "loaded": [0, 1, 2, 3]}, name
 
 
-def test_cloudpickle_by_value_carries_the_scope_and_nothing_of_this_process() -> None:
+def test_cloudpickle_by_value_carries_the_scope_but_no_state_of_this_process() -> None:
     @devguard.guard("cpu", mode="observe", doors={"load": "repair"})
     def closure(payload: bytes) -> Any:
         return pickle.loads(payload).tolist(), str(devguard.owner())

@@ -1,7 +1,6 @@
-"""``devguard run`` before a program that knows nothing of devguard, on simulated GPUs: all that it starts is guarded.
+"""``devguard run`` with a program that does not use devguard, on simulated GPUs: every process it starts is guarded.
 
-One run, whose processes are looked at by all tests here: what they say themselves, what the simulated GPUs saw of them,
-and what the log holds.
+All tests check the processes of one run: their own reports, the records of the simulated GPUs, and the log.
 """
 
 from __future__ import annotations
@@ -52,11 +51,11 @@ def test_each_process_keeps_the_message_on_its_own_gpu(done: Any) -> None:
         "subprocess": ["cuda:3", [3]],
         "DataLoader fork": [["cpu", []]],
         "DataLoader forkserver": [["cpu", []]],
-        "this process": ["cuda:0", [0, 1]],  # one process by itself that named no owner: observed
+        "this process": ["cuda:0", [0, 1]],  # A single process without a named owner is only observed.
     }
 
 
-def test_nobody_else_ever_touched_gpu_0(done: Any) -> None:
+def test_only_rank_0_of_mp_spawn_and_the_program_ever_touched_gpu_0(done: Any) -> None:
     on_gpu_0 = [process.pid for process in done.state if process.devices[0].context]
     assert len(on_gpu_0) == 2, "rank 0 of mp.spawn, and the program itself"
     assert done.pid in on_gpu_0
@@ -68,7 +67,7 @@ def test_the_log_merges_the_processes_per_call_site(done: Any, log: dict[str, An
     assert {(site["file"], site["line"], site["function"]) for site in loads.values()} == {
         (str(PROGRAM), line, "receive")
     }
-    # fork and forkserver twice three times, spawn three times, once each in mp.spawn's rank 1, sh, and the loaders
+    # 2 x 3 by fork, 2 x 3 by forkserver, 3 by spawn, and 1 each by rank 1 of mp.spawn, sh and the two loaders.
     assert loads["repaired"]["count"] == 5 * 3 + 4
     assert loads["repaired"]["bytes"] == 32 * (5 * 3 + 4)
     assert len(loads["repaired"]["processes"]) == 9
@@ -80,7 +79,7 @@ def test_the_log_merges_the_processes_per_call_site(done: Any, log: dict[str, An
     assert log["damaged"] == []
 
 
-def test_every_process_that_strayed_came_to_an_orderly_end_in_the_log(done: Any, log: dict[str, Any]) -> None:
+def test_the_log_has_the_end_of_every_process_that_strayed(done: Any, log: dict[str, Any]) -> None:
     assert len({process["file"] for process in log["processes"]}) == len(log["processes"])
     (repaired,) = [site for site in log["strays"] if site["door"] == "load" and site["action"] == "repaired"]
     ends = [process for process in log["processes"] if process["pid"] in repaired["processes"]]

@@ -1,7 +1,7 @@
-"""A program that knows nothing of devguard: every way it can start a process, each of which unpickles one message.
+"""A program that does not use devguard: it starts processes in every way, and each unpickles one message.
 
-``python unmodified.py MESSAGE`` prints what came of it, as one JSON object: where the tensor of the message landed, and
-the devices on which the process held a context. The message was sent by somebody on cuda:0.
+``python unmodified.py MESSAGE`` prints one JSON object: for each process the device of the message's tensor, and the
+devices on which the process held a context. The message comes from a process on cuda:0.
 """
 
 import json
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 def receive(message):
     tensor = pickle.loads(message)
-    indices = () if torch.cuda._is_in_bad_fork() else range(torch.cuda.device_count())  # CUDA answers nothing there
+    indices = () if torch.cuda._is_in_bad_fork() else range(torch.cuda.device_count())  # CUDA does not work there.
     contexts = [index for index in indices if torch._C._cuda_hasPrimaryContext(index)]
     return [str(tensor.device), contexts]
 
@@ -59,7 +59,7 @@ def start(method, message, ranks):
 
 
 def wrapped(file):
-    """The way of numactl, and of every launcher that is a shell script."""
+    """Start a process as numactl does, and every launcher that is a shell script."""
     command = ["sh", "-c", 'exec "$@"', "wrapper", "env", "LOCAL_RANK=3", "LOCAL_WORLD_SIZE=4"]
     command += [sys.executable, __file__, "--alone", file]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)

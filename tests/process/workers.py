@@ -1,4 +1,4 @@
-"""Targets for child processes: what a child owns, and what becomes there of a pickle with the tag of a GPU."""
+"""Targets for child processes that report their owner and the result of loading a pickle with the tag of a GPU."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import devguard
 
 
 def report(payload: bytes) -> dict[str, Any]:
-    """Load `payload` and say what happened, as plain data."""
+    """Load `payload` and return the result as plain data."""
     try:
         loaded: Any = pickle.loads(payload).tolist()
-    except Exception as error:  # noqa: BLE001 - told to the parent
+    except Exception as error:  # noqa: BLE001 - the result for the parent
         loaded = str(error)
     return {
         "owner": str(devguard.owner()),
@@ -45,7 +45,7 @@ def undecorated(queue: Any, payload: bytes) -> None:
 
 
 class Worker:
-    """Decorated methods of every kind; an instance travels with its bound methods."""
+    """Decorated methods of every kind; an instance is pickled with its bound methods."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -88,7 +88,7 @@ def for_a_pool(payload: bytes) -> dict[str, Any]:
 
 
 def raises_stray() -> None:
-    """Raise what mode ``error`` raises, in a child of a pool."""
+    """Raise the error of mode ``error`` in a child of a pool."""
     from tests.helpers import tagging
 
     with devguard.guard("cpu", mode="error"):

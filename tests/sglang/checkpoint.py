@@ -1,8 +1,8 @@
-"""Makes a Qwen2-VL of a few thousand random weights, with a tokenizer and an image processor, without a network.
+"""Make a Qwen2-VL of a few thousand random weights, with a tokenizer and an image processor, without a network.
 
-Run ``python -m tests.sglang.checkpoint FOLDER PICTURE..`` in the environment of environment.py, which has transformers;
-it prints what transformers itself makes the model answer about each picture. The weights are the same each time; the
-sentences of such a model mean nothing, but they depend on every pixel.
+Run ``python -m tests.sglang.checkpoint FOLDER PICTURE..`` in the environment of environment.py, which has transformers.
+It prints the answer of the model about each picture, as computed by transformers alone. The weights are the same each
+time. The answers of such a model mean nothing, but they depend on every pixel.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ MARKS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # what stands for an image in a prompt
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # Stands for an image in a prompt.
 PROMPT = f"{IMAGE}What is this?"
-TOKENS = 12  # of an answer
+TOKENS = 12  # Length of an answer.
 PATCH, MERGE = 14, 2
 POSITIONS = 2048
 HIDDEN = 64
 
 
 def make(folder: Path) -> None:
-    """Write the checkpoint into a folder that is not there yet."""
+    """Write the checkpoint into `folder`, which must not exist yet."""
     import torch
     from transformers import (
         PreTrainedTokenizerFast,
@@ -84,7 +84,7 @@ def make(folder: Path) -> None:
             "mlp_ratio": 2,
             "patch_size": PATCH,
             "spatial_merge_size": MERGE,
-            "in_chans": 3,  # SGLang reads the older name of in_channels
+            "in_chans": 3,  # The older name of in_channels, which SGLang reads.
         },
         image_token_id=number["<|image_pad|>"],
         video_token_id=number["<|video_pad|>"],
@@ -96,13 +96,13 @@ def make(folder: Path) -> None:
     model = Qwen2VLForConditionalGeneration(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1:  # larger than a model starts with: an image is to change every answer
+            if parameter.ndim > 1:  # Larger than the initial weights, so that the image changes every answer.
                 parameter.normal_(std=0.3)
     model.save_pretrained(folder)
 
 
 def answers(folder: Path, pictures: Iterable[Path]) -> list[str]:
-    """What transformers makes the model say about each picture, the most likely token each time."""
+    """Return the answer of the model about each picture, by transformers with greedy decoding."""
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -110,18 +110,18 @@ def answers(folder: Path, pictures: Iterable[Path]) -> list[str]:
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     found = []
     for picture in pictures:
-        asked = processor(text=[PROMPT], images=[Image.open(picture)], return_tensors="pt")
-        tokens = model.generate(**asked, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None)
-        said = tokens[:, asked["input_ids"].shape[1] :]
-        found += processor.batch_decode(said, skip_special_tokens=True)
+        inputs = processor(text=[PROMPT], images=[Image.open(picture)], return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None)
+        answer = tokens[:, inputs["input_ids"].shape[1] :]
+        found += processor.batch_decode(answer, skip_special_tokens=True)
     return found
 
 
 def _tokenizer() -> object:
-    """One token for each printable letter of ASCII, so that every answer can be read, and the marks."""
+    """Return a tokenizer of the marks and each printable ASCII character, so that every answer is readable."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    letters = ["\u0120", *map(chr, range(0x21, 0x7F))]  # a byte-level tokenizer spells a space with the first
+    letters = ["\u0120", *map(chr, range(0x21, 0x7F))]  # A byte-level tokenizer spells a space as U+0120.
     tokenizer = Tokenizer(models.BPE(vocab={letter: k for k, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

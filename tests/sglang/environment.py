@@ -1,12 +1,12 @@
 """Real SGLang on simulated GPUs: an environment for child processes, and the folders that it needs.
 
-SGLang pins a torch of its own and gigabytes of kernels, so it is never installed into the test environment. On first
-use its wheels go into a folder of the user's cache, next to the simulated GPUs, with exactly what its modules import on
-a machine without a GPU (requirements.txt). Seen on two cores: 50 s for 0.5.23 (0.3 GB to download, 1.1 GB on disk), 3 s
-for the older release, which shares the newer one's dependencies.
+SGLang pins its own torch and gigabytes of kernels, so it is never installed into the test environment. On first use
+its wheels go into the user's cache, next to the simulated GPUs, with exactly the packages that its modules import on a
+machine without a GPU (requirements.txt). Measured on two cores: 50 s for 0.5.23 (0.3 GB to download, 1.1 GB on disk),
+3 s for the older release, which shares the newer release's dependencies.
 
-A process in this environment sees N simulated GPUs, and SGLang, which would look for kernels that are not there, is
-told that there are none (no_kernels.py). Every cache of theirs lies in a folder of the test's own.
+A process in this environment sees N simulated GPUs. For SGLang, which would look for missing kernels, CUDA is reported
+as unavailable (no_kernels.py). All caches lie in a folder of the test.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from tests.helpers.simulated import sim_environment
 __all__ = ["NEWEST", "OLDEST", "POSSIBLE", "prepare", "sglang_environment"]
 
 NEWEST = "0.5.23"
-OLDEST = "0.4.6.post2"  # the last release with the bug of issue 5732
-POSSIBLE = sys.version_info >= (3, 11)  # what SGLang 0.5.23 asks for
+OLDEST = "0.4.6.post2"  # The last release with the bug of SGLang issue 5732.
+POSSIBLE = sys.version_info >= (3, 11)  # Required by SGLang 0.5.23.
 
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "requirements.txt"
-SITE = HERE / "site"  # has no_kernels.py's entry point
+SITE = HERE / "site"  # Declares the entry point of no_kernels.py.
 
 
 @functools.cache
 def prepare(release: str = NEWEST) -> tuple[Path, ...]:
-    """What goes on PYTHONPATH for a release of SGLang; its folders are made if they are not there.
+    """Return the folders of a release of SGLang for PYTHONPATH; make them if they do not exist.
 
     Raises
     ------
     SimulationError
-        They cannot be had here; the message says why.
+        If the folders cannot be made here; the message gives the reason.
     """
     newest = _folder(f"sglang-{NEWEST}", ["-r", str(REQUIREMENTS)], REQUIREMENTS.read_bytes(), 1_200_000_000)
     if release == NEWEST:
@@ -59,7 +59,7 @@ def _folder(name: str, requirements: list[str], text: bytes, size: int) -> Path:
         report.say(f"installing {name} for the tests")
         with report.steps():
             wheels.install(
-                ["--no-compile", *requirements],  # compiling all of it takes longer than the download
+                ["--no-compile", *requirements],  # Compiling everything takes longer than the download.
                 stage / "site",
                 dependencies=False,
                 scratch=scratch,
@@ -77,18 +77,18 @@ def _folder(name: str, requirements: list[str], text: bytes, size: int) -> Path:
 def sglang_environment(
     gpus: int = 2, *, release: str = NEWEST, folder: str | os.PathLike[str] | None = None, **options: Any
 ) -> dict[str, str]:
-    """The environment of a Python that can run SGLang on simulated GPUs.
+    """Return the environment of a Python process that can run SGLang on simulated GPUs.
 
     Parameters
     ----------
     gpus : int
-        How many.
+        The number of GPUs.
     release : str
         `NEWEST` or `OLDEST`.
     folder : path, optional
-        Where state files, logs and every cache go; a fresh temporary folder by default.
+        The folder for state files, logs and every cache; a new temporary folder by default.
     **options
-        Those of `devguard.simgpu.environment`.
+        Options of `devguard.simgpu.environment`.
     """
     place = Path(tempfile.mkdtemp(prefix="devguard-sglang-", dir=folder))
     base = {name: value for name, value in os.environ.items() if not name.startswith(("SGLANG_", "DEVGUARD"))}
@@ -102,10 +102,10 @@ def sglang_environment(
         "TORCHINDUCTOR_CACHE_DIR": str(place / "inductor"),
         "TRITON_CACHE_DIR": str(place / "triton"),
         "XDG_CACHE_HOME": str(place / "cache"),
-        # the simulated NCCL answers anything that asks it for its version; SGLang would then use it
+        # The simulated NCCL reports a version to any caller; SGLang would then use it.
         "SGLANG_NCCL_SO_PATH": str(place / "no-such-library.so"),
-        "TORCHDYNAMO_DISABLE": "1",  # torch.compile opens contexts on GPU 0 by itself
-        # every process imports much of SGLang: so it is compiled once; the folder of its wheels stays as it is
+        "TORCHDYNAMO_DISABLE": "1",  # torch.compile opens contexts on GPU 0.
+        # Every process imports much of SGLang, so its bytecode is kept, but outside the folder of the wheels.
         "PYTHONPYCACHEPREFIX": str(overlay.cache_folder().parent / "sglang" / "bytecode"),
     }
     base.pop("PYTHONDONTWRITEBYTECODE", None)

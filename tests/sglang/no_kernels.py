@@ -1,8 +1,8 @@
-"""Tells SGLang and Triton that there is no CUDA, while torch sees the simulated GPUs.
+"""Hide CUDA from SGLang and Triton, while torch sees the simulated GPUs.
 
 A simulated GPU runs no kernels, so SGLang must take its CPU paths; but torch itself refuses to restore a tensor on a
-GPU where ``torch.cuda.is_available()`` is False. So the answer depends on who asks. torch calls `hide` at the end of
-its import, by the entry point in site/: in every process, the ones that SGLang starts included.
+GPU if ``torch.cuda.is_available()`` is False. The result therefore depends on the caller. torch calls `hide` at the
+end of its import, through the entry point in site/, in every process, including those that SGLang starts.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import sys
 
 __all__ = ["hide"]
 
-TOLD_NO = ("sglang", "triton")
+WITHOUT_CUDA = ("sglang", "triton")
 
 
 def hide() -> None:
-    """Make ``torch.cuda.is_available()`` answer False to SGLang and to Triton."""
+    """Make ``torch.cuda.is_available()`` return False to SGLang and Triton."""
     import torch
 
     available = torch.cuda.is_available
 
     @functools.wraps(available)
     def is_available() -> bool:
-        asking = sys._getframe(1).f_globals.get("__name__", "")
-        return asking.partition(".")[0] not in TOLD_NO and available()
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return caller.partition(".")[0] not in WITHOUT_CUDA and available()
 
     torch.cuda.is_available = is_available

@@ -1,6 +1,6 @@
-"""Lets SGLang 0.4.6.post2 import beside a Triton of today: it names three functions that Triton has dropped.
+"""Make SGLang 0.4.6.post2 importable with a current Triton, which has dropped three functions that SGLang names.
 
-They only tell its Triton cache manager where to write, which no test uses. Import this before SGLang.
+The functions only name folders for SGLang's Triton cache manager, which no test uses. Import this before SGLang.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Which process of a server holds what on which GPU, and whether that is right: the judgement of server.py.
-
-It knows nothing of how a server is started; it is given what was seen.
-"""
+"""Judge what each process of a server holds on each GPU; server.py starts the servers and observes them."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from devguard.simgpu import DeviceState
 __all__ = ["Answer", "Holding", "Served", "problems", "role", "table"]
 
 TOKENIZER = "tokenizer"
-HELPER = "helper"  # such as the resource tracker of multiprocessing
+HELPER = "helper"  # For example the resource tracker of multiprocessing.
 WITHOUT_GPU = ("DP controller", "detokenizer")
 _TITLES = {"data_parallel_controller": "DP controller", "detokenizer": "detokenizer"}
 
@@ -25,28 +22,28 @@ class Holding:
 
     pid: int
     role: str
-    owner: int | None  # the index of the GPU that it may use; None: it may use none
-    devices: tuple[DeviceState, ...]  # empty: it never initialised CUDA
+    owner: int | None  # The index of the GPU that the process may use; None: no GPU.
+    devices: tuple[DeviceState, ...]  # Empty: the process never initialised CUDA.
 
     def on(self, index: int) -> DeviceState | None:
-        """What it has, or once had, on a GPU; None: nothing, ever."""
+        """Return the state of a GPU on which the process holds or held something, or None."""
         for device in self.devices:
             if device.index == index and (device.context or device.bytes or device.peak_bytes):
                 return device
         return None
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain data, fit for JSON."""
+        """Return the holding as plain data, fit for JSON."""
         return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a server answered to one request."""
+    """A server's answer to one request."""
 
     status: int
     text: str
-    logprobs: tuple[float, ...]  # of the tokens of the text
+    logprobs: tuple[float, ...]  # Of the tokens of the text.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +52,14 @@ class Served:
 
     answers: tuple[Answer, ...]
     holdings: tuple[Holding, ...]
-    seconds: float  # from its start to its readiness
-    said: tuple[str, ...] = ()  # what devguard wrote into the server's log
+    seconds: float  # From start to readiness.
+    log_lines: tuple[str, ...] = ()  # devguard's lines in the server's log
 
 
 def role(title: str, *, leader: bool, tp: int) -> tuple[str, int | None]:
-    """What a process is called, and the GPU that it owns, by the title that SGLang gave it.
+    """Return the name of a process and the GPU that it owns, from the title that SGLang gave it.
 
-    ``leader`` is the process that was started. It makes the images' tensors, on GPU 0, and so may hold them there.
+    ``leader`` is the process that was started. It makes the images' tensors on GPU 0 and so may hold them there.
     """
     if leader:
         return TOKENIZER, 0
@@ -76,7 +73,7 @@ def role(title: str, *, leader: bool, tp: int) -> tuple[str, int | None]:
 
 
 def expected(tp: int, dp: int) -> set[str]:
-    """The processes that must have been seen."""
+    """Return the processes that a server must have had."""
     if dp > 1:
         ranks = {f"scheduler DP{d}" + (f" TP{t}" if tp > 1 else "") for d in range(dp) for t in range(tp)}
         return ranks | {TOKENIZER, *WITHOUT_GPU}
@@ -84,16 +81,16 @@ def expected(tp: int, dp: int) -> set[str]:
 
 
 def problems(without: Served, guarded: Served, *, tp: int, dp: int) -> list[str]:
-    """What is not as it should be with devguard, or does not show without it; empty if all holds."""
+    """Return what is wrong with devguard, and what does not show the bug without it; empty if all is right."""
     found = []
     for name, served in (("without devguard", without), ("with devguard", guarded)):
         missing = expected(tp, dp) - {one.role for one in served.holdings}
-        found += [f"{name}: no {who} was seen" for who in sorted(missing)]
+        found += [f"{name}: no {process} was seen" for process in sorted(missing)]
         refused = sorted({answer.status for answer in served.answers if answer.status != 200})
         if refused or not served.answers:
             found.append(f"{name}: {'answers ' + str(refused) if refused else 'no answers'}")
     found += _differences(without.answers, guarded.answers)
-    for one in without.holdings:  # else the comparison shows nothing
+    for one in without.holdings:  # If the bug does not show without devguard, the comparison proves nothing.
         receives = one.role.startswith("scheduler") or one.role == "DP controller"
         if receives and one.owner != 0 and one.on(0) is None:
             found.append(f"without devguard: {one.role} holds nothing on GPU 0, so this run does not show the bug")
@@ -127,7 +124,7 @@ def _cell(device: DeviceState | None) -> str:
 
 
 def table(without: Served, guarded: Served, gpus: int) -> str:
-    """Both servers side by side, a row a process. What a process has on a GPU that is not its own is marked."""
+    """Return a table of both servers, a row a process; a mark shows what is on a GPU that the process does not own."""
     rows = [["process", "owns", *(f"GPU {k}" for _ in range(2) for k in range(gpus))]]
     names = dict.fromkeys(one.role for served in (without, guarded) for one in served.holdings)
     for name in names:

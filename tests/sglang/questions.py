@@ -1,4 +1,4 @@
-"""Questions about images, for the test of a real server: small pictures, and how they are asked about over HTTP."""
+"""Questions about images for the test of a real server: small pictures, and requests about them over HTTP."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from tests.sglang.placement import Answer
 
 __all__ = ["ask", "picture", "WITHOUT_PROXY"]
 
-WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever the user's shell has set
+# Ignores the proxy settings of the user's shell.
+WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def picture(number: int) -> bytes:
-    """A small picture, another one for each number, as a PNG file."""
+    """Return a small picture as a PNG file; each number has another picture."""
     width, height = 56 + 28 * (number % 4), 56
     shade = [((7 + 5 * number) * x + 11 * y * (1 + number % 3)) % 256 for y in range(height) for x in range(width)]
     lines = b"".join(
@@ -34,7 +35,7 @@ def picture(number: int) -> bytes:
 
 
 def ask(port: int, image: bytes) -> Answer:
-    """Ask a server on this machine about an image, and take whatever it answers."""
+    """Ask a server on this machine about an image, and return its answer, also that of an HTTP error."""
     body = {
         "text": PROMPT,
         "image_data": ["data:image/png;base64," + base64.b64encode(image).decode()],

@@ -1,4 +1,4 @@
-"""What servers of SGLang 0.5.23 were seen to hold on two simulated GPUs, for the tests of those who judge it."""
+"""Recorded holdings of SGLang 0.5.23's servers on two simulated GPUs, for the tests of the judgement."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def holding(name: str, owner: int | None, *devices: tuple[bool, int, int]) -> Ho
 
 ANSWERS = (Answer(200, "a cat", (-1.5, -0.25)), Answer(200, "a dog", (-1.25, -0.5)))
 
-# what servers of SGLang 0.5.23 were seen to hold
+# As seen on servers of SGLang 0.5.23.
 TENSOR_PARALLEL = Served(
     ANSWERS,
     (

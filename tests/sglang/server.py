@@ -1,10 +1,10 @@
-"""A real SGLang server on simulated GPUs, without devguard and with ``DEVGUARD=repair`` and nothing else.
+"""Compare a real SGLang server on simulated GPUs without devguard and with only ``DEVGUARD=repair``.
 
 ``python -m tests.sglang.server`` makes a tiny Qwen2-VL (checkpoint.py) and starts SGLang's own server twice for each
 configuration: tensor parallelism, then data parallelism. The model runs on the CPU, because simulated GPUs run no
-kernels; but the schedulers each have a GPU of their own, and the tokenizer leaves what it makes of images on cuda:0
-(server_plugin.py). Both servers get the same images over HTTP on 127.0.0.1. Compared are the answers, and what each
-process holds on each GPU by the simulation's own books (placement.py).
+kernels. Each scheduler still has its own GPU, and the tokenizer leaves its tensors of images on cuda:0
+(server_plugin.py). Both servers get the same images over HTTP on 127.0.0.1. The command compares the answers, and what
+each process holds on each GPU as the simulation recorded it (placement.py).
 
 The exit status is 0 if the bug shows without devguard, is gone with it, and the answers are the same; otherwise 1.
 """
@@ -47,9 +47,9 @@ ARGUMENTS = {
     "--max-running-requests": "4",
     "--random-seed": "0",
     "--skip-server-warmup": None,
-    "--disable-radix-cache": None,  # every request is computed
+    "--disable-radix-cache": None,  # So that every request is computed.
 }
-ENDING = 20.0  # seconds that a server has for ending by itself
+ENDING = 20.0  # Seconds that a server has to end before it is killed.
 
 
 class ServerError(Exception):
@@ -64,18 +64,18 @@ def compare(
     Parameters
     ----------
     folder : Path
-        For everything that is written, with a model in it that `make_checkpoint` made.
+        The folder for all output, with a model from `make_checkpoint` in it.
     images : sequence of bytes
         The pictures, as files.
     tp, dp : int
-        Ranks of tensor and of data parallelism; each has a GPU of its own.
+        The number of ranks of tensor and of data parallelism; each rank has its own GPU.
     patience : float
         Seconds that a server may take to start.
 
     Raises
     ------
     ServerError
-        A server did not start; the message has the end of its log.
+        If a server does not start or does not answer; the message has the end of its log.
     """
     kinds: list[dict[str, str]] = [{}, {"DEVGUARD": "repair"}]
     without, guarded = (_serve(folder, kind, images, tp, dp, patience) for kind in kinds)
@@ -83,8 +83,8 @@ def compare(
 
 
 def make_checkpoint(folder: Path, images: Sequence[bytes]) -> list[str]:
-    """Make the model, and return what transformers makes it answer about each image."""
-    _say("making a tiny Qwen2-VL")
+    """Make the model, and return its answer about each image as computed by transformers."""
+    _log("making a tiny Qwen2-VL")
     command = [sys.executable, "-m", "tests.sglang.checkpoint", str(folder / "model")]
     for number, image in enumerate(images):
         path = folder / f"{number}.png"
@@ -98,7 +98,7 @@ def make_checkpoint(folder: Path, images: Sequence[bytes]) -> list[str]:
 
 
 def _environment(folder: Path, gpus: int) -> dict[str, str]:
-    """That of a process that can serve, with the harness's own changes to SGLang and no other plugin."""
+    """Return the environment of a server, with the changes of server_plugin.py to SGLang and no other plugin."""
     environment = sglang_environment(gpus, folder=folder)
     declared = folder / "plugin" / "devguard_server_test-0.dist-info"
     declared.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def _environment(folder: Path, gpus: int) -> dict[str, str]:
         f"[sglang.srt.plugins]\n{server_plugin.NAME} = tests.sglang.server_plugin:plugin\n"
     )
     environment["PYTHONPATH"] += os.pathsep + str(declared.parent)
-    environment["SGLANG_PLUGINS"] = server_plugin.NAME  # none but this one, devguard's own neither
+    environment["SGLANG_PLUGINS"] = server_plugin.NAME  # Only this plugin, not devguard's.
     cores = sorted(os.sched_getaffinity(0))
     environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[k % len(cores)]) for k in range(gpus))
     environment["GLOO_SOCKET_IFNAME"] = "lo"
@@ -119,28 +119,28 @@ def _serve(folder: Path, extra: dict[str, str], images: Sequence[bytes], tp: int
     name = f"tp{tp}-dp{dp}-" + ("guarded" if extra else "unguarded")
     environment = _environment(folder, tp * dp) | extra
     log = folder / f"{name}.log"
-    begin = time.monotonic()
+    start = time.monotonic()
     with _server(folder / "model", environment, log, tp, dp) as (process, port):
-        _say(f"{name}: starting")
-        _wait_until_ready(process, port, log, begin + patience)
-        seconds = time.monotonic() - begin
-        _say(f"{name}: ready after {seconds:.0f} s, sending {len(images)} images")
+        _log(f"{name}: starting")
+        _wait_until_ready(process, port, log, start + patience)
+        seconds = time.monotonic() - start
+        _log(f"{name}: ready after {seconds:.0f} s, sending {len(images)} images")
         try:
             answers = tuple(questions.ask(port, image) for image in images)
         except OSError as error:
             raise ServerError(f"the server did not answer ({error}); {_end_of(log)}") from error
         holdings = _holdings(process.pid, Path(environment["DEVGUARD_SIM_STATE"]), tp)
-    said = tuple(
+    log_lines = tuple(
         line for line in log.read_text(errors="replace").splitlines() if "devguard: " in line or "devguard is" in line
     )
-    return Served(answers, holdings, seconds, said)
+    return Served(answers, holdings, seconds, log_lines)
 
 
 @contextlib.contextmanager
 def _server(
     model: Path, environment: dict[str, str], log: Path, tp: int, dp: int
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """A server in a process group of its own, which is gone afterwards, whatever happens."""
+    """Start a server in its own process group, and end the whole group on exit, also after an error."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
@@ -164,9 +164,9 @@ def _server(
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(ENDING)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the group lives as long as any of its processes
+            os.killpg(process.pid, signal.SIGKILL)  # The group exists as long as any of its processes.
         process.wait()
-        for path in shared:  # SGLang kills its schedulers, which leaves their queues behind
+        for path in shared:  # SGLang kills its schedulers, which leaves the files of their queues.
             path.unlink(missing_ok=True)
 
 
@@ -185,7 +185,7 @@ def _end_of(log: Path) -> str:
 
 
 def _holdings(leader: int, state: Path, tp: int) -> tuple[Holding, ...]:
-    """Every process of the server, those that ended too; of Python's own helpers only those that hold something."""
+    """Return every process of the server, also ended ones; of Python's helpers only those that hold something."""
     found = []
     states = {process.pid: process for process in simgpu.state(state)}
     for pid in sorted(_group(leader) | set(states)):
@@ -201,7 +201,7 @@ def _holdings(leader: int, state: Path, tp: int) -> tuple[Holding, ...]:
 
 
 def _group(leader: int) -> set[int]:
-    """The live processes of a process group."""
+    """Return the live processes of a process group."""
     found = set()
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
@@ -211,7 +211,7 @@ def _group(leader: int) -> set[int]:
 
 
 def _shared_memory(leader: int) -> set[Path]:
-    """The files of shared memory that the processes of a group have mapped."""
+    """Return the files of shared memory that the processes of a group have mapped."""
     found = set()
     for pid in _group(leader):
         with contextlib.suppress(OSError):
@@ -222,7 +222,7 @@ def _shared_memory(leader: int) -> set[Path]:
     return found
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"server: {text}", file=sys.stderr, flush=True)
 
 
@@ -240,25 +240,27 @@ def _report(title: str, alone: Sequence[str], without: Served, guarded: Served, 
     same = sum(text == one.text for text, one in zip(alone, guarded.answers, strict=False))
     lines += [f"transformers, without SGLang, gives the same answer to {same} of {len(guarded.answers)}"]
     lines += [f"largest difference of a token's log-probability with and without devguard: {apart:.1e}"]
-    lines += ["the server's log says:", *(line.partition(", doors ")[0] for line in guarded.said)]
+    lines += ["from the server's log:", *(line.partition(", doors ")[0] for line in guarded.log_lines)]
     lines += ["", *(f"PROBLEM: {one}" for one in found)] if found else ["", "holds"]
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; see the module's docstring."""
+    """Run the command; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m tests.sglang.server", description=__doc__.splitlines()[0])
-    parser.add_argument("--tp", type=int, metavar="N", help="only this: tensor parallelism over N simulated GPUs")
-    parser.add_argument("--dp", type=int, metavar="N", help="only this: data parallelism over N simulated GPUs")
-    parser.add_argument("--json", action="store_true", help="print everything that was seen as JSON")
+    parser.add_argument("--tp", type=int, metavar="N", help="only tensor parallelism, over N simulated GPUs")
+    parser.add_argument("--dp", type=int, metavar="N", help="only data parallelism, over N simulated GPUs")
+    parser.add_argument("--json", action="store_true", help="print all observations as JSON")
     parser.add_argument("--keep", action="store_true", help="keep the model, the logs and the state files")
-    parser.add_argument("--patience", type=float, default=600, metavar="SECONDS", help="for a start (default: 600)")
+    parser.add_argument(
+        "--patience", type=float, default=600, metavar="SECONDS", help="limit of a start (default: 600)"
+    )
     options = parser.parse_args(arguments)
     for ranks in (options.tp, options.dp):
         if ranks is not None and not 2 <= ranks <= 16:
             parser.error(f"{ranks} ranks: the bug needs at least 2, and there are at most 16 simulated GPUs")
     named = [kind for kind in ("tp", "dp") if getattr(options, kind) is not None] or ["tp", "dp"]
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a server is ended with its test
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # Ends the server with its test.
     folder = Path(tempfile.mkdtemp(prefix="devguard-server-"))
     rows: list[dict[str, Any]] = []
     try:
@@ -277,12 +279,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             both = {"without": dataclasses.asdict(without), "guarded": dataclasses.asdict(guarded)}
             rows.append({**sizes, **both, "transformers": alone, "problems": found})
     except (ServerError, simgpu.SimulationError) as error:
-        _say(str(error))
+        _log(str(error))
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
         if options.keep:
-            _say(f"kept {folder}")
+            _log(f"kept {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
     if options.json:

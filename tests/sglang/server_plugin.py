@@ -1,8 +1,8 @@
-"""What the test of a real server changes in SGLang, each for a reason that is written beside it.
+"""The changes to SGLang for the test of a real server; each docstring gives the reason.
 
-`plugin` is the entry point ``devguard_server_test`` of the group ``sglang.srt.plugins``, which server.py declares in a
-folder of its own. One change makes the bug; the others let a model whose weights are on the CPU go on after its images
-came on simulated GPUs, which run no kernels. With and without devguard they are the same, and none has to do with it.
+`plugin` is the entry point ``devguard_server_test`` of the group ``sglang.srt.plugins``; server.py declares it in a
+separate folder. One change causes the bug. The others let a model with weights on the CPU run although its images
+arrive on simulated GPUs, which run no kernels. The changes are the same with and without devguard.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 __all__ = ["NAME", "plugin"]
 
 NAME = "devguard_server_test"
-PRODUCED = ("pixel_values", "image_grid_thw")  # what an image processor makes of an image
+PRODUCED = ("pixel_values", "image_grid_thw")  # The image processor's results.
 
 
 def plugin() -> None:
-    """Change SGLang in the process of the tokenizer and in the schedulers; the others stay as they are."""
+    """Change SGLang in the process of the tokenizer and in the schedulers; other processes stay unchanged."""
     import setproctitle
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     if setproctitle.getproctitle().startswith("sglang::"):
-        return  # the data-parallel controller or the detokenizer: to register a hook there would import the models
+        return  # In the data-parallel controller and the detokenizer, registering a hook would import the models.
     _stand_in_for_vllm()
     register = HookRegistry.register
     register(
@@ -40,9 +40,9 @@ def plugin() -> None:
 
 
 def leave_on_gpu_0(result: Any, *args: Any, **kwargs: Any) -> Any:
-    """The bug: the tokenizer's process leaves what it made of an image on cuda:0.
+    """Cause the bug: leave the tensors of an image on cuda:0 in the tokenizer's process.
 
-    SGLang moves only what it knows by name back to the host; each field that it forgot was one report.
+    SGLang moves only fields that it lists by name back to the host; each field missing there was one bug report.
     """
     for name in PRODUCED:
         if name in result:
@@ -51,19 +51,19 @@ def leave_on_gpu_0(result: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def take_gpu(server_args: Any, gpu_id: int, *args: Any, **kwargs: Any) -> None:
-    """A scheduler of a server on GPUs makes its own GPU the current device; with ``--device cpu`` it does not."""
+    """Make the scheduler's GPU the current device, as on a server with GPUs; SGLang skips it with ``--device cpu``."""
     import torch
 
     torch.cuda.set_device(gpu_id)
 
 
 def hash_on_host(original: Any, tensors: Any) -> Any:
-    """SGLang hashes what is on a GPU with a kernel, which would not run; on the host it hashes the same bytes."""
+    """Hash the same bytes on the host, because SGLang hashes tensors on a GPU with a kernel, which would not run."""
     return original(_on_host(tensors))
 
 
 def images_on_host(model: Any, items: Any, *args: Any, **kwargs: Any) -> None:
-    """The weights are on the CPU, so the images must be there too. This comes long after their arrival."""
+    """Move the images to the CPU, where the weights are. The hook runs long after the images arrived."""
     for item in items:
         item.feature = _on_host(item.feature)
         item.image_grid_thw = _on_host(item.image_grid_thw)
@@ -78,10 +78,10 @@ def _on_host(value: Any) -> Any:
 
 
 def _stand_in_for_vllm() -> None:
-    """SGLang's rotary embedding imports vLLM's kernel where it finds none of its own, even if it never calls it."""
+    """Provide vLLM's kernel, which SGLang's rotary embedding imports without its own kernels, but never calls."""
 
     def rotary_embedding(*args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("the model of this test is expected to use SGLang's own rotary embedding in torch")
+        raise NotImplementedError("expected SGLang's own rotary embedding in torch for the model of this test")
 
     for name in ("vllm", "vllm._custom_ops"):
         module = types.ModuleType(name)

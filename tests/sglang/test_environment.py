@@ -1,4 +1,4 @@
-"""SGLang's own modules import on simulated GPUs, from the folders in the cache, and take their CPU paths."""
+"""SGLang's modules can be imported on simulated GPUs from the folders in the cache, and take their CPU paths."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.sglang.environment import NEWEST, OLDEST, POSSIBLE, sglang_environmen
 
 pytestmark = [
     pytest.mark.skipif(not POSSIBLE, reason="SGLang 0.5.23 needs Python 3.11"),
-    pytest.mark.timeout(600),  # the first one installs SGLang
+    pytest.mark.timeout(600),  # The first test installs SGLang.
 ]
 
 ENTRY_POINTS = """
@@ -25,7 +25,7 @@ ENTRY_POINTS = """
 """
 
 
-def test_the_newest_release_imports_without_a_gpu_of_its_own(tmp_path: Path) -> None:
+def test_the_newest_release_can_be_imported_and_opens_no_context(tmp_path: Path) -> None:
     assert run_simulated(ENTRY_POINTS, env=sglang_environment(2, folder=tmp_path), timeout=500).result == [
         NEWEST,
         True,
@@ -34,7 +34,7 @@ def test_the_newest_release_imports_without_a_gpu_of_its_own(tmp_path: Path) -> 
     ]
 
 
-def test_the_last_release_with_the_original_bug_imports(tmp_path: Path) -> None:
+def test_the_last_release_with_the_original_bug_can_be_imported(tmp_path: Path) -> None:
     program = """
         import json
         from tests.sglang import older
@@ -44,7 +44,7 @@ def test_the_last_release_with_the_original_bug_imports(tmp_path: Path) -> None:
     assert run_simulated(program, env=sglang_environment(2, release=OLDEST, folder=tmp_path)).result == [OLDEST, True]
 
 
-def test_the_example_prints_what_it_promises(tmp_path: Path) -> None:
+def test_the_example_prints_its_out_file(tmp_path: Path) -> None:
     example = ROOT / "examples/sglang/engine.py"
     done = run_simulated([example], env=sglang_environment(2, folder=tmp_path), timeout=500)
     assert done.stdout == example.with_suffix(".out").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The integration without SGLang: stand-in modules under its names, in children that have the CPU build of torch."""
+"""The integration without SGLang: stand-in modules under SGLang's names, in child processes on simulated GPUs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from devguard.integrations import sglang
 from devguard.integrations.sglang import bugs, entry, roles, versions
 from tests.helpers.simulated import run_simulated
 
-# 0.4.6.post2 names the GPU to Scheduler; releases since then to configure_scheduler_process, with changing places.
+# 0.4.6.post2 passes the GPU to Scheduler; later releases to configure_scheduler_process, at changing positions.
 STAND_IN = """
     import importlib.metadata, sys, types
     version = importlib.metadata.version
@@ -38,7 +38,7 @@ def run(code: str, version: str = "0.5.23") -> str:
 
 
 @pytest.mark.parametrize("order", ["server_args, gpu_id, tp_rank=0", "tp_rank, server_args, gpu_id"])
-def test_a_scheduler_owns_its_gpu_wherever_the_argument_stands(order: str) -> None:
+def test_a_scheduler_owns_its_gpu_at_any_position_of_the_argument(order: str) -> None:
     printed = run(f"""
         def configure_scheduler_process({order}):
             print(devguard.status()["process_owner"])
@@ -54,7 +54,7 @@ def test_a_scheduler_owns_its_gpu_wherever_the_argument_stands(order: str) -> No
     assert printed == "cuda:1"
 
 
-def test_what_the_program_has_installed_stays_in_force() -> None:
+def test_an_owner_that_the_program_installed_stays_in_force() -> None:
     printed = run("""
         own = lambda server_args, gpu_id: None
         scheduler = module("sglang.srt.managers.scheduler", configure_scheduler_process=own)
@@ -66,7 +66,7 @@ def test_what_the_program_has_installed_stays_in_force() -> None:
     assert printed == "cuda:0"
 
 
-def test_a_gpu_that_is_not_there_is_a_line_in_the_log_and_the_server_starts() -> None:
+def test_a_missing_gpu_is_logged_and_the_server_still_starts() -> None:
     printed = run("""
         import logging
         logging.basicConfig(stream=sys.stdout, format="%(message)s")
@@ -79,7 +79,7 @@ def test_a_gpu_that_is_not_there_is_a_line_in_the_log_and_the_server_starts() ->
 
 
 @pytest.mark.parametrize("version", ["0.4.5.post3", "0.6.0"])
-def test_a_release_that_is_not_known_is_left_alone_with_a_line_in_the_log(version: str) -> None:
+def test_an_unsupported_release_stays_unpatched_with_a_line_in_the_log(version: str) -> None:
     printed = run(
         """
         import logging
@@ -124,14 +124,14 @@ def test_a_decorated_entry_point_starts_a_spawned_process(target: Any, arguments
     assert process.exitcode == 0
 
 
-def test_a_worker_without_a_parameter_for_its_gpu_is_refused_with_what_was_looked_for() -> None:
+def test_a_worker_without_a_gpu_parameter_is_refused_with_the_names_looked_for() -> None:
     with pytest.raises(DeviceResolutionError, match=r"run has no parameter.*gpu_id, local_rank.*it has: rank"):
 
         @sglang.worker
         def run(rank: int) -> None: ...
 
 
-def test_a_worker_is_told_at_once_what_means_nothing() -> None:
+def test_an_invalid_mode_or_target_is_refused_when_decorating() -> None:
     with pytest.raises(ConfigError, match="not a mode"):
         sglang.worker(mode="fix")(run_detokenizer_process.__wrapped__)
     with pytest.raises(ConfigError, match="decorates a function"):
@@ -163,26 +163,26 @@ def test_a_guarded_engines_entry_point_is_guarded_after_pickling(monkeypatch: py
     guarded = sglang.guarded_engine(Engine)
     assert issubclass(guarded, Engine)
     arrived = pickle.loads(pickle.dumps(guarded.run_scheduler_process_func))
-    assert armed  # in the process that it arrives in, before it is called
+    assert armed  # Unpickling arms the integration, before the call.
     assert isinstance(arrived, entry._Entry)
     assert arrived(None, gpu_id="cpu") == "cpu"
     assert Engine.run_scheduler_process_func is plain_entry
 
 
-def test_sglangs_promise_of_an_engine_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guarded_engine_resolves_sglangs_lazy_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed", lambda: "0.5.23")
-    promise: Any = types.SimpleNamespace(module_name=__name__, class_name="Engine")
+    proxy: Any = types.SimpleNamespace(module_name=__name__, class_name="Engine")
     monkeypatch.setitem(sys.modules, __name__, types.SimpleNamespace(Engine=Engine))  # type: ignore[arg-type]
-    assert issubclass(sglang.guarded_engine(promise), Engine)
+    assert issubclass(sglang.guarded_engine(proxy), Engine)
 
 
-def test_an_engine_whose_entry_points_are_fixed_is_refused_with_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_with_fixed_entry_points_is_refused_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed", lambda: "0.4.6.post2")
     with pytest.raises(ConfigError, match="DEVGUARD=repair"):
         sglang.guarded_engine(type("Engine", (), {}))
 
 
-def test_an_engine_of_an_unknown_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_of_an_unsupported_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed", lambda: "0.6.0")
     with pytest.raises(sglang.UnsupportedVersionError, match=r"0\.4\.6 to 0\.5\.23, and this is 0\.6\.0"):
         sglang.guarded_engine(Engine)
@@ -198,7 +198,7 @@ def test_versions_are_ordered_as_pip_orders_them() -> None:
         versions.parse("unknown")
 
 
-def test_the_original_bug_ends_with_its_last_release_and_its_cause_does_not() -> None:
+def test_the_original_bug_ends_with_its_last_release_but_its_cause_remains() -> None:
     before, after = (sglang.known_bugs(version) for version in ("0.4.6.post2", "0.4.6.post3"))
     assert set(before) - set(after) == {bugs.BUGS[0]}
     assert bugs.BUGS[1] in after

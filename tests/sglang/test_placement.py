@@ -1,4 +1,4 @@
-"""The judgement on a server's processes: what it accepts, and everything that it must not accept."""
+"""The judgement on a server's processes: what it accepts, and what it must refuse."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.sglang.recorded import (
 )
 
 
-def test_a_server_whose_processes_keep_to_their_gpus_is_accepted() -> None:
+def test_a_server_whose_processes_stay_on_their_gpus_is_accepted() -> None:
     assert problems(TENSOR_PARALLEL, GUARDED_TP, tp=2, dp=1) == []
     assert problems(DATA_PARALLEL, GUARDED_DP, tp=1, dp=2) == []
 
@@ -35,7 +35,7 @@ def test_an_unguarded_server_in_place_of_the_guarded_one_is_refused() -> None:
 
 @pytest.mark.parametrize("left", [CONTEXT, IMAGES, FREED])
 @pytest.mark.parametrize("name", ["scheduler TP1", "detokenizer"])
-def test_a_context_alone_and_bytes_that_were_given_back_count_as_well(name: str, left: tuple[bool, int, int]) -> None:
+def test_a_context_alone_and_freed_bytes_count_too(name: str, left: tuple[bool, int, int]) -> None:
     found = problems(TENSOR_PARALLEL, change(GUARDED_TP, name, left, IMAGES), tp=2, dp=1)
     assert any(name in one and "on GPU 0" in one for one in found)
 
@@ -53,14 +53,14 @@ def test_a_run_that_does_not_show_the_bug_proves_nothing() -> None:
     ]
 
 
-def test_images_that_never_came_to_a_ranks_own_gpu_are_refused() -> None:
+def test_a_rank_that_never_had_images_on_its_own_gpu_is_refused() -> None:
     lost = change(GUARDED_TP, "scheduler TP1", NOTHING, CONTEXT)
     assert problems(TENSOR_PARALLEL, lost, tp=2, dp=1) == [
         "with devguard: scheduler TP1 never had a byte on its own GPU 1"
     ]
 
 
-def test_a_process_that_was_not_seen_is_refused() -> None:
+def test_a_missing_process_is_refused() -> None:
     fewer = dataclasses.replace(GUARDED_TP, holdings=GUARDED_TP.holdings[:-1])
     assert problems(TENSOR_PARALLEL, fewer, tp=2, dp=1) == ["with devguard: no detokenizer was seen"]
 
@@ -73,7 +73,7 @@ def test_a_process_that_was_not_seen_is_refused() -> None:
         ((), ["with devguard: no answers", "the answers differ with and without devguard"]),
     ],
 )
-def test_other_answers_are_refused(answers: tuple[Answer, ...], expected: list[str]) -> None:
+def test_wrong_answers_are_refused(answers: tuple[Answer, ...], expected: list[str]) -> None:
     assert problems(TENSOR_PARALLEL, dataclasses.replace(GUARDED_TP, answers=answers), tp=2, dp=1) == expected
 
 
@@ -96,11 +96,11 @@ def test_answers_that_do_not_depend_on_the_image_prove_nothing() -> None:
         ("python -c from multiprocessing.resource_tracker import main", False, 1, ("helper", None)),
     ],
 )
-def test_a_process_is_known_by_its_title(title: str, leader: bool, tp: int, expected: tuple[str, int | None]) -> None:
+def test_a_title_gives_role_and_owner(title: str, leader: bool, tp: int, expected: tuple[str, int | None]) -> None:
     assert role(title, leader=leader, tp=tp) == expected
 
 
-def test_the_table_marks_what_is_on_a_gpu_of_somebody_else() -> None:
+def test_the_table_marks_what_is_on_a_gpu_that_the_process_does_not_own() -> None:
     rows = {line.split("  ")[0]: line for line in table(DATA_PARALLEL, GUARDED_DP, 2).splitlines()}
     assert rows["scheduler DP1"].count("!") == rows["DP controller"].count("!") == 1
     assert "!" not in rows["scheduler DP0"] + rows["tokenizer"] + rows["detokenizer"]

@@ -1,6 +1,6 @@
-"""The parts of the test of a real server: its model, its changes to SGLang, and that no server outlives it.
+"""Parts of the test of a real server: its model, its changes to SGLang, and that no server outlives the test.
 
-The whole of it takes minutes and is a command: ``python -m tests.sglang.server``.
+The whole test takes minutes and is a command: ``python -m tests.sglang.server``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ needs_sglang = pytest.mark.skipif(not POSSIBLE, reason="SGLang 0.5.23 needs Pyth
 
 
 @needs_sglang
-def test_the_model_answers_by_the_image_and_its_pixels_can_be_left_on_gpu_0(tmp_path: Path) -> None:
+def test_answers_depend_on_the_image_and_the_plugin_leaves_pixels_on_gpu_0(tmp_path: Path) -> None:
     texts = server.make_checkpoint(tmp_path, [questions.picture(number) for number in range(3)])
     assert len(set(texts)) == 3
     assert all(text.isascii() and text.isprintable() for text in texts)
@@ -67,20 +67,20 @@ SERVER = """
 
 
 def stand_in(folder: Path, program: str) -> dict[str, str]:
-    """An environment in which SGLang's server is this program."""
+    """Return an environment in which SGLang's server is this program."""
     (folder / "sglang").mkdir()
     (folder / "sglang" / "__init__.py").touch()
     (folder / "sglang" / "launch_server.py").write_text(textwrap.dedent(program))
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
 
 
-def runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False
 
 
-def test_nothing_of_a_server_outlives_its_test_not_even_a_child_that_does_not_listen(tmp_path: Path) -> None:
+def test_no_process_or_file_of_a_server_is_left_even_if_a_child_ignores_sigterm(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with (
         pytest.raises(ZeroDivisionError),
@@ -88,20 +88,20 @@ def test_nothing_of_a_server_outlives_its_test_not_even_a_child_that_does_not_li
     ):
         server._wait_until_ready(process, port, log, time.monotonic() + 60)
         child = int(log.read_text().split()[1])
-        assert runs(child)
+        assert is_running(child)
         assert server._group(process.pid) == {process.pid, child}
         shared = Path(f"/dev/shm/devguard-test-{process.pid}")
         assert shared.exists()
         raise ZeroDivisionError
     until = time.monotonic() + 60
-    while runs(child) and time.monotonic() < until:  # it was killed, which takes the kernel a moment
+    while is_running(child) and time.monotonic() < until:  # The kernel takes a moment to end a killed process.
         pass
-    assert not runs(child)
-    assert not runs(process.pid)
+    assert not is_running(child)
+    assert not is_running(process.pid)
     assert not shared.exists()
 
 
-def test_a_server_that_cannot_start_is_said_so_with_the_end_of_its_log(tmp_path: Path) -> None:
+def test_a_server_that_cannot_start_raises_with_the_end_of_its_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     environment = stand_in(tmp_path, "raise SystemExit('no such model')")
     with (
@@ -111,7 +111,7 @@ def test_a_server_that_cannot_start_is_said_so_with_the_end_of_its_log(tmp_path:
         server._wait_until_ready(process, port, log, time.monotonic() + 60)
 
 
-def test_a_server_that_is_never_ready_is_not_waited_for_longer_than_was_asked(tmp_path: Path) -> None:
+def test_waiting_for_a_server_that_never_becomes_ready_ends_in_time(tmp_path: Path) -> None:
     log = tmp_path / "log"
     environment = stand_in(tmp_path, "import time; time.sleep(600)")
     with (
@@ -121,23 +121,23 @@ def test_a_server_that_is_never_ready_is_not_waited_for_longer_than_was_asked(tm
         server._wait_until_ready(process, port, log, time.monotonic() + 1)
 
 
-def test_a_server_that_dies_of_a_question_is_said_so_with_the_end_of_its_log(
+def test_a_server_that_dies_while_answering_raises_with_the_end_of_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dies = """
         def do_POST(self):
             os.unlink(shared.name)
-            print("cannot bear it", flush=True)
+            print("out of order", flush=True)
             os._exit(3)
     """
     program = textwrap.dedent(SERVER).replace("port =", textwrap.indent(textwrap.dedent(dies), "    ") + "port =", 1)
     environment = stand_in(tmp_path, program)
     monkeypatch.setattr(server, "_environment", lambda folder, gpus: environment)
-    with pytest.raises(server.ServerError, match=r"did not answer (.|\n)*cannot bear it"):
+    with pytest.raises(server.ServerError, match=r"did not answer (.|\n)*out of order"):
         server._serve(tmp_path, {}, [questions.picture(0)], 1, 1, 60)
 
 
-def test_a_server_that_fails_makes_the_command_exit_with_1_and_leave_nothing(
+def test_after_a_failed_server_the_command_exits_with_1_and_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(folder: Path, *arguments: object, **options: object) -> None:
@@ -165,7 +165,7 @@ def test_a_server_that_fails_makes_the_command_exit_with_1_and_leave_nothing(
         ),
     ],
 )
-def test_the_verdict_is_printed_and_is_the_exit_status(
+def test_the_command_prints_the_verdict_and_exits_with_it(
     guarded: placement.Served,
     status: int,
     verdict: str,
@@ -185,7 +185,7 @@ def test_the_verdict_is_printed_and_is_the_exit_status(
 
 
 @pytest.mark.parametrize("ranks", ["1", "17"])
-def test_a_number_of_ranks_that_can_show_nothing_is_refused(ranks: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_number_of_ranks_outside_the_range_is_refused(ranks: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         server.main(["--dp", ranks])
     assert "at least 2" in capsys.readouterr().err

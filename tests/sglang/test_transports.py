@@ -1,4 +1,4 @@
-"""What SGLang's processes receive lands on their own GPU: SGLang 0.5.23's own code, on simulated GPUs."""
+"""Tensors that SGLang's processes receive land on their own GPU: SGLang 0.5.23's own code, on simulated GPUs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.sglang.environment import OLDEST, POSSIBLE, sglang_environment
 
 pytestmark = [
     pytest.mark.skipif(not POSSIBLE, reason="SGLang 0.5.23 needs Python 3.11"),
-    pytest.mark.timeout(600),  # the first one installs SGLang
+    pytest.mark.timeout(600),  # The first test installs SGLang.
 ]
 
 TO_ALL = {"zmq", "unpickler", "msgpack"}
@@ -35,7 +35,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """With DEVGUARD and nothing else; SGLang's loader may load no plugin."""
+    """With DEVGUARD alone; SGLang's loader may load no plugin."""
     folder = tmp_path_factory.mktemp("sglang")
     return crew(folder, "environment", 4, DEVGUARD="repair", SGLANG_PLUGINS="none")
 
@@ -50,13 +50,11 @@ def test_unguarded_every_process_has_a_context_and_bytes_on_gpu_0(two_ranks: Fin
 
 
 @pytest.mark.parametrize("road", ["decorator", "plugin"])
-def test_guarded_by_code_or_plugin_no_process_touches_a_gpu_that_it_does_not_own(
-    two_ranks: Finished, road: str
-) -> None:
+def test_with_decorator_or_plugin_no_process_touches_a_foreign_gpu(two_ranks: Finished, road: str) -> None:
     check(two_ranks.result[road], 2)
 
 
-def test_guarded_by_environment_alone_no_process_touches_a_foreign_gpu(four_ranks: Finished) -> None:
+def test_with_the_environment_alone_no_process_touches_a_foreign_gpu(four_ranks: Finished) -> None:
     check(four_ranks.result["environment"], 4)
 
 
@@ -76,28 +74,30 @@ def check(processes: dict[str, Any], ranks: int) -> None:
         assert processes[name] == {"devices": devices, "contexts": [], "bytes": {}, "owner": "cpu"}
 
 
-def test_each_process_says_in_the_servers_log_what_it_owns(two_ranks: Finished, four_ranks: Finished) -> None:
+def test_each_process_logs_its_owner(two_ranks: Finished, four_ranks: Finished) -> None:
     for log, ranks in ((two_ranks.stderr, 2), (four_ranks.stderr, 4)):
-        said = [line.partition("devguard: ")[2] for line in log.splitlines() if " owns " in line]
-        # a set: the decorator arms its process too, so controller and detokenizer of that road say it as well
-        assert {line.partition(", doors ")[0] for line in said} == {
+        lines = [line.partition("devguard: ")[2] for line in log.splitlines() if " owns " in line]
+        # A set, because the decorator arms its process too: its controller and detokenizer log the same line.
+        assert {line.partition(", doors ")[0] for line in lines} == {
             *(f"scheduler TP{rank % 2} owns cuda:{rank + 1}, mode repair" for rank in range(ranks)),
             "data-parallel controller owns cpu, mode repair",
             "detokenizer owns cpu, mode repair",
         }
-        assert all("ipc" in line and "load" in line for line in said)
+        assert all("ipc" in line and "load" in line for line in lines)
         assert "NOT guarded" not in log
 
 
-def test_sglangs_loader_says_nothing_against_the_plugin(two_ranks: Finished) -> None:
-    assert "Failed to" not in two_ranks.stderr  # that it applies the hook, the schedulers themselves assert
+def test_sglangs_loader_loads_the_plugin_without_an_error(two_ranks: Finished) -> None:
+    assert "Failed to" not in two_ranks.stderr  # The schedulers assert that it applies the hook.
 
 
 @pytest.mark.parametrize(
     ("road", "second"),
     [("none", [["cuda:0", "cuda:0"], ["cuda:0", "cuda:1"]]), ("decorator", [["cuda:1", "cuda:1"], ["cuda:1"]])],
 )
-def test_the_last_release_with_the_original_bug(tmp_path: Path, road: str, second: list[Any]) -> None:
+def test_the_decorator_repairs_the_original_bug_in_its_last_release(
+    tmp_path: Path, road: str, second: list[Any]
+) -> None:
     environment = sglang_environment(2, release=OLDEST, folder=tmp_path)
     reports = run_simulated(["-m", "tests.sglang.older_crew", road, tmp_path], env=environment).result
     assert json.loads(json.dumps(reports)) == [[0, ["cuda:0", "cuda:0"], ["cuda:0"]], [1, *second]]

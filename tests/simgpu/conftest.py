@@ -1,6 +1,6 @@
-"""A package index on this disk: a tiny "torch" 99.1.0 with one CUDA library, and NVIDIA's real headers.
+"""A local package index: a tiny "torch" 99.1.0 with one CUDA library, and NVIDIA's real headers.
 
-With it a whole overlay is made in two seconds, so that the tests can break it in every way.
+A whole overlay is built from it in two seconds, so that the tests can break the build in every way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ int use(void) { int n; void *p; return cudaMalloc(&p, 1) + ncclGetVersion(&n) + 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """Folders with wheels, and how to make pip see nothing else."""
+    """A folder of wheels, and the environment in which pip sees nothing else."""
 
     wheels: Path
 
@@ -67,7 +67,7 @@ def write_wheel(
 
 
 def torch_files(folder: Path) -> dict[str, bytes]:
-    """What is in the tiny torch: a library that needs libcudart and libnccl."""
+    """Return the files of the tiny torch: a library that needs libcudart and libnccl."""
     source, library = folder / "tiny.c", folder / "libtorch_cuda.so"
     source.write_text(LIBRARY)
     for soname in ("libcudart.so.13", "libnccl.so.2"):

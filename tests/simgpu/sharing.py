@@ -1,4 +1,4 @@
-"""Programs for test_sharing.py, which several processes import: torch.multiprocessing needs a module to spawn from."""
+"""Programs for test_ipc.py, in a module because torch.multiprocessing spawns processes that import them."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def contexts() -> list[int]:
 
 
 def receive(tensors: Any, answers: Any) -> None:
-    """Read what the parent shared, write into it, and tell what that took."""
+    """Read the tensor that the parent shares, write to it, and report the devices and memory used."""
     torch.cuda.set_device(1)
     t = tensors.get()
     values = t.cpu().tolist()
-    t.copy_(torch.tensor([9.0, 9.0, 9.0, 9.0]))  # the parent must see it
-    mine = me()
+    t.copy_(torch.tensor([9.0, 9.0, 9.0, 9.0]))  # The parent must see this.
+    process = me()
     answers.put(
         {
             "device": str(t.device),
             "values": values,
             "contexts": contexts(),
-            "bytes": [d.bytes for d in mine.devices],
-            "opens": [d.ipc_opens for d in mine.devices],
+            "bytes": [d.bytes for d in process.devices],
+            "opens": [d.ipc_opens for d in process.devices],
         }
     )
     del t
-    answers.put(tensors.get())  # wait until the parent has looked
+    answers.put(tensors.get())  # Wait until the parent has checked.
 
 
 def wait_for_event(handle: bytes, answers: Any) -> None:
@@ -49,7 +49,7 @@ def wait_for_event(handle: bytes, answers: Any) -> None:
 
 
 def memory() -> None:
-    """Memory and events between two processes, from GPU 0 and from GPU 2."""
+    """Share memory and events between two processes, from GPU 0 and from GPU 2."""
     context = mp.get_context("spawn")
     tensors, answers = context.Queue(), context.Queue()
     for index in (0, 2):
@@ -63,7 +63,7 @@ def memory() -> None:
         assert seen["contexts"] == sorted({1, index}), seen
         assert seen["opens"][index] == 1, seen
         assert sum(seen["opens"]) == 1, seen
-        assert seen["bytes"] == [0, 0, 0], seen  # what was imported is the exporter's
+        assert seen["bytes"] == [0, 0, 0], seen  # Imported memory counts for the exporter.
         assert t.cpu().tolist() == [9.0] * 4
         tensors.put(None)
         answers.get(timeout=100)
@@ -88,7 +88,7 @@ def count(rank: int, queue: Any, answers: Any) -> None:
 
 
 def stress() -> None:
-    """400 tensors to 4 processes, and copies around the GPUs in 4 threads at once."""
+    """Send 400 tensors to 4 processes, then copy around the GPUs in 4 threads at once."""
     context, gpus = mp.get_context("spawn"), torch.cuda.device_count()
     queues, answers = [context.Queue() for _ in range(4)], context.Queue()
     children = [context.Process(target=count, args=(rank % gpus, queues[rank], answers)) for rank in range(4)]
@@ -113,7 +113,7 @@ def stress() -> None:
                 b = a.to(f"cuda:{(k + 1) % gpus}")
                 assert int(b.cpu()[5]) == k
                 assert b.device.index == (k + 1) % gpus
-        except BaseException as error:  # noqa: BLE001  (handed to the main thread)
+        except BaseException as error:  # noqa: BLE001  (raised in the main thread)
             failures.append(error)
 
     threads = [threading.Thread(target=around, args=(k,)) for k in range(gpus)]
@@ -129,7 +129,7 @@ def stress() -> None:
 
 
 def plain_pickle() -> None:
-    """A pickle of a CUDA tensor holds its bytes and its device."""
+    """Check that a pickle of a CUDA tensor holds its bytes and its device."""
     blob = pickle.dumps(torch.tensor([1.0]).to("cuda:1"))
     assert pickle.loads(blob).device.index == 1
     assert contexts() == [1]

@@ -1,4 +1,4 @@
-"""What lands where: devices, contexts, memory, copies, streams and errors, under the real torch."""
+"""Placement on simulated GPUs: devices, contexts, memory, copies, streams and errors, under the real torch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_devices_are_counted_and_described_without_a_context(run_simulated: Run)
     assert not [line for line in done.log if "ctx_create" in line]
 
 
-def test_allocations_copies_and_fills_land_where_they_should_with_their_values(run_simulated: Run) -> None:
+def test_allocations_copies_and_fills_have_the_right_device_and_values(run_simulated: Run) -> None:
     done = run_simulated(
         python("""
         x = torch.empty(1000, 1000, device="cuda:1")
@@ -95,13 +95,14 @@ def test_allocations_copies_and_fills_land_where_they_should_with_their_values(r
         o.sum().backward()
         assert o.device.index == 1 and m.weight.grad.device.index == 1
         print(json.dumps(held()), flush=True)
-        os._exit(0)  # autograd's threads may still be starting: one that then asks for the GIL of a Python that is
-        # shutting down is ended inside C++, and takes the process with it (torch's own race, on a busy machine)
+        # Autograd's threads may still be starting. A thread that requests the GIL while Python shuts down is ended
+        # inside C++, and takes the process with it: a race of torch itself, on a busy machine.
+        os._exit(0)
         """),
         gpus=4,
     )
     devices = done.me.devices
-    assert [d.bytes >> 20 for d in devices] == done.result  # what it held at its end stays readable
+    assert [d.bytes >> 20 for d in devices] == done.result  # The memory held at the end stays readable.
     assert devices[1].bytes >= 20 << 20
     assert devices[1].allocations >= 1
     assert all(d.peak_bytes >= d.bytes for d in devices)
@@ -109,7 +110,7 @@ def test_allocations_copies_and_fills_land_where_they_should_with_their_values(r
     assert [d.ipc_opens for d in devices] == [0] * 4
 
 
-def test_freed_memory_is_given_back_and_the_peak_is_kept(run_simulated: Run) -> None:
+def test_freed_memory_is_released_and_the_peak_is_kept(run_simulated: Run) -> None:
     done = run_simulated(
         python("""
         x = torch.empty(100 * MIB, dtype=torch.uint8, device="cuda:1")
@@ -125,7 +126,7 @@ def test_freed_memory_is_given_back_and_the_peak_is_kept(run_simulated: Run) -> 
     assert done.me.devices[1].context
 
 
-def test_the_current_device_is_per_thread_and_choosing_one_opens_its_context(run_simulated: Run) -> None:
+def test_the_current_device_is_per_thread_and_selecting_one_opens_its_context(run_simulated: Run) -> None:
     run_simulated(
         python("""
         torch.cuda.set_device(3)
@@ -143,7 +144,7 @@ def test_the_current_device_is_per_thread_and_choosing_one_opens_its_context(run
         except Exception as error:
             assert "invalid device ordinal" in str(error), error
         else:
-            raise AssertionError("device 7 of 4 was taken")
+            raise AssertionError("device 7 of 4 was accepted")
         assert 0 not in contexts(), contexts()
         """),
         gpus=4,
@@ -189,7 +190,7 @@ def test_streams_events_pinned_memory_and_graphs(run_simulated: Run) -> None:
     assert [line for line in done.log if line.split()[2:4] == ["1", "graphLaunch"]]
 
 
-def test_out_of_memory_is_torchs_own_error_and_counts_all_processes(run_simulated: Run) -> None:
+def test_out_of_memory_raises_torchs_error_and_counts_all_processes(run_simulated: Run) -> None:
     done = run_simulated(
         python("""
         import subprocess
@@ -211,7 +212,7 @@ def test_out_of_memory_is_torchs_own_error_and_counts_all_processes(run_simulate
         except torch.cuda.OutOfMemoryError as error:
             assert "CUDA out of memory" in str(error) and "GPU 1" in str(error)
         else:
-            raise AssertionError("40 GiB were had")
+            raise AssertionError("40 GiB were allocated")
         """),
         memory=1 << 30,
     )
@@ -219,7 +220,7 @@ def test_out_of_memory_is_torchs_own_error_and_counts_all_processes(run_simulate
     assert done.state[1].devices[1].bytes == 0
 
 
-def test_a_fork_after_initialising_gets_errors_and_a_fork_before_does_not(run_simulated: Run) -> None:
+def test_a_child_forked_after_initialisation_gets_errors_and_one_forked_before_does_not(run_simulated: Run) -> None:
     run_simulated(
         python("""
         import ctypes
@@ -253,7 +254,7 @@ def test_a_fork_after_initialising_gets_errors_and_a_fork_before_does_not(run_si
     )
 
 
-def test_forked_siblings_that_initialise_at_once_have_a_record_each(run_simulated: Run) -> None:
+def test_forked_siblings_that_initialise_at_once_get_a_record_each(run_simulated: Run) -> None:
     done = run_simulated(
         python("""
         waits, go = os.pipe()
@@ -271,8 +272,8 @@ def test_forked_siblings_that_initialise_at_once_have_a_record_each(run_simulate
     assert len({process.pid for process in done.state}) == 12
 
 
-def test_each_thread_has_the_context_it_worked_in_current(run_simulated: Run) -> None:
-    """By which devguard tells, as a thread ends, where it worked (``accelerator.bound_device``)."""
+def test_the_context_of_a_threads_last_work_stays_bound_to_the_thread(run_simulated: Run) -> None:
+    """devguard relies on this when a thread ends, to find the device it worked on (``accelerator.bound_device``)."""
     run_simulated(
         python("""
         from devguard.support import accelerator
@@ -284,8 +285,9 @@ def test_each_thread_has_the_context_it_worked_in_current(run_simulated: Run) ->
         assert accelerator.bound_device() is None and not torch.cuda.is_initialized()
         torch.cuda.set_device(1)
         assert accelerator.bound_device() == 1
-        assert on_thread(lambda: torch.cuda.current_device()) is None  # a question opens nothing
-        assert on_thread(lambda: torch.ones(2, device="cuda:1")) == 1  # device 0, which it comes from, holds no context
+        assert on_thread(lambda: torch.cuda.current_device()) is None  # A query opens no context.
+        # The thread starts on device 0, which has no context.
+        assert on_thread(lambda: torch.ones(2, device="cuda:1")) == 1
         assert contexts() == [1]
         assert on_thread(lambda: torch.ones(2, device="cuda")) == 0
         assert on_thread(lambda: torch.cuda.set_device(1)) == 1
@@ -294,23 +296,23 @@ def test_each_thread_has_the_context_it_worked_in_current(run_simulated: Run) ->
     )
 
 
-def test_the_driver_answers_not_initialised_until_someone_initialises_it(run_simulated: Run) -> None:
+def test_the_driver_returns_not_initialised_until_it_is_initialised(run_simulated: Run) -> None:
     done = run_simulated(
         python("""
         import ctypes
         driver = ctypes.CDLL("libcuda.so.1")
         count, active, flags, context = ctypes.c_int(), ctypes.c_int(), ctypes.c_uint(), ctypes.c_void_p()
-        def ask():
+        def query():
             return (driver.cuDeviceGetCount(ctypes.byref(count)),
                     driver.cuDevicePrimaryCtxGetState(1, ctypes.byref(flags), ctypes.byref(active)),
                     driver.cuCtxGetCurrent(ctypes.byref(context)))
-        assert ask() == (3, 3, 3)  # torch is imported
+        assert query() == (3, 3, 3)  # torch is only imported
         assert simgpu.state() == ()
-        assert torch.cuda._device_count_nvml() == 2 and ask() == (3, 3, 3)  # NVML is not the driver
+        assert torch.cuda._device_count_nvml() == 2 and query() == (3, 3, 3)  # NVML is not the driver
         torch.cuda.init()
-        assert ask() == (0, 0, 0) and count.value == 2 and not active.value and not context.value
+        assert query() == (0, 0, 0) and count.value == 2 and not active.value and not context.value
         torch.cuda.set_device(1)
-        assert ask() == (0, 0, 0) and active.value == 1 and context.value
+        assert query() == (0, 0, 0) and active.value == 1 and context.value
         seen = []
         t = threading.Thread(target=lambda: (driver.cuCtxGetCurrent(ctypes.byref(context)), seen.append(context.value)))
         t.start(); t.join()
@@ -330,7 +332,9 @@ def test_the_driver_answers_not_initialised_until_someone_initialises_it(run_sim
         ("1,1", 0, None),
     ],
 )
-def test_cuda_visible_devices_is_honoured(run_simulated: Run, visible: str, count: int, physical: int | None) -> None:
+def test_cuda_visible_devices_selects_the_gpus(
+    run_simulated: Run, visible: str, count: int, physical: int | None
+) -> None:
     done = run_simulated(
         f"""
         import os
@@ -348,8 +352,8 @@ def test_cuda_visible_devices_is_honoured(run_simulated: Run, visible: str, coun
     assert contexts == ([] if physical is None else [physical])
 
 
-def test_a_pickle_keeps_the_senders_device_and_planted_bugs_are_seen(run_simulated: Run) -> None:
-    """The disease itself: what devguard is there to cure must be visible without it."""
+def test_a_pickle_keeps_the_senders_device_and_planted_bugs_show(run_simulated: Run) -> None:
+    """The bugs that devguard repairs must be visible without devguard."""
     bugs = {
         "pickle": "t = pickle.loads(blob)\nassert t.device.index == 0, t.device",
         "right": "t = pickle.loads(blob).to('cuda:1')",

@@ -1,4 +1,4 @@
-"""Device memory and events that travel between processes."""
+"""Device memory and events that are shared between processes."""
 
 from __future__ import annotations
 
@@ -26,3 +26,8 @@ def test_four_processes_and_four_threads_at_once(run_simulated: Run) -> None:
     assert not any(process.alive for process in done.state)
     assert [device.bytes for process in done.state for device in process.devices] == [0] * 20
     assert all(device.ipc_opens > 0 for device in done.state[1].devices)
+
+
+def test_a_pickle_holds_the_bytes_and_the_device_of_a_tensor(run_simulated: Run) -> None:
+    done = run_simulated([PROGRAM, "pickle"], gpus=2)
+    assert [device.context for device in done.me.devices] == [False, True]

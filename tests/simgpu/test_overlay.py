@@ -1,4 +1,4 @@
-"""The overlay: made once, whole or not at all, whatever breaks on the way."""
+"""The overlay: built once, and complete or absent, even if the build fails at any point."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def env(index: Index, cache: Path) -> dict[str, str]:
     return index.environment(cache)
 
 
-def refused(env: dict[str, str], cache: Path, *words: str, torch: str = TORCH) -> str:
-    """It fails with one clear message that holds these words, and leaves nothing behind."""
+def check_refused(env: dict[str, str], cache: Path, *words: str, torch: str = TORCH) -> str:
+    """Check that the build fails with one message that contains these words, and leaves nothing behind; return it."""
     done = make(env, torch)
     assert done.returncode == 2, done
     assert done.stdout == ""
@@ -69,10 +69,10 @@ def refused(env: dict[str, str], cache: Path, *words: str, torch: str = TORCH) -
     return done.stderr
 
 
-def test_it_is_made_once_and_reused_without_pip_or_compiler(env: dict[str, str], cache: Path) -> None:
+def test_an_overlay_is_built_once_and_reused_without_pip_or_compiler(env: dict[str, str], cache: Path) -> None:
     first = make(env)
     assert first.returncode == 0, first.stderr
-    assert "making simulated GPUs for torch 99.1.0" in first.stderr
+    assert "building simulated GPUs for torch 99.1.0" in first.stderr
     ready = json.loads(first.stdout)
     assert ready["torch"] == TORCH
     assert ready["needs"] is None
@@ -92,28 +92,28 @@ def test_it_is_made_once_and_reused_without_pip_or_compiler(env: dict[str, str],
     assert subprocess.check_output([sys.executable, "-c", code], env=env | {"DEVGUARD_SIM_GPUS": "3"}) == b"3\n"
 
 
-@pytest.mark.parametrize("harm", ["cut", "delete", "empty manifest", "no manifest"])
-def test_a_damaged_overlay_is_made_again(env: dict[str, str], harm: str) -> None:
+@pytest.mark.parametrize("damage", ["cut", "delete", "empty manifest", "no manifest"])
+def test_a_damaged_overlay_is_rebuilt(env: dict[str, str], damage: str) -> None:
     place = Path(json.loads(make(env).stdout)["overlay"])
     library = place / "site/torch/lib/libtorch_cuda.so"
     size = library.stat().st_size
-    if harm == "cut":
+    if damage == "cut":
         os.truncate(library, size // 2)
-    elif harm == "delete":
+    elif damage == "delete":
         library.unlink()
-    elif harm == "empty manifest":
+    elif damage == "empty manifest":
         (place / "manifest.json").write_text("")
     else:
         (place / "manifest.json").unlink()
     again = make(env)
     assert again.returncode == 0, again.stderr
-    assert "making simulated GPUs" in again.stderr
+    assert "building simulated GPUs" in again.stderr
     assert Path(json.loads(again.stdout)["overlay"]) == place
     assert library.stat().st_size == size
     assert folders(place.parent.parent) == [place.name]
 
 
-def test_a_new_simulation_shares_the_torch_that_is_there(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_simulation_shares_the_torch_of_an_old_one(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     first = Path(json.loads(make(env).stdout)["overlay"])
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -132,7 +132,7 @@ def test_a_new_simulation_shares_the_torch_that_is_there(env: dict[str, str], mo
 def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch, system: str, machine: str) -> None:
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    with pytest.raises(simgpu.SimulationError, match=rf"Linux on x86-64 only, and this is {system} on {machine}"):
+    with pytest.raises(simgpu.SimulationError, match=rf"need Linux on x86-64, and this is {system} on {machine}"):
         simgpu.environment(2)
 
 
@@ -143,7 +143,7 @@ def test_another_c_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("version", ["2.5.1", "1.13", "newest", "2.13; rm", "../2.13"])
-def test_a_version_that_cannot_be_is_refused(version: str) -> None:
+def test_a_version_that_is_invalid_or_too_old_is_refused(version: str) -> None:
     with pytest.raises(simgpu.SimulationError, match=r"2\.13\.0"):
         simgpu.environment(2, torch=version)
 
@@ -160,45 +160,45 @@ def test_memory_out_of_range_is_refused(memory: int) -> None:
         simgpu.environment(2, memory=memory)
 
 
-def test_no_compiler_is_told_before_anything_is_downloaded(env: dict[str, str], cache: Path, tmp_path: Path) -> None:
+def test_a_missing_compiler_is_reported_before_the_download(env: dict[str, str], cache: Path, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    said = refused(env | {"PATH": str(tmp_path / "bin")}, cache, "C compiler", "apt install gcc")
-    assert "downloading" not in said
-    refused(env | {"CC": "icc"}, cache, "CC=icc", "no program here")
+    message = check_refused(env | {"PATH": str(tmp_path / "bin")}, cache, "C compiler", "apt install gcc")
+    assert "downloading" not in message
+    check_refused(env | {"CC": "icc"}, cache, "CC=icc", "is not an installed program")
 
 
-def test_no_binutils_is_told(env: dict[str, str], cache: Path, tmp_path: Path) -> None:
+def test_missing_binutils_are_reported(env: dict[str, str], cache: Path, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     compiler = shutil.which("cc")
     assert compiler
     (tmp_path / "bin/cc").symlink_to(compiler)
-    refused(env | {"PATH": str(tmp_path / "bin")}, cache, "readelf", "binutils")
+    check_refused(env | {"PATH": str(tmp_path / "bin")}, cache, "readelf", "binutils")
 
 
-def test_a_compiler_without_headers_is_told(env: dict[str, str], cache: Path, tmp_path: Path) -> None:
+def test_a_compiler_without_headers_is_reported(env: dict[str, str], cache: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken-cc"
     broken.write_text("#!/bin/sh\necho 'fatal error: stdio.h: No such file or directory' >&2\nexit 1\n")
     broken.chmod(0o755)
-    refused(env | {"CC": str(broken)}, cache, "could not be compiled", "libc6-dev", "stdio.h")
+    check_refused(env | {"CC": str(broken)}, cache, "could not be compiled", "libc6-dev", "stdio.h")
 
 
-def test_no_network_is_told(env: dict[str, str], cache: Path) -> None:
+def test_a_missing_network_is_reported(env: dict[str, str], cache: Path) -> None:
     offline = {name: value for name, value in env.items() if name not in ("PIP_NO_INDEX", "PIP_FIND_LINKS")}
     offline["PIP_INDEX_URL"] = "http://127.0.0.1:9/simple"
-    refused(offline, cache, "could not be downloaded", "check the network", "torch===99.1.0")
+    check_refused(offline, cache, "could not be downloaded", "check the network", "torch===99.1.0")
 
 
-def test_an_index_without_that_version_is_told(env: dict[str, str], cache: Path) -> None:
-    refused(env, cache, "has no torch===99.9.9", "--torch", torch="99.9.9")
+def test_an_index_without_the_version_is_reported(env: dict[str, str], cache: Path) -> None:
+    check_refused(env, cache, "has no torch===99.9.9", "--torch", torch="99.9.9")
 
 
-def test_a_wheel_that_is_no_cuda_build_is_told(env: dict[str, str], cache: Path) -> None:
-    refused(env, cache, "no CUDA build", "pip config list", torch="99.2.0")
+def test_a_wheel_that_is_not_a_cuda_build_is_reported(env: dict[str, str], cache: Path) -> None:
+    check_refused(env, cache, "not a CUDA build", "pip config list", torch="99.2.0")
 
 
 @pytest.fixture
 def server(index: Index) -> Iterator[tuple[str, dict[str, int]]]:
-    """A package index over HTTP that breaks off after ``limit["bytes"]`` bytes of a wheel, if that is not 0."""
+    """A package index over HTTP that sends only ``limit["bytes"]`` bytes of each wheel, unless the limit is 0."""
     limit = {"bytes": 0}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -226,41 +226,41 @@ def server(index: Index) -> Iterator[tuple[str, dict[str, int]]]:
         thread.join()
 
 
-def test_a_download_that_breaks_half_way_leaves_nothing_and_can_be_repeated(
+def test_an_interrupted_download_leaves_nothing_and_can_be_repeated(
     env: dict[str, str], cache: Path, server: tuple[str, dict[str, int]]
 ) -> None:
     url, limit = server
     online = {name: value for name, value in env.items() if name not in ("PIP_NO_INDEX", "PIP_FIND_LINKS")}
     online["PIP_INDEX_URL"] = url
     limit["bytes"] = 3000
-    refused(online, cache, "broke off or is damaged", "run the same again")
+    check_refused(online, cache, "was interrupted or damaged", "run the command again")
     limit["bytes"] = 0
     assert make(online).returncode == 0
 
 
-def test_a_damaged_wheel_is_told(env: dict[str, str], cache: Path, index: Index, tmp_path: Path) -> None:
+def test_a_damaged_wheel_is_reported(env: dict[str, str], cache: Path, index: Index, tmp_path: Path) -> None:
     wheels = tmp_path / "wheels"
     shutil.copytree(index.wheels, wheels)
     wheel = next(wheels.glob("torch-99.1.0*"))
     os.truncate(wheel, wheel.stat().st_size // 2)
-    refused(env | {"PIP_FIND_LINKS": str(wheels)}, cache, "broke off or is damaged")
+    check_refused(env | {"PIP_FIND_LINKS": str(wheels)}, cache, "was interrupted or damaged")
 
 
-def test_too_little_space_is_told_before_anything_is_downloaded(
+def test_too_little_space_is_reported_before_the_download(
     env: dict[str, str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(overlay, "NEEDED_BYTES", 10**18)
     with pytest.raises(
-        simgpu.SimulationError, match=r"GB free, and making simulated GPUs takes about .* DEVGUARD_CACHE_DIR"
+        simgpu.SimulationError, match=r"GB free, and building simulated GPUs takes about .* DEVGUARD_CACHE_DIR"
     ):
         overlay.prepare(TORCH, progress=False)
     assert folders(cache) == []
 
 
-@pytest.mark.parametrize("size", ["1m", "3m"])  # full while pip unpacks; full while it is compiled
-def test_a_disk_that_fills_up_on_the_way_is_told(env: dict[str, str], tmp_path: Path, size: str) -> None:
+@pytest.mark.parametrize("size", ["1m", "3m"])  # full while pip unpacks, and full while the sources are compiled
+def test_a_disk_that_fills_up_during_the_build_is_reported(env: dict[str, str], tmp_path: Path, size: str) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     code = """if True:
@@ -285,38 +285,36 @@ def test_a_disk_that_fills_up_on_the_way_is_told(env: dict[str, str], tmp_path: 
     assert done.stdout.endswith("[]\n")
 
 
-def test_a_cache_that_cannot_be_written_is_told(env: dict[str, str], tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_reported(env: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = make(env | {"DEVGUARD_CACHE_DIR": str(tmp_path / "file")})
     assert done.returncode == 2
-    assert "cannot be made" in done.stderr
+    assert "cannot be created" in done.stderr
     assert "DEVGUARD_CACHE_DIR" in done.stderr
 
 
-def test_two_that_start_at_once_wait_for_one_build(env: dict[str, str], cache: Path) -> None:
+def test_processes_that_start_at_once_wait_for_one_build(env: dict[str, str], cache: Path) -> None:
     name = f"torch-{TORCH}-{sys.implementation.cache_tag}{sys.abiflags}-{overlay._source_hash()}"
     (cache / "simgpu").mkdir(parents=True)
     with filelock.FileLock(cache / "simgpu" / f"{name}.lock"):
         both = [start(env), start(env)]
         for each in both:
             assert each.stderr
-            assert "waiting for it" in each.stderr.readline()  # both stand at the lock now
+            assert "waiting for it" in each.stderr.readline()  # Both now wait for the lock.
     outputs = [each.communicate(timeout=200) for each in both]
     assert [each.returncode for each in both] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0]
-    assert sum("compiling" in said for _, said in outputs) == 1
+    assert sum("compiling" in stderr for _, stderr in outputs) == 1
     assert folders(cache) == [name]
 
 
-def test_a_builder_that_is_killed_leaves_nothing_that_is_trusted(
-    env: dict[str, str], cache: Path, tmp_path: Path
-) -> None:
+def test_the_remains_of_a_killed_build_are_not_used(env: dict[str, str], cache: Path, tmp_path: Path) -> None:
     fifo, stuck = tmp_path / "fifo", tmp_path / "stuck-cc"
     os.mkfifo(fifo)
     stuck.write_text(f"#!/bin/sh\necho here > {fifo}\nexec sleep 1000\n")
     stuck.chmod(0o755)
     with start(env | {"CC": str(stuck)}, start_new_session=True) as builder:
-        assert fifo.read_text() == "here\n"  # it compiles now: torch is unpacked, nothing is ready
+        assert fifo.read_text() == "here\n"  # The compiler runs now: torch is unpacked, and nothing is ready.
         os.killpg(builder.pid, signal.SIGKILL)
     (left,) = folders(cache)
     assert ".building-" in left
@@ -325,7 +323,7 @@ def test_a_builder_that_is_killed_leaves_nothing_that_is_trusted(
     assert folders(cache) == [Path(json.loads(again.stdout)["overlay"]).name]
 
 
-def test_without_pip_the_one_that_comes_with_python_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pip_the_copy_bundled_with_python_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     from devguard.simgpu import wheels
 
     find = wheels.importlib.util.find_spec
@@ -338,7 +336,7 @@ def test_without_pip_the_one_that_comes_with_python_serves(monkeypatch: pytest.M
 
 
 def test_an_environment_without_torch_gets_what_torch_needs(tmp_path: Path) -> None:
-    """As uv makes them: no pip in it either. What is asked for is the default version."""
+    """The environment has no pip either, like those of uv. The default version of torch is used."""
     place = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True)
     python = place / "bin/python"
@@ -365,10 +363,9 @@ def test_an_environment_without_torch_gets_what_torch_needs(tmp_path: Path) -> N
     version, device, sympy = done.stdout.split()
     assert (version.partition("+")[0], device) == (overlay.DEFAULT_TORCH, "cuda:1")
     assert "/needs-" in sympy
-    assert (
-        sorted(path for path in place.rglob("*") if "__pycache__" not in path.parts) == before
-    )  # nothing was installed
+    after = sorted(path for path in place.rglob("*") if "__pycache__" not in path.parts)
+    assert after == before  # Nothing was installed there.
 
 
-def test_headers_and_sources_are_those_of_the_package() -> None:
-    assert {source.name for source in native.SOURCES.glob("*.h")} == {"sim.h"}  # none of NVIDIA's
+def test_the_package_contains_no_headers_of_nvidia() -> None:
+    assert {source.name for source in native.SOURCES.glob("*.h")} == {"sim.h"}

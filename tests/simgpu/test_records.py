@@ -1,4 +1,4 @@
-"""The state file: what is kept of processes, dead and alive, and which files are refused."""
+"""The state file: the records of live and dead processes, and the files that are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="simulated GPUs 
 
 @pytest.fixture(scope="module")
 def tiny(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The simulated runtime of an overlay without a real torch: processes that use it start at once."""
+    """The simulated runtime of an overlay without a real torch, with which processes start fast."""
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in index.environment(cache).items():
@@ -31,7 +31,7 @@ def tiny(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hold(runtime: Path, state: Path, mib: int, then: str = "") -> int:
-    """A process that takes memory on GPU 1, does something, and ends without freeing it; its pid."""
+    """Run a process that allocates memory on GPU 1, runs `then`, and ends without freeing; return its pid."""
     code = f"""if True:
         import ctypes, os, sys
         cuda, p = ctypes.CDLL({str(runtime)!r}), ctypes.c_void_p()
@@ -44,15 +44,15 @@ def hold(runtime: Path, state: Path, mib: int, then: str = "") -> int:
     return int(subprocess.check_output([sys.executable, "-c", code], env=env))
 
 
-def test_dead_processes_stay_readable_and_count_no_more(tiny: Path, tmp_path: Path) -> None:
+def test_records_of_dead_processes_stay_readable_but_take_no_memory(tiny: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
-    first = hold(tiny, state, 6)
-    second = hold(tiny, state, 7000)  # of 8192: there would be no room if the first still counted with 6000
+    first = hold(tiny, state, 2000)
+    second = hold(tiny, state, 7000)  # of 8192: too much if the first process still took memory
     third = hold(tiny, state, 7000, "assert cuda.cudaFree(p) == 0")
     dead = simgpu.state(state)
     assert [(p.pid, p.alive) for p in dead] == [(first, False), (second, False), (third, False)]
-    assert [p.devices[1].bytes >> 20 for p in dead] == [6, 7000, 0]
-    assert [p.devices[1].peak_bytes >> 20 for p in dead] == [6, 7000, 7000]
+    assert [p.devices[1].bytes >> 20 for p in dead] == [2000, 7000, 0]
+    assert [p.devices[1].peak_bytes >> 20 for p in dead] == [2000, 7000, 7000]
     assert [[d.context for d in p.devices] for p in dead] == [[False, True]] * 3
     assert [p.devices[1].allocations for p in dead] == [1, 1, 1]
 
@@ -77,12 +77,12 @@ def test_a_live_process_is_alive_and_a_zombie_is_not(tiny: Path, tmp_path: Path)
         assert (live.pid, live.alive, live.name) == (process.pid, True, "rank 1")
         assert live.devices[0] == simgpu.DeviceState(0, True, 2 << 20, 2 << 20, 1, 0, 0)
         process.stdin.close()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has taken note
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # It has ended, and its parent has not reaped it.
         (zombie,) = simgpu.state(state)
         assert not zombie.alive
 
 
-def test_a_full_file_gives_up_the_oldest_dead_process_first(tiny: Path, tmp_path: Path) -> None:
+def test_a_full_file_drops_the_oldest_dead_process_first(tiny: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     code = f"""if True:
         import ctypes, os
@@ -111,7 +111,7 @@ def test_the_records_are_plain_data() -> None:
 def test_foreign_and_missing_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     foreign, other, missing = tmp_path / "notes", tmp_path / "other", tmp_path / "missing"
     foreign.write_text("my notes")
-    with pytest.raises(simgpu.SimulationError, match="is no state file of simulated GPUs"):
+    with pytest.raises(simgpu.SimulationError, match="is not a state file of simulated GPUs"):
         simgpu.state(foreign)
     records.create(other, memory=1 << 30, context_bytes=1 << 28)
     assert simgpu.state(other) == ()
@@ -122,13 +122,13 @@ def test_foreign_and_missing_files_are_refused(tmp_path: Path, monkeypatch: pyte
         simgpu.state(other)
     with pytest.raises(simgpu.SimulationError, match="cannot be read"):
         simgpu.state(missing)
-    with pytest.raises(simgpu.SimulationError, match="is no state file"):
+    with pytest.raises(simgpu.SimulationError, match="is not a state file"):
         records.create(foreign, memory=1, context_bytes=1)
     assert foreign.read_text() == "my notes"
-    with pytest.raises(simgpu.SimulationError, match="cannot be made"):
+    with pytest.raises(simgpu.SimulationError, match="cannot be created"):
         records.create(tmp_path / "no" / "folder", memory=1, context_bytes=1)
     monkeypatch.delenv("DEVGUARD_SIM_STATE", raising=False)
-    with pytest.raises(simgpu.SimulationError, match="no state file is named"):
+    with pytest.raises(simgpu.SimulationError, match="no state file is given"):
         simgpu.state()
 
 
@@ -139,7 +139,7 @@ def test_the_simulation_never_writes_into_a_foreign_file(tiny: Path, tmp_path: P
     env = os.environ | {"DEVGUARD_SIM_GPUS": "1", "DEVGUARD_SIM_STATE": str(foreign)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "3\n"  # cudaErrorInitializationError
-    assert "is no state file of this version" in done.stderr
+    assert "is not a state file of this version" in done.stderr
     assert foreign.read_text() == "my notes"
 
 
@@ -161,7 +161,7 @@ def test_a_process_has_a_short_name(command: list[str], name: str) -> None:
     assert records._short_name("\0".join(command).encode().ljust(256, b"\0")) == name
 
 
-def test_importing_it_imports_neither_torch_nor_the_builder() -> None:
+def test_importing_simgpu_imports_neither_torch_nor_the_builder() -> None:
     code = (
         "import sys, devguard.simgpu as s; s.active(); "
         "print(sorted({'torch', 'rich', 'filelock', 'platformdirs', 'subprocess', 'devguard.simgpu.overlay'} "
@@ -170,14 +170,14 @@ def test_importing_it_imports_neither_torch_nor_the_builder() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
 
 
-def test_the_environment_is_complete_and_keeps_what_was_there(
+def test_the_environment_is_complete_and_keeps_the_base(
     sim_environment: Callable[..., dict[str, str]], run_simulated: Callable[..., Finished], tmp_path: Path
 ) -> None:
     base = {"PYTHONPATH": "/mine", "LD_LIBRARY_PATH": "/libs", "CUDA_VISIBLE_DEVICES": "1", "HOME": os.environ["HOME"]}
     base["DEVGUARD_SIM_LOG"] = "/stale/log"
     untouched = dict(os.environ)
     first = simgpu.environment(3, base=base, memory=(1 << 30) + 5)
-    assert base["PYTHONPATH"] == "/mine"  # untouched
+    assert base["PYTHONPATH"] == "/mine"
     path = first["PYTHONPATH"].split(os.pathsep)
     assert path[-1] == "/mine"
     assert path[0].endswith("/site")

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("clean")
 
 
 def test_nothing_is_initialised_and_no_context_is_held_on_a_cpu_build() -> None:
-    assert not accelerator.initialized()
+    assert not accelerator.driver_is_initialized()
     assert accelerator.contexts() == ()
     assert devguard.contexts() == ()
     assert accelerator.bound_device() is None
@@ -38,13 +38,14 @@ def test_every_check_leaves_cuda_uninitialised() -> None:
 def test_without_torch_there_are_no_devices() -> None:
     program = (
         "from devguard.support import accelerator; import sys;"
-        "print(accelerator.device_count(), accelerator.contexts(), accelerator.initialized(), 'torch' in sys.modules)"
+        "print(accelerator.device_count(), accelerator.contexts(), accelerator.driver_is_initialized());"
+        "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "()", "False", "False"]
 
 
-def test_contexts_asks_the_driver_for_each_device_once_cuda_is_initialised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contexts_are_looked_up_only_after_cuda_was_initialised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda index: index in (0, 2), raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert accelerator.contexts() == ()
@@ -79,22 +80,22 @@ def test_the_first_entry_of_a_thread_sets_the_device_and_later_ones_exchange() -
 
 
 @pytest.mark.parametrize(
-    ("count", "said"),
+    ("count", "valid"),
     [
         (0, "no CUDA device is visible"),
         (1, "one device is visible, cuda:0"),
         (3, "3 devices are visible, cuda:0 to cuda:2"),
     ],
 )
-def test_out_of_range_says_which_indices_are_valid(count: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_range_lists_the_valid_indices(count: int, valid: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "device_count", lambda: count)
     error = accelerator.out_of_range("LOCAL_RANK=9", 9)
     assert isinstance(error, DeviceResolutionError)
-    assert said in str(error)
+    assert valid in str(error)
     assert "CUDA_VISIBLE_DEVICES" in str(error)
 
 
-def test_asking_for_contexts_is_safe_before_a_fork() -> None:
+def test_listing_contexts_is_safe_before_a_fork() -> None:
     """A child that is forked after `contexts()` may still use CUDA: nothing was initialised."""
     program = """
 import os, devguard, torch
@@ -107,3 +108,8 @@ os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
     environ = {**os.environ, "PYTHONWARNINGS": "ignore"}
     assert subprocess.run([sys.executable, "-c", program], env=environ, check=False).returncode == 0
+
+
+def test_a_gpu_owner_on_a_build_without_cuda_is_an_error_with_a_remedy() -> None:
+    with pytest.raises(DeviceResolutionError, match="devguard sim"), devguard.guard("cuda:0"):
+        pass

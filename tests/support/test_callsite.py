@@ -1,4 +1,4 @@
-"""Which line of the user's code did it, and by which transport it came."""
+"""Call sites: the line of user code that caused a stray, and the transport through which the data came."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ WAYS: list[tuple[Callable[[Any], int], str | None]] = [
 
 
 @pytest.mark.parametrize(("way", "via"), WAYS, ids=lambda value: getattr(value, "__name__", None) or "")
-def test_the_call_site_is_this_files_own_line(way: Callable[[Any], int], via: str | None, tmp_path: Any) -> None:
+def test_the_call_site_is_the_line_of_this_file(way: Callable[[Any], int], via: str | None, tmp_path: Any) -> None:
     with devguard.guard("cpu"):
         line = way(tmp_path)
     stray = the_stray()
@@ -136,7 +136,7 @@ def test_the_call_site_is_this_files_own_line(way: Callable[[Any], int], via: st
 
 
 @pytest.mark.parametrize(("way", "via"), WAYS, ids=lambda value: getattr(value, "__name__", None) or "")
-def test_each_of_these_ways_fails_while_the_door_is_closed(way: Any, via: str | None, tmp_path: Any) -> None:
+def test_each_way_fails_while_the_door_is_closed(way: Any, via: str | None, tmp_path: Any) -> None:
     with pytest.raises(RuntimeError, match=tagging.REFUSAL):
         way(tmp_path)
     assert devguard.strays() == ()
@@ -159,7 +159,7 @@ def test_the_call_site_of_a_nested_pickle_is_the_line_that_unpickles_it() -> Non
     assert the_stray().site.file == tagging.__file__
 
 
-def test_a_stack_that_is_all_library_has_no_call_site() -> None:
+def test_a_stack_of_library_code_only_has_no_call_site() -> None:
     with devguard.guard("cpu"), concurrent.futures.ThreadPoolExecutor(1) as pool:
         guarded = devguard.guard("cpu").bind(pickle.loads)
         assert pool.submit(guarded, PAYLOAD).result().tolist() == [0, 1, 2, 3]
@@ -171,7 +171,7 @@ def test_a_stack_that_is_all_library_has_no_call_site() -> None:
     assert "no line of user code" in str(stray)
 
 
-def test_code_without_a_file_counts_as_the_users() -> None:
+def test_code_without_a_file_counts_as_user_code() -> None:
     namespace = {"pickle": pickle, "payload": PAYLOAD}
     with devguard.guard("cpu"):
         exec(compile("\n\npickle.loads(payload)", "<ipython-input-1>", "exec"), namespace)
@@ -204,35 +204,37 @@ def test_code_without_a_file_counts_as_the_users() -> None:
         ("relative.py", "f", callsite._USER),
     ],
 )
-def test_whose_code_is_whose(file: str, name: str, kind: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_is_classified_as_internal_transport_or_user(
+    file: str, name: str, kind: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(callsite, "_kinds", {})
     code = compile("0", file, "eval").replace(co_name=name)
     assert callsite._classify(code) == kind
     assert callsite.is_user(code) == (kind == callsite._USER)
 
 
-def test_equal_code_in_two_files_is_told_apart() -> None:
+def test_equal_code_in_two_files_is_distinguished() -> None:
     """Python compares code objects without their file name."""
     text = "def work(load, payload):\n    return load(payload)"
     functions = []
-    for file in (pickle.__file__, "mine.py", "yours.py"):
+    for file in (pickle.__file__, "first.py", "second.py"):
         namespace: dict[str, Any] = {}
         exec(compile(text, file, "exec"), namespace)
         functions.append(namespace["work"])
-    library, mine, yours = functions
-    assert library.__code__ == mine.__code__
+    library, first, second = functions
+    assert library.__code__ == first.__code__
     assert not callsite.is_user(library.__code__)
-    assert callsite.is_user(mine.__code__)
+    assert callsite.is_user(first.__code__)
     with devguard.guard("cpu"):
-        mine(pickle.loads, PAYLOAD)
-        yours(pickle.loads, PAYLOAD)
+        first(pickle.loads, PAYLOAD)
+        second(pickle.loads, PAYLOAD)
     assert [(stray.site and stray.site.file, stray.count) for stray in devguard.strays()] == [
-        ("mine.py", 1),
-        ("yours.py", 1),
+        ("first.py", 1),
+        ("second.py", 1),
     ]
 
 
-def test_torch_in_a_folder_of_its_own_is_still_not_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_in_an_unusual_folder_is_still_internal(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = type(sys)("torch")
     stand_in.__file__ = os.path.join(os.sep, "opt", "overlay", "torch", "__init__.py")
     monkeypatch.setitem(sys.modules, "torch", stand_in)
@@ -253,14 +255,14 @@ def test_a_stack_is_short_and_formatted_when_read() -> None:
     assert not any("devguard" + os.sep in site.file for site in stack)
 
 
-def test_a_site_reads_as_a_line_that_an_editor_opens() -> None:
+def test_the_text_of_a_site_can_be_opened_in_an_editor() -> None:
     line = here()
     site = Site(__file__, line, "f")
     assert str(site) == f"{__file__}:{line} in f"
     assert site.source == linecache.getline(__file__, line).strip() == "line = here()"
 
 
-def test_the_kinds_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_code_kinds_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(callsite, "MAX_KINDS", 10)
     monkeypatch.setattr(callsite, "_kinds", {})
     for number in range(100):

@@ -13,7 +13,7 @@ from devguard.support import import_hooks
 
 @pytest.fixture
 def name(tmp_path, monkeypatch, request) -> Iterator[str]:
-    """A module that has not been imported; each test has its own, for hooks stay registered."""
+    """A module that is not imported yet; one for each test, because hooks stay registered."""
     name = f"devguard_late_{request.node.name}"
     (tmp_path / f"{name}.py").write_text("value = 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -29,7 +29,7 @@ def test_an_imported_module_is_patched_at_once(name):
     assert seen == [module, module]
 
 
-def test_another_is_patched_once_when_it_is_imported(name):
+def test_a_module_imported_later_is_patched_once(name):
     seen: list[ModuleType] = []
     patch = seen.append
     import_hooks.when_imported(name, patch)
@@ -40,7 +40,7 @@ def test_another_is_patched_once_when_it_is_imported(name):
     assert seen == [module]
 
 
-def test_two_patches_of_one_module(name):
+def test_two_patches_of_one_module_both_run(name):
     seen: list[str] = []
     import_hooks.when_imported(name, lambda module: seen.append("first"))
     import_hooks.when_imported(name, lambda module: seen.append("second"))

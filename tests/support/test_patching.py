@@ -14,7 +14,7 @@ from devguard.support.patching import DoorError, Patches, overwritten
 
 
 def original() -> str:
-    """Say which one it is."""
+    """Return a name."""
     return "original"
 
 
@@ -37,7 +37,7 @@ def replacement() -> str:
     return "ours"
 
 
-def test_a_patch_is_in_force_and_comes_off_exactly(module: types.ModuleType) -> None:
+def test_a_patch_takes_effect_and_restore_puts_the_original_back(module: types.ModuleType) -> None:
     patches = Patches()
     patches.replace(module, "work", lambda: "ours")
     assert module.work() == "ours"
@@ -54,7 +54,7 @@ def test_a_patch_keeps_the_names_by_which_pickle_knows_the_function(module: type
     assert module.work.__wrapped__ is original
 
 
-def test_an_item_of_a_table_is_put_back_and_told_of_like_an_attribute() -> None:
+def test_an_entry_of_a_table_is_restored_and_reported_like_an_attribute() -> None:
     table, patches = {str: original}, Patches()
     patches.replace(table, str, lambda: "ours")
     assert table[str]() == "ours"
@@ -65,11 +65,11 @@ def test_an_item_of_a_table_is_put_back_and_told_of_like_an_attribute() -> None:
     table[str] = replacement
     assert patches.restore() == ["the entry of str in a table"]
     assert table == {str: replacement}
-    with pytest.raises(DoorError, match="the entry of int in a table is not in torch"):
+    with pytest.raises(DoorError, match="cannot watch the entry of int in a table: torch"):
         patches.find(table, int)
 
 
-def test_a_patch_over_ours_stays_and_is_reported(module: types.ModuleType) -> None:
+def test_a_foreign_patch_on_top_stays_and_is_reported(module: types.ModuleType) -> None:
     patches = Patches()
     patches.replace(module, "work", lambda: "ours")
     module.work = replacement
@@ -77,7 +77,7 @@ def test_a_patch_over_ours_stays_and_is_reported(module: types.ModuleType) -> No
     assert module.work is replacement
 
 
-def test_an_attribute_that_was_deleted_is_reported_and_not_brought_back(module: types.ModuleType) -> None:
+def test_a_deleted_attribute_is_reported_and_not_restored(module: types.ModuleType) -> None:
     patches = Patches()
     patches.replace(module, "work", lambda: "ours")
     del module.work
@@ -93,12 +93,14 @@ def test_two_patches_of_one_attribute_come_off_in_reverse(module: types.ModuleTy
     assert module.work is original
 
 
-def test_what_this_torch_has_not_is_a_door_error(module: types.ModuleType) -> None:
-    with pytest.raises(DoorError, match=rf"made\.missing is not in torch {re.escape(torch.__version__)}"):
+def test_an_attribute_that_this_torch_lacks_is_a_door_error(module: types.ModuleType) -> None:
+    with pytest.raises(
+        DoorError, match=rf"cannot watch made\.missing: torch {re.escape(torch.__version__)} has no such"
+    ):
         Patches().find(module, "missing")
 
 
-def test_an_inherited_attribute_is_not_taken_for_the_classs_own() -> None:
+def test_an_inherited_attribute_is_not_found_on_the_derived_class() -> None:
     class Base:
         def work(self) -> None: ...
 
@@ -108,7 +110,7 @@ def test_an_inherited_attribute_is_not_taken_for_the_classs_own() -> None:
         Patches().find(Derived, "work")
 
 
-def test_copies_taken_before_are_reported(module: types.ModuleType, user_module: types.ModuleType) -> None:
+def test_copies_taken_before_the_patch_are_reported(module: types.ModuleType, user_module: types.ModuleType) -> None:
     patches = Patches()
     user_module.copied = original
     assert "user_of_made.copied" not in patches.early_copies()
@@ -117,7 +119,7 @@ def test_copies_taken_before_are_reported(module: types.ModuleType, user_module:
     patches.restore()
 
 
-def test_what_somebody_else_patched_over_a_patch_is_named(module: types.ModuleType) -> None:
+def test_overwritten_names_a_patch_that_other_code_replaced(module: types.ModuleType) -> None:
     patches, before = Patches(), overwritten()
     patches.replace(module, "work", replacement)
     assert overwritten() == before

@@ -1,4 +1,4 @@
-"""Runs pytest in processes of its own: on a suite with planted strays (planted/), and on small ones (`pytester`)."""
+"""Runs pytest in subprocesses: on a suite with planted strays (planted/), and on small suites (`pytester`)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PLANTED = Path(__file__).parent / "planted"
 
 @pytest.fixture(scope="session")
 def cache_folder() -> str:
-    """Where simulated GPUs are kept; `pytester` moves the home folder."""
+    """The folder of the simulated GPUs, looked up early because `pytester` moves the home folder."""
     return str(overlay.cache_folder().parent)
 
 
 @pytest.fixture(autouse=True)
 def _surroundings(cache_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let nothing of this run's own plugin and launcher reach the runs inside."""
+    """Keep this run's own plugin and launcher out of the inner runs."""
     for name in list(os.environ):
         if name.startswith(("DEVGUARD_SIM", "PYTEST_XDIST")) or name in ("DEVGUARD", "LOCAL_RANK"):
             monkeypatch.delenv(name)
@@ -43,15 +43,16 @@ class Run:
     returncode: int
     stdout: str
     failures: dict[str, str]  # test function -> message and text of its failure or error
-    errors: frozenset[str]  # those of them that failed in setup or teardown
+    errors: frozenset[str]  # the failures that happened in setup or teardown
     passed: frozenset[str]
 
 
 @pytest.fixture(scope="session")
 def planted(cache_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """``planted(*arguments)``: the one run of the planted suite with these arguments, on four simulated GPUs."""
+    """``planted(*arguments)`` runs the planted suite on four simulated GPUs, once for each set of arguments."""
     if not simulated.POSSIBLE:
         pytest.skip("simulated GPUs exist for Linux on x86-64 only")
+    overlay.prepare(progress=False)  # A build inside a run would write to its standard error, which must stay empty.
     runs: dict[tuple[str, ...], Run] = {}
 
     def run(*arguments: str) -> Run:
@@ -71,10 +72,10 @@ def _run(arguments: tuple[str, ...], junit: Path) -> Run:
     failures, errors, passed = {}, set(), set()
     for case in xml.etree.ElementTree.parse(junit).iter("testcase"):
         name = case.attrib["name"]
-        trouble = [child for child in case if child.tag in ("failure", "error")]
-        if trouble:
-            failures[name] = "\n".join(f"{child.attrib['message']}\n{child.text}" for child in trouble)
-            errors |= {name for child in trouble if child.tag == "error"}
+        problems = [child for child in case if child.tag in ("failure", "error")]
+        if problems:
+            failures[name] = "\n".join(f"{child.attrib['message']}\n{child.text}" for child in problems)
+            errors |= {name for child in problems if child.tag == "error"}
         elif case.find("skipped") is None:
             passed.add(name)
     return Run(done.returncode, done.stdout, failures, frozenset(errors), frozenset(passed))

@@ -1,4 +1,4 @@
-"""Which device the tests of a process own."""
+"""The device that the tests of a process own."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ from devguard.testing import fixtures
         (4, {"DEVGUARD_DEVICE": "cpu"}, "cpu"),
     ],
 )
-def test_the_owner(monkeypatch: pytest.MonkeyPatch, gpus: int, environ: dict[str, str], owner: str) -> None:
+def test_the_owner_comes_from_the_environment_or_the_worker(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, environ: dict[str, str], owner: str
+) -> None:
     monkeypatch.setattr(accelerator, "device_count", lambda: gpus)
-    assert fixtures.of_process(environ).tag == owner
+    assert fixtures.owner_of_process(environ).tag == owner
 
 
 @pytest.mark.parametrize("environ", [{"DEVGUARD_DEVICE": "cuda:4"}, {"LOCAL_RANK": "4"}])
 def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> None:
     monkeypatch.setattr(accelerator, "device_count", lambda: 4)
     with pytest.raises(DeviceResolutionError, match="cuda:4"):
-        fixtures.of_process(environ)
+        fixtures.owner_of_process(environ)

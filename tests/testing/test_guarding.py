@@ -1,4 +1,4 @@
-"""A suite with planted strays on four simulated GPUs: exactly those tests fail, and each names the line."""
+"""In a suite with planted strays on four simulated GPUs, exactly the tests that stray fail, and each names the line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.testing.conftest import PLANTED, Run
 
 ERROR = "--devguard=error"
-# test -> file:line of what it does, as a comment there says
+# test -> file:line of its stray, from the comments "# strays: NAME, ..." in the planted files
 LINES = {
     name: f"{file.relative_to(PLANTED)}:{number}"
     for file in PLANTED.rglob("*.py")
@@ -19,7 +19,7 @@ LINES = {
     for name in line.partition("# strays: ")[2].split(", ")
 }
 BEHAVING = set(re.findall(r"def (test_\w+)", (PLANTED / "test_behaves.py").read_text()))
-FAILS_BY_ITSELF = "test_it_fails_by_itself_and_strays"
+FAILS_ANYWAY = "test_it_fails_anyway_and_strays"
 
 in_one_process_and_in_two = pytest.mark.parametrize("processes", [(), ("-n", "2")], ids=["one", "two"])
 
@@ -34,7 +34,7 @@ def test_exactly_the_tests_that_stray_fail(planted: Callable[..., Run], processe
 
 
 @in_one_process_and_in_two
-@pytest.mark.parametrize("name", sorted(set(LINES) - {FAILS_BY_ITSELF}))
+@pytest.mark.parametrize("name", sorted(set(LINES) - {FAILS_ANYWAY}))
 def test_each_failure_names_the_line(planted: Callable[..., Run], name: str, processes: tuple[str, ...]) -> None:
     message = planted(ERROR, *processes).failures[name]
     assert re.search(rf"(^|[\s/]){re.escape(LINES[name])}\b", message), message
@@ -42,12 +42,14 @@ def test_each_failure_names_the_line(planted: Callable[..., Run], name: str, pro
 
 
 @in_one_process_and_in_two
-def test_a_test_that_fails_by_itself_keeps_its_failure(planted: Callable[..., Run], processes: tuple[str, ...]) -> None:
+def test_a_test_that_fails_anyway_keeps_its_own_failure(
+    planted: Callable[..., Run], processes: tuple[str, ...]
+) -> None:
     run = planted(ERROR, *processes)
-    assert run.failures[FAILS_BY_ITSELF].startswith("AssertionError: assert 4 == 5")
+    assert run.failures[FAILS_ANYWAY].startswith("AssertionError: assert 4 == 5")
     section = re.search(r"^-+ devguard -+\n(.*\n.*)", run.stdout, re.MULTILINE)
     assert section is not None
-    assert LINES[FAILS_BY_ITSELF] in section[1]
+    assert LINES[FAILS_ANYWAY] in section[1]
 
 
 @in_one_process_and_in_two
@@ -68,13 +70,13 @@ def test_the_summary_counts_per_call_site_most_bytes_first(planted: Callable[...
     assert "  in test_strays.py::test_a_stray_in_a_library, test_strays.py::test_it_swallows_the_error, " in summary
 
 
-def test_the_header_says_who_owns_what(planted: Callable[..., Run]) -> None:
+def test_the_header_names_the_mode_and_the_owner(planted: Callable[..., Run]) -> None:
     assert "\ndevguard: mode error, owner cuda:0; 4 simulated GPUs" in planted(ERROR).stdout
     several = planted(ERROR, "-n", "2").stdout
     assert "\ndevguard: mode error, each xdist worker owns one GPU; 4 simulated GPUs" in several
 
 
-def test_a_placed_thread_is_nothing_to_tell(planted: Callable[..., Run]) -> None:
+def test_a_placed_thread_is_not_reported(planted: Callable[..., Run]) -> None:
     assert "test_a_thread_that_devguard_places" not in planted(ERROR).stdout
 
 
@@ -85,20 +87,22 @@ def test_strays_of_every_worker_reach_the_summary(planted: Callable[..., Run]) -
         assert re.search(rf"^{re.escape(LINES[name])} in \S+: \d x", several, re.MULTILINE), name
 
 
-def test_in_mode_repair_nothing_fails_and_all_is_told(planted: Callable[..., Run]) -> None:
+def test_in_mode_repair_no_test_fails_and_every_stray_is_reported(planted: Callable[..., Run]) -> None:
     run = planted("--devguard=repair", "test_strays.py")
-    # one asks for errors itself, and torch refuses to export what is not on the current device
-    assert set(run.failures) == {FAILS_BY_ITSELF, "test_a_thread_on_device_0", "test_memory_of_another_framework"}
+    # One test sets mode error itself, and torch refuses to export memory that is not on the current device.
+    assert set(run.failures) == {FAILS_ANYWAY, "test_a_thread_on_device_0", "test_memory_of_another_framework"}
     for name in LINES:
         assert f"{LINES[name]} in " in run.stdout.partition("= devguard: ")[2]
-    assert "load: cuda:3 -> cuda:0, where cuda:0 is owned: repaired" in run.stdout
+    assert "load: cuda:3 -> cuda:0, owner cuda:0: repaired" in run.stdout
 
 
-def test_in_mode_observe_nothing_fails_or_is_put_right_and_all_is_told(planted: Callable[..., Run]) -> None:
+def test_in_mode_observe_no_test_fails_and_every_stray_is_reported_but_not_repaired(
+    planted: Callable[..., Run],
+) -> None:
     run = planted("--devguard=observe", "test_strays.py", "-k", "leaves")
     assert not run.failures
     assert len(run.passed) == 4
     for name in run.passed:
         assert f"{LINES[name]} in " in run.stdout.partition("= devguard: ")[2]
-    assert "set_device: cuda:3, where cuda:0 is owned: observed" in run.stdout
+    assert "set_device: cuda:3, owner cuda:0: observed" in run.stdout
     assert "cuda:2 was left as the current device; the test began on cuda:3" in run.stdout

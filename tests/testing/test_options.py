@@ -1,4 +1,4 @@
-"""The plugin without GPUs: what it costs when unused, its options, and what it does where there is nothing to guard."""
+"""The plugin without GPUs: its imports when unused, its options, and its modes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BYTES = tagging.dumps(torch.arange(4.0))  # its tag is cuda:3
 
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
-    """``run(*arguments)``: pytest on what `pytester` holds, where no GPU is visible."""
+    """``run(*arguments)`` runs pytest on the files of `pytester`, with no GPU visible."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return lambda *arguments: pytester.runpytest_subprocess(*ARGUMENTS, *arguments)
 
@@ -58,7 +58,7 @@ def test_the_plugin_imports_nothing_but_pytest_and_the_standard_library() -> Non
     assert done.stdout.strip() == str(["devguard", "devguard._version", *plugin])
 
 
-def test_pytest_does_not_complain_that_devguard_was_there_first(pytester: pytest.Pytester) -> None:
+def test_pytest_does_not_warn_when_devguard_is_imported_first(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_nothing(): pass")
     program = "import devguard, pytest, sys; sys.exit(pytest.main(['-W', 'error', '-p', 'no:cacheprovider']))"
     assert pytester.run(sys.executable, "-c", program).ret == 0
@@ -71,7 +71,7 @@ def test_the_marker_is_documented_from_its_signature(pytester: pytest.Pytester) 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--devguard=eror"], "'eror' is not a mode. Valid modes: off, observe, warn, repair, error."),
         (["-o", "devguard_mode=eror"], "devguard_mode in *: 'eror' is not a mode. Valid modes: off, observe,*"),
@@ -81,18 +81,18 @@ def test_the_marker_is_documented_from_its_signature(pytester: pytest.Pytester) 
         ),
         (["--devguard=warn", "--devguard-doors=load"], "--devguard-doors='load' cannot be read. Valid: door=mode,*"),
         (["--devguard-doors=load=warn"], "--devguard-doors needs --devguard=MODE*"),
-        (["--devguard-gpus=four"], "'four' simulated GPUs cannot be made: give a number from 1 to 16*"),
-        (["--devguard-gpus=17"], "'17' simulated GPUs cannot be made: give a number from 1 to 16*"),
+        (["--devguard-gpus=four"], "'four' is not a valid number of simulated GPUs: give a number from 1 to 16*"),
+        (["--devguard-gpus=17"], "'17' is not a valid number of simulated GPUs: give a number from 1 to 16*"),
     ],
 )
 def test_a_bad_value_is_a_usage_error_that_lists_the_valid_ones(
-    pytester: pytest.Pytester, arguments: list[str], said: str
+    pytester: pytest.Pytester, arguments: list[str], message: str
 ) -> None:
     pytester.makeini("[pytest]")
     pytester.makepyfile("def test_nothing(): pass")
     done = pytester.runpytest_inprocess(*ARGUMENTS, *arguments)
     assert done.ret == pytest.ExitCode.USAGE_ERROR
-    done.stderr.fnmatch_lines([f"*{said}"])
+    done.stderr.fnmatch_lines([f"*{message}"])
 
 
 def test_without_torch_the_tests_run_and_the_header_says_so(pytester: pytest.Pytester, run) -> None:
@@ -119,28 +119,28 @@ def test_collecting_only_guards_nothing_and_imports_no_torch(pytester: pytest.Py
 
 
 @pytest.mark.parametrize(
-    ("value", "arguments", "said"),
+    ("value", "arguments", "output"),
     [
-        ("off", ["--devguard=error"], ["devguard: nothing is guarded in mode error: DEVGUARD=off forbids it"]),
+        ("off", ["--devguard=error"], ["devguard: nothing is guarded in mode error: DEVGUARD=off is set"]),
         ("repair", ["-o", "devguard_mode=error"], []),
         ("repair", ["--devguard=off"], []),
     ],
 )
-def test_devguard_in_the_environment_goes_before_the_ini_file(
-    pytester: pytest.Pytester, run, monkeypatch: pytest.MonkeyPatch, value: str, arguments: list[str], said: list[str]
+def test_devguard_in_the_environment_overrides_the_ini_file(
+    pytester: pytest.Pytester, run, monkeypatch: pytest.MonkeyPatch, value: str, arguments: list[str], output: list[str]
 ) -> None:
     monkeypatch.setenv("DEVGUARD", value)
     pytester.makeini("[pytest]")
     pytester.makepyfile("import sys\ndef test_nothing(): assert 'torch' not in sys.modules")
     done = run(*arguments)
     done.assert_outcomes(passed=1)
-    assert [line for line in done.outlines if line.startswith("devguard")] == said
+    assert [line for line in done.outlines if line.startswith("devguard")] == output
 
 
-def test_where_there_is_no_gpu_tags_are_found_and_the_modes_do_what_they_say(
+def test_without_a_gpu_tags_are_found_and_each_mode_applies(
     pytester: pytest.Pytester, run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DEVGUARD", "repair")  # the command line goes before it
+    monkeypatch.setenv("DEVGUARD", "repair")  # The command line overrides it.
     pytester.makeini("[pytest]\ndevguard_doors = threads=off")
     pytester.makepyfile(
         TAGGED
@@ -162,13 +162,13 @@ def test_repaired(devguard_strays):
     assert devguard_strays == devguard.strays()
 
 @pytest.mark.devguard(mode="observe")
-def test_an_error_that_it_asks_for_itself():
+def test_a_guard_in_the_test_overrides_the_marker():
     with devguard.guard("cpu", mode="error"), pytest.raises(devguard.StrayDeviceError):
         load()
 
-def test_its_strays_are_its_own(devguard_strays): assert not devguard_strays
+def test_strays_of_other_tests_are_not_listed(devguard_strays): assert not devguard_strays
 
-def test_who_owns_what(gpu_owner): assert gpu_owner == devguard.owner() == torch.device("cpu")
+def test_the_owner(gpu_owner): assert gpu_owner == devguard.owner() == torch.device("cpu")
 
 @pytest.mark.devguard(devices=[1])
 def test_marked_badly(): pass
@@ -191,7 +191,7 @@ def test_marked_with_something_that_is_no_device(): pass
     done.stdout.fnmatch_lines(
         [
             "*_ ERROR at setup of test_marked_badly _*",
-            "@pytest.mark.devguard: *got an unexpected keyword argument 'devices'. Its arguments: device='cuda:1'*",
+            "@pytest.mark.devguard: *got an unexpected keyword argument 'devices'. Valid arguments: device='cuda:1'*",
             "*_ ERROR at setup of test_marked_with_no_mode _*",
             "'eror' is not a mode. Valid modes: off, observe, warn, repair, error.",
             "*_ ERROR at setup of test_marked_with_a_device_that_is_not_there _*",
@@ -199,15 +199,15 @@ def test_marked_with_something_that_is_no_device(): pass
             "*_ ERROR at setup of test_marked_with_something_that_is_no_device _*",
             "allow= of the devguard marker is 'gpu'. Valid: a device such as*",
             "*_ test_refused _*",
-            "*test_where*.py:8: in load",
+            "*test_without_a_gpu*.py:8: in load",
             "E   devguard.errors.StrayDeviceError: load: 16 bytes were about to go to cuda:3, but this scope owns cpu*",
             "*= devguard: 4 findings in 4 tests =*",
-            "*test_where*.py:8 in load: 2 x, 32 bytes",
+            "*test_without_a_gpu*.py:8 in load: 2 x, 32 bytes",
         ]
     )
 
 
-def test_a_stray_as_a_module_is_imported_is_told_and_torch_is_left_as_it_was_found(
+def test_a_stray_during_import_is_reported_and_torch_is_restored(
     pytester: pytest.Pytester, run, tmp_path: Path
 ) -> None:
     found = tmp_path / "found"
@@ -237,7 +237,7 @@ def test_a_stray_as_a_module_is_imported_is_told_and_torch_is_left_as_it_was_fou
     assert before != during
 
 
-def test_what_strays_outside_the_tests_of_an_xdist_worker_reaches_the_summary(pytester: pytest.Pytester, run) -> None:
+def test_a_stray_outside_the_tests_of_an_xdist_worker_reaches_the_summary(pytester: pytest.Pytester, run) -> None:
     pytester.makepyfile(TAGGED + "TENSOR = pickle.loads(BYTES)\ndef test_nothing(): pass")
     done = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-n", "1", "--devguard=repair")
     done.assert_outcomes(passed=1)
@@ -250,7 +250,7 @@ def test_a_bad_owner_in_the_environment_is_a_usage_error(
     pytester: pytest.Pytester, run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEVGUARD_DEVICE", "cuda:7")
-    pytester.makeconftest(  # a torch that sees no GPU is all it takes
+    pytester.makeconftest(  # A stand-in for torch that sees no GPU is enough.
         """
         import sys, types
         cuda = types.SimpleNamespace(device_count=lambda: 0)

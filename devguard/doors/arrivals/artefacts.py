@@ -1,18 +1,14 @@
 """The door ``artefacts``: a traced, scripted or exported program that holds ``cuda:0`` as a constant.
 
-What was written as ``device=x.device`` is a constant after tracing and exporting, so the program goes on to make its
-tensors on the GPU of the process that exported it.
+Tracing turns ``device=x.device`` into this constant, so the program creates its tensors on the GPU of its exporter.
+- ``torch.export.load``, owner on a GPU: mode ``repair`` reads a program that names one other GPU as if it named the
+  owner, so nothing lands there first (torch's ``move_to_device_pass`` moves afterwards). A program that names several
+  GPUs is recorded and left. Mode ``error`` refuses at the first other GPU, before anything is allocated on it.
+- ``torch.export.load``, owner ``cpu``, and ``torch.jit.load``: the program is loaded first, then its constants are
+  judged. They are never rewritten. Mode ``error`` refuses before the program can run.
 
-- ``torch.export.load``: a program that names one GPU, which is not the owner's, is read as if it named the owner, in
-  mode ``repair``: constants of the graph, weights and the rest, so that nothing lands there first (torch's own
-  ``move_to_device_pass`` moves afterwards). A program that names several GPUs, the owner's perhaps among them, was
-  meant so: it is recorded and left. Mode ``error`` refuses at the first such device, before anything is on it.
-- ``torch.jit.load`` (with or without ``map_location``, which does not touch constants) is followed by a look at the
-  graphs: recorded with the line that loads, refused in mode ``error`` before the program can run, never rewritten.
-
-Where the tensors of an archive land is otherwise the matter of the doors ``load`` and ``jit``. A constant ``cuda``
-without an index is the current device, and no stray. Nothing is moved for the owner ``cpu``. Not seen: packages of
-AOTInductor, which let the caller choose (``device_index=``), pickled ``torch.fx`` graphs, TensorRT engines, ONNX files.
+The doors ``load`` and ``jit`` decide where the tensors of an archive land. A constant ``cuda`` without an index is no
+stray. Not seen: AOTInductor's packages, pickled ``torch.fx`` graphs, TensorRT engines, ONNX files. See docs/doors.md.
 """
 
 from __future__ import annotations
@@ -39,22 +35,42 @@ NAME = "artefacts"
 
 _INDEXED = re.compile(r"cuda:\d+", re.ASCII)
 
-# where torch reads the devices of an exported program; the second copies the first one's function
+# The modules in which torch reads the devices of an exported program. The second copies the function of the first.
 READER = "deserialize_device"
 READERS = ("torch._export.serde.serialize", "torch.export.pt2_archive._package")
 
-_patches = Patches()
-_open = False
-_missing: list[str] = []
-_unread = 0
 _ADVICE = (
     "The program was exported there and holds that device as a constant. Export it on the owner's index, or without "
     "an index ('cuda')."
 )
 
+_patches = Patches()
+
+
+class _State:
+    """What the door has patched and counted.
+
+    Attributes
+    ----------
+    is_open : bool
+        Whether the door is open. Import hooks outlive it.
+    missing : list of str
+        The functions that this torch lacks.
+    unread : int
+        How many programs could not be searched.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self.missing: list[str] = []
+        self.unread = 0
+
+
+_state = _State()
+
 
 class _Stop(Exception):
-    """The program cannot be read as it was going to be."""
+    """Ends the reading of a program that is refused, or that names several GPUs."""
 
 
 class _Reading:
@@ -65,7 +81,7 @@ class _Reading:
     found : dict
         How often the program names each GPU that is not the owner's and not allowed.
     stopped : bool
-        Whether it was stopped: it strays and may not, or names several GPUs.
+        Whether the reading was ended by `_Stop`.
     """
 
     def __init__(self, owner: Owner, *, refuse: bool) -> None:
@@ -73,10 +89,10 @@ class _Reading:
         self.refuse = refuse
         self.found: dict[str, int] = {}
         self.stopped = False
-        self._others = False  # whether it names the owner, or a GPU that is allowed
+        self._others = False  # whether the program names the owner, or a GPU that is allowed
 
     def place(self, device: Any) -> Any:
-        """Return where a device that the program names is to be."""
+        """Return the device to use in place of one that the program names."""
         tag = str(device)
         if tag == self.owner.tag or is_allowed(tag):
             self._others = True
@@ -85,7 +101,7 @@ class _Reading:
         if self.found and (self.refuse or self._others or len(self.found) > 1):
             self.stopped = True
             raise _Stop
-        # by its tag: nothing may have entered an owner yet that the environment named
+        # From the tag, because an owner that only the environment named may not have been entered yet.
         return device if tag not in self.found else sys.modules["torch"].device(self.owner.tag)
 
 
@@ -97,54 +113,52 @@ _thread = _Thread()
 
 
 def install() -> None:
-    """Look at each program that is loaded; ``torch.export`` is watched as soon as it is imported."""
-    global _open, _unread
+    """Watch ``torch.jit.load`` now, and ``torch.export`` as soon as it is imported."""
     import torch.jit._serialization as serialization
 
-    original = _patches.find(serialization, "wrap_cpp_module")  # torch.jit.load ends with it
+    original = _patches.find(serialization, "wrap_cpp_module")  # the last call of torch.jit.load
 
     def wrap_cpp_module(cpp_module: Any) -> Any:
         module = original(cpp_module)
         owner = in_force.owner_at_door()
         if owner is not None and in_force.mode_of(NAME) != "off":
-            _look(_constants_of_script(cpp_module), owner)
+            _judge_constants(_constants_of_script(cpp_module), owner)
         return module
 
     _patches.replace(serialization, "wrap_cpp_module", wrap_cpp_module)
-    _open = True
-    _unread = 0
-    _missing.clear()
+    _state.is_open = True
+    _state.unread = 0
+    _state.missing.clear()
     when_imported("torch.export", _patch_export)
     for name in READERS:
         when_imported(name, _patch_reader)
 
 
 def uninstall() -> list[str]:
-    """Put torch's own functions back."""
-    global _open
-    _open = False
+    """Put torch's functions back."""
+    _state.is_open = False
     return _patches.restore()
 
 
 def status() -> dict[str, Any]:
-    """Return what is watched, and how many programs could not be looked through."""
+    """Return what is watched, and how many programs could not be searched."""
     row: dict[str, Any] = {
         "watched": [f"{module.__name__}.{name}" for module, name, _, _ in _patches.replaced],
         "early_copies": _patches.early_copies(),
-        "unread_programs": _unread,
+        "unread_programs": _state.unread,
     }
-    if _missing:
-        row["problem"] = f"not in this torch: {', '.join(_missing)}"
+    if _state.missing:
+        row["problem"] = f"not in this torch: {', '.join(_state.missing)}"
     return row
 
 
 def _patch_export(module: ModuleType) -> None:
     """Replace ``torch.export.load``."""
-    if not _open or any(patched is module for patched, _, _, _ in _patches.replaced):
+    if not _state.is_open or _patches.has(module):
         return
     original = vars(module).get("load")
     if original is None:
-        _missing.append("torch.export.load")
+        _state.missing.append("torch.export.load")
         return
 
     def load(*args: Any, **kwargs: Any) -> Any:
@@ -155,7 +169,7 @@ def _patch_export(module: ModuleType) -> None:
         program = _read_for(owner, mode, original, args, kwargs) if moves else None
         if program is None:
             program = original(*args, **kwargs)
-        _look(_constants_of_export(program), owner)
+        _judge_constants(_constants_of_export(program), owner)
         return program
 
     _patches.replace(module, "load", load)
@@ -164,7 +178,7 @@ def _patch_export(module: ModuleType) -> None:
 def _read_for(
     owner: Owner, mode: DoorMode, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Read a program with the owner in place of the one GPU that it names; None if it names several."""
+    """Return a program, read with the owner in place of the one GPU that it names; None if it names several."""
     file: Any = args[0] if args else kwargs.get("f")
     position = file.tell() if hasattr(file, "tell") else None
     reading, outer = _Reading(owner, refuse=mode == "error"), _thread.reading
@@ -173,10 +187,10 @@ def _read_for(
     try:
         program = original(*args, **kwargs)
     except Exception:
-        # the door `load` refused the weights, and torch 2.8 took that for a file of an older format
+        # If the door `load` refuses the weights, torch 2.8 takes the error for a file of an older format.
         if mode == "error":
             reading.found |= {stray.source: 1 for stray in journal.since(mark) if stray.action == "refused"}
-        # torch wraps what happens while it reads a graph in an error of its own
+        # torch wraps an error during the reading of a graph in another error, so the type does not show the cause.
         if not reading.stopped and not (mode == "error" and reading.found):
             raise
         program = None
@@ -196,15 +210,18 @@ def _read_for(
 
 
 def _patch_reader(module: ModuleType) -> None:
-    """Replace the function by which a module of torch reads a device; a torch without it is only looked at."""
+    """Replace the function by which a module of torch reads a device.
+
+    Without this function, programs are only judged after they were loaded.
+    """
     original = vars(module).get(READER)
-    if not _open or any(patched is module for patched, _, _, _ in _patches.replaced):
+    if not _state.is_open or _patches.has(module):
         return
     if original is None:
-        _missing.append(f"{module.__name__}.{READER}")
+        _state.missing.append(f"{module.__name__}.{READER}")
         return
     for _, name, replaced, ours in _patches.replaced:
-        if name == READER and original is ours:  # copied while it was replaced
+        if name == READER and original is ours:  # copied while the door was open
             _patches.replaced.append((module, name, replaced, ours))
             return
 
@@ -216,9 +233,8 @@ def _patch_reader(module: ModuleType) -> None:
     _patches.replace(module, READER, deserialize_device)
 
 
-def _look(constants: Iterator[tuple[str, int, str]], owner: Owner) -> None:
-    """Let the verdict fall on a program's devices: rows of device, bytes there, and where in the program."""
-    global _unread
+def _judge_constants(constants: Iterator[tuple[str, int, str]], owner: Owner) -> None:
+    """Judge the devices of a program, given as rows of device, bytes there, and place in the program."""
     found: dict[str, list[Any]] = {}
     try:
         for tag, nbytes, where in constants:
@@ -227,7 +243,7 @@ def _look(constants: Iterator[tuple[str, int, str]], owner: Owner) -> None:
                 row[0] += nbytes
                 row[1] += 1
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        _unread += 1  # a program of another make; looking must not break the load
+        _state.unread += 1  # a program of unknown structure must not break the load
     if found:
         note = "; ".join(f"{tag} {count} x, first in {where}" for tag, (_, count, where) in sorted(found.items()))
         nbytes = sum(row[0] for row in found.values())

@@ -1,8 +1,8 @@
-"""The door ``buffers``: ``torch.frombuffer`` gives a tensor on the owner, on request.
+"""The door ``buffers``: ``torch.frombuffer`` returns a tensor on the owner, on request.
 
-It acts only inside ``remap()``, or where ``doors=`` names it: programs use ``torch.frombuffer`` for host
-memory that they share (ring buffers, shared memory, gloo payloads), and what is moved to an accelerator is
-a copy that no longer aliases the buffer.
+The door acts only inside ``remap()``, or where ``doors=`` names it. Programs use ``torch.frombuffer`` for host memory
+that they share (ring buffers, shared memory, gloo messages), and a tensor on an accelerator is a copy, which no longer
+aliases the buffer. See docs/doors.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["install", "status", "uninstall"]
 NAME = "buffers"
 
 _patches = Patches()
-_ADVICE = "A buffer lies on the host. Let devguard copy it (mode='repair'), or move the tensor yourself."
+_ADVICE = "A buffer is in host memory. Let devguard copy it (mode='repair'), or move the tensor yourself."
 
 
 def install() -> None:
@@ -47,5 +47,5 @@ def uninstall() -> list[str]:
 
 
 def status() -> dict[str, Any]:
-    """Return who holds copies of ``torch.frombuffer`` from before."""
+    """Return the copies of ``torch.frombuffer`` from before the door opened."""
     return {"early_copies": _patches.early_copies()}

@@ -1,16 +1,13 @@
-"""The door ``interop``: a tensor of another framework that lies on a device that is not the owner's.
+"""The door ``interop``: ``torch.from_dlpack`` of memory on a device that is not the owner's.
 
-``torch.from_dlpack`` (and ``torch.utils.dlpack.from_dlpack``) makes a tensor of memory that another framework holds,
-where it lies. Away from the owner that is recorded with the line that does it, and refused in mode ``error``: before
-the tensor is made, or, for a bare capsule, which does not say where it lies, right after. It is never moved: the tensor
-would no longer share the memory. With an explicit ``device=`` the program has chosen: recorded as kept.
+The tensor stays on the device of the memory, because a moved tensor would no longer share the memory. The call is
+recorded. Mode ``error`` refuses before the tensor exists, or, for a bare capsule, which does not name its device, right
+after. A device that the program names with ``device=`` is recorded as kept.
 
-Not seen: ``torch.as_tensor``, ``torch.asarray`` and ``torch.tensor`` of an object with ``__cuda_array_interface__``
-(CuPy, Numba). torch reads it in C++ and asks nobody; only a Python function around those three could look, and the
-smallest one that tells such objects from others made ``torch.as_tensor`` 1.09 x slower for a number or a list and 1.6 x
-for a tensor (torch 2.13), and would stand in the way of ``torch.compile``, which knows them by identity. CuPy's arrays
-are of C and cannot be watched either. Neither seen are libraries that keep a device of their own (FAISS, ONNX Runtime).
-The contexts that all of them open are found by the door ``native``.
+Not seen: ``torch.as_tensor``, ``torch.asarray`` and ``torch.tensor`` of objects with ``__cuda_array_interface__``.
+torch reads it in C++. The smallest Python function that would recognise such objects made ``torch.as_tensor`` 1.09 x
+slower for a number or a list and 1.6 x for a tensor (torch 2.13), and ``torch.compile`` knows these three functions by
+identity. The door ``native`` finds the contexts. See docs/doors.md.
 """
 
 from __future__ import annotations
@@ -19,9 +16,7 @@ from typing import Any
 
 from devguard.ownership import in_force
 from devguard.ownership.owner import Owner
-from devguard.reporting.allowlist import is_allowed
-from devguard.reporting.journal import journal, refused
-from devguard.reporting.verdict import judge
+from devguard.reporting.verdict import judge, obey
 from devguard.support.patching import Patches
 
 __all__ = ["install", "status", "uninstall"]
@@ -36,9 +31,8 @@ NOT_WATCHED = (
 )
 
 _patches = Patches()
-_ADVICE = "The memory lies there. Make it on the owner's device, or, if it is meant, take it in devguard.unguarded()."
-_ADVICE_EXPLICIT = (
-    "The program names that device itself, which devguard never overrides. Correct it, or allow it with "
+_ADVICE = (
+    "The memory is on that device. Allocate it on the owner's device, or, if this is intended, call from_dlpack inside "
     "devguard.unguarded()."
 )
 
@@ -68,17 +62,17 @@ def install() -> None:
 
 
 def uninstall() -> list[str]:
-    """Put torch's own function back."""
+    """Put torch's function back."""
     return _patches.restore()
 
 
 def status() -> dict[str, Any]:
-    """Return who holds copies of ``from_dlpack`` from before, and what cannot be watched."""
+    """Return the copies of ``from_dlpack`` from before the door opened, and what cannot be watched."""
     return {"early_copies": _patches.early_copies(), "not_watched": list(NOT_WATCHED)}
 
 
 def _judge_source(external: Any, owner: Owner) -> bool:
-    """Let the verdict fall on memory that says where it lies; tell whether it does."""
+    """Judge the memory of an object that names its device; return whether the object does."""
     if not hasattr(external, "__dlpack_device__"):
         return False
     kind, index = external.__dlpack_device__()
@@ -89,14 +83,10 @@ def _judge_source(external: Any, owner: Owner) -> bool:
 
 
 def _judge_named(named: Any, owner: Owner) -> bool:
-    """Record a device that the program asked for, or refuse it; tell whether it names one."""
+    """Record or refuse the device that the program names; return False if only the tensor shows the device."""
     tag = str(named)
     if not tag.startswith("cuda:"):
         return tag != "cuda"  # torch takes the current device
-    if tag != owner.tag and not is_allowed(tag):
-        mode = in_force.mode_of(NAME)
-        if mode == "error":
-            raise refused(NAME, tag, owner.tag, 0, _ADVICE_EXPLICIT)
-        if mode != "off":
-            journal.record(NAME, tag, tag, owner.tag, "kept", 0)
+    if tag != owner.tag:
+        obey(NAME, tag, owner)
     return True

@@ -1,8 +1,8 @@
-"""The door ``jit``: ``torch.jit.load`` without ``map_location`` puts each tensor where the archive says.
+"""The door ``jit``: ``torch.jit.load`` without ``map_location`` puts each tensor on the device that the archive names.
 
-Its ``map_location`` moves CPU tensors too, so the load is repaired only if the archive holds none (or if
-the owner is ``cpu``, where that is what is wanted). An archive that mixes both is recorded as observed and
-left as it is: load it with an explicit ``map_location``, and put back by hand what belongs on the host.
+A repair passes the owner as ``map_location``. ``torch.jit.load`` moves CPU tensors too then, so the load is repaired
+only if the archive holds no CPU tensor, or if the owner is ``cpu``. An archive with tensors of both kinds is recorded
+and left unchanged: load it with an explicit ``map_location``, and move its CPU tensors back by hand. See docs/doors.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,22 @@ __all__ = ["install", "status", "uninstall"]
 NAME = "jit"
 
 _patches = Patches()
-_unread = 0
+
+
+class _State:
+    """What the door has counted.
+
+    Attributes
+    ----------
+    unread : int
+        How many archives could not be read in advance.
+    """
+
+    def __init__(self) -> None:
+        self.unread = 0
+
+
+_state = _State()
 
 
 def install() -> None:
@@ -38,8 +53,8 @@ def install() -> None:
         if in_force.mode_of(NAME) == "off":
             return original(f, None, *args, **kwargs)
         if not isinstance(f, (str, os.PathLike)):
-            f = io.BytesIO(f.read())  # torch reads it whole as well
-        tags = _tags(f)
+            f = io.BytesIO(f.read())  # torch reads the whole stream too
+        tags = _read_tags(f)
         away = sorted(tag for tag in tags if tag.startswith("cuda") and tag != owner.tag)
         if away:
             repairable = owner.index < 0 or "cpu" not in tags
@@ -59,19 +74,18 @@ def uninstall() -> list[str]:
 
 
 def status() -> dict[str, Any]:
-    """Return who holds copies of ``torch.jit.load`` from before, and how many archives could not be read ahead."""
-    return {"early_copies": _patches.early_copies(), "unread_archives": _unread}
+    """Return the copies of ``torch.jit.load`` from before the door opened, and the number of unread archives."""
+    return {"early_copies": _patches.early_copies(), "unread_archives": _state.unread}
 
 
-def _tags(f: Any) -> dict[str, int]:
-    """Return the device tags in a TorchScript archive and how many bytes carry each; empty if it cannot be read.
+def _read_tags(f: Any) -> dict[str, int]:
+    """Return the device tags in a TorchScript archive, with the bytes of each; empty if it cannot be read.
 
     Parameters
     ----------
     f : path or io.BytesIO
-        The archive. A stream is left where it was.
+        The archive. The position of a stream is restored.
     """
-    global _unread
     tags: dict[str, int] = {}
     position = f.tell() if isinstance(f, io.BytesIO) else 0
     try:
@@ -79,12 +93,12 @@ def _tags(f: Any) -> dict[str, int]:
             sizes = {info.filename: info.file_size for info in archive.infolist()}
             for name in archive.namelist():
                 if name.endswith(("/data.pkl", "/constants.pkl")):
-                    records = name.removesuffix(".pkl")  # archive/data.pkl keeps its storages in archive/data/
+                    records = name.removesuffix(".pkl")  # the storages of archive/data.pkl are in archive/data/
                     _TagReader(io.BytesIO(archive.read(name)), tags, sizes, records).load()
     except (OSError, zipfile.BadZipFile):
-        pass  # torch says what is wrong with it
+        pass  # torch raises its own error
     except (pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError):
-        _unread += 1  # a pickle of another make; reading ahead must not break the load
+        _state.unread += 1  # a pickle of unknown structure must not break the load
     finally:
         if isinstance(f, io.BytesIO):
             f.seek(position)
@@ -92,7 +106,7 @@ def _tags(f: Any) -> dict[str, int]:
 
 
 class _Opaque:
-    """Stands for whatever class a pickle names; nothing in the archive is imported or run."""
+    """A stand-in for each class that a pickle names, so that nothing in the archive is imported or run."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -102,7 +116,7 @@ class _Opaque:
 
 
 class _TagReader(pickle.Unpickler):
-    """Collects the device tags of the storages that a TorchScript pickle refers to, with their bytes."""
+    """Adds up the bytes of the storages in a TorchScript pickle, by device tag."""
 
     def __init__(self, file: io.BytesIO, tags: dict[str, int], sizes: dict[str, int], records: str) -> None:
         super().__init__(file)
@@ -115,7 +129,7 @@ class _TagReader(pickle.Unpickler):
         return _Opaque
 
     def persistent_load(self, identity: Any) -> Any:
-        """Note the tag of one storage, once."""
+        """Add the bytes of one storage, once."""
         _, _, key, location = identity[:4]
         size = self._sizes.pop(f"{self._records}/{key}", 0)
         self._tags[location] = self._tags.get(location, 0) + size

@@ -1,12 +1,13 @@
-"""The door ``load``: everything that restores a tensor's storage by the device tag written beside it.
+"""The door ``load``: tensors that are restored by the device tag written beside their storage.
 
-``torch.load`` in all its forms, and every plain pickle of a tensor, whoever unpickles it: a tensor inside a
-pickle is a ``torch.save`` of its storage, so all of them meet in one function of torch,
-``torch.serialization._get_restore_location``. It is asked once per load with the load's ``map_location``,
-which makes an explicit one known from none; the supported hook (``register_package``) cannot tell them
-apart.
+A pickled tensor holds a ``torch.save`` of its storage. So all forms of ``torch.load``, and every plain pickle of a
+tensor in any library, meet in one function of torch, ``torch.serialization._get_restore_location``. torch calls it once
+per load with the load's ``map_location``, so an explicit ``map_location`` is known; the supported hook
+(``register_package``) does not show it. Mode ``error`` raises before the storage exists, except where ``map_location``
+is a function, which is judged by its result.
 
-Not seen here: CUDA IPC, safetensors, ``torch.frombuffer``, and archives of ``torch.jit`` (door ``jit``).
+Not seen here: CUDA IPC, safetensors, ``torch.frombuffer``, and archives of ``torch.jit`` (door ``jit``). See
+docs/doors.md.
 """
 
 from __future__ import annotations
@@ -21,10 +22,8 @@ import wrapt
 from devguard.doors.arrivals import relayed_tags
 from devguard.ownership import in_force
 from devguard.ownership.owner import Owner
-from devguard.reporting.allowlist import is_allowed
-from devguard.reporting.journal import journal, refused
-from devguard.reporting.verdict import judge
-from devguard.support import callsite
+from devguard.reporting.verdict import judge, obey
+from devguard.support import accelerator, callsite
 from devguard.support.patching import Patches
 
 __all__ = ["install", "status", "uninstall"]
@@ -34,18 +33,14 @@ NAME = "load"
 Restore = Callable[[Any, str], Any]
 
 _patches = Patches()
-_ADVICE_TAG = (
+_ADVICE = (
     "The bytes carry the sender's device. Pass map_location, send CPU tensors, or let devguard repair it "
     "(mode='repair')."
-)
-_ADVICE_EXPLICIT = (
-    "The program asks for that device with map_location, which devguard never overrides. Correct it, or allow it "
-    "with devguard.unguarded()."
 )
 
 
 def install() -> None:
-    """Replace torch's two ways from a tag to a device."""
+    """Replace the two functions by which torch turns a tag into a device."""
     import torch
 
     original: Callable[[Any], Restore] = _patches.find(torch.serialization, "_get_restore_location")
@@ -56,11 +51,13 @@ def install() -> None:
         owner = in_force.owner_at_door()
         if owner is None:
             return restore
-        return _by_tag(restore, owner) if map_location is None else _by_request(restore, map_location, owner)
+        if map_location is None:
+            return _restorer_by_tag(restore, owner)
+        return _restorer_by_request(restore, map_location, owner)
 
     def _get_restore_location_of_outer(device: Any) -> Any:
         owner = in_force.owner_at_door()
-        if owner is None or not _is_away(str(device), owner) or _asked_explicitly(torch.serialization):
+        if owner is None or not _is_away(str(device), owner) or _has_map_location(torch.serialization):
             return original_outer(device)
         return torch.device(owner.tag) if in_force.mode_of(NAME) == "repair" else device
 
@@ -68,7 +65,7 @@ def install() -> None:
     _patches.replace(torch._utils, "_get_restore_location", _get_restore_location_of_outer)
     relayed_tags.install(_patches)
 
-    # torch.package keeps a copy of the function from its own import, which may come after ours
+    # torch.package copies the function when it is imported, which may be after this door was opened.
     def patch_package_importer(module: Any) -> None:
         held = vars(module).get("_get_restore_location")
         if _patches.replaced and held is original:
@@ -78,18 +75,18 @@ def install() -> None:
 
 
 def uninstall() -> list[str]:
-    """Put torch's own functions back."""
+    """Put torch's functions back."""
     relayed_tags.uninstall()
     return _patches.restore()
 
 
 def status() -> dict[str, Any]:
-    """Return what is patched, who holds copies from before, and what was relayed."""
+    """Return the copies of torch's functions from before the door opened, and the counts of relayed tags."""
     return {"early_copies": _patches.early_copies(), "relay": relayed_tags.status()}
 
 
-def _by_tag(restore: Restore, owner: Owner) -> Restore:
-    """Return the restoring function of a load that leaves the device to the tags."""
+def _restorer_by_tag(restore: Restore, owner: Owner) -> Restore:
+    """Return the restoring function for a load without ``map_location``, where the tags name the devices."""
     own = owner.tag
 
     def restore_on_owner(storage: Any, location: str) -> Any:
@@ -99,17 +96,20 @@ def _by_tag(restore: Restore, owner: Owner) -> Restore:
             return restore(storage, own)
         try:
             start = sys._getframe(3)  # past the innermost two frames of torch's loader: this is a hot path
-        except ValueError:  # torch's function is called by hand, from almost no stack
+        except ValueError:  # torch's function was called directly, from almost no stack
             start = sys._getframe()
-        if judge(NAME, location, owner, storage.nbytes(), _ADVICE_TAG, own, start):
+        if judge(NAME, location, owner, storage.nbytes(), _ADVICE, own, start):
             return relayed_tags.keep(storage, location) if own == "cpu" else restore(storage, own)
         return restore(storage, location)
 
     return restore_on_owner
 
 
-def _by_request(restore: Restore, map_location: Any, owner: Owner) -> Restore:
-    """Return the restoring function of a load with an explicit ``map_location``: obeyed, recorded if it leads away."""
+def _restorer_by_request(restore: Restore, map_location: Any, owner: Owner) -> Restore:
+    """Return the restoring function for a load with an explicit ``map_location``, which is always obeyed.
+
+    A device that is not the owner's is recorded as kept.
+    """
     if isinstance(map_location, dict):
 
         def target_of(location: str) -> str | None:
@@ -121,48 +121,41 @@ def _by_request(restore: Restore, map_location: Any, owner: Owner) -> Restore:
     elif callable(map_location) and not hasattr(map_location, "index"):
 
         def target_of(location: str) -> str | None:
-            return None  # only the callable knows
+            return None  # known only after the call
     else:
         fixed = str(map_location)
 
         def target_of(location: str) -> str | None:
             return fixed
 
-    def restore_as_asked(storage: Any, location: str) -> Any:
+    def restore_as_requested(storage: Any, location: str) -> Any:
         target = target_of(location)
-        if target is not None and _refuses(target, owner):
-            raise refused(NAME, target, owner.tag, storage.nbytes(), _ADVICE_EXPLICIT)
+        if target is not None and in_force.mode_of(NAME) == "error" and _is_away(target, owner):
+            obey(NAME, target, owner, storage.nbytes())  # raises before anything is allocated
         restored = restore(storage, location)
         if target is None:
             target = str(restored.device)
-            if _refuses(target, owner):
-                raise refused(NAME, target, owner.tag, restored.nbytes(), _ADVICE_EXPLICIT)
-        if _is_away(target, owner) and in_force.mode_of(NAME) != "off" and not is_allowed(target):
-            journal.record(NAME, target, target, owner.tag, "kept", restored.nbytes())
+        if _is_away(target, owner):
+            obey(NAME, target, owner, restored.nbytes())
         return restored
 
-    return restore_as_asked
-
-
-def _refuses(target: str, owner: Owner) -> bool:
-    return _is_away(target, owner) and in_force.mode_of(NAME) == "error" and not is_allowed(target)
+    return restore_as_requested
 
 
 def _is_away(location: str, owner: Owner) -> bool:
-    """Tell whether `location` is an accelerator that is not the owner's."""
+    """Return whether `location` is an accelerator that is not the owner's."""
     if not location.startswith("cuda") or location == owner.tag:
         return False
     if location == "cuda" and owner.index >= 0:  # torch takes the current device
-        return bool(sys.modules["torch"].cuda.current_device() != owner.index)
+        return accelerator.current_device_after_init() != owner.index
     return True
 
 
-def _asked_explicitly(serialization: Any) -> bool:
-    """Tell whether the load that is rebuilding a tensor subclass now was given a ``map_location``.
+def _has_map_location(serialization: Any) -> bool:
+    """Return whether the load that now rebuilds a tensor subclass was called with a ``map_location``.
 
-    torch's own note of it (``_serialization_tls``) is None in legacy files, holds the outer value in a
-    pickle nested in a load, and is stale after a load that raised (seen in torch 2.13). The frame of the
-    load knows.
+    torch's own copy of the argument (``_serialization_tls``) is None in legacy files, holds the outer value in a pickle
+    nested in a load, and is stale after a load that raised (seen in torch 2.13). So it is read from the load's frame.
     """
     loaders = (serialization._load.__code__, serialization._legacy_load.__code__)
     frame: FrameType | None = sys._getframe(2)
@@ -170,6 +163,6 @@ def _asked_explicitly(serialization: Any) -> bool:
         if frame.f_code in loaders:
             return frame.f_locals["map_location"] is not None
         if callsite.is_user(frame.f_code):
-            return False  # a pickle of its own, inside user code that a load has called
+            return False  # a separate pickle, read by user code inside a load
         frame = frame.f_back
     return False

@@ -1,15 +1,13 @@
-"""Tags that a process without an accelerator passes on.
+"""Device tags that a process with the owner ``cpu`` passes on, for the door ``load``.
 
-A router (SGLang's data-parallel controller is one) owns ``cpu``, unpickles requests and pickles them again
-for others. What came from ``cuda:0`` is kept on its host; were it then pickled as a CPU tensor, the final
-receiver would get a CPU tensor, which changes the program. So the storage remembers its tag, and a pickle
-writes it again.
+A router, for example SGLang's data-parallel controller, owns ``cpu``, unpickles requests and pickles them again. A
+tensor from ``cuda:0`` is kept on its host. Pickled as a CPU tensor, it would reach the final receiver as a CPU tensor,
+which changes the program. So the storage object keeps its tag, and a pickle writes the tag again. ``torch.save`` does
+not: it writes ``cpu``, which is true.
 
-Only pickle writes it: ``torch.save`` writes what is true, ``cpu``. The tag lives on the storage object.
-Views, ``detach``, ``Parameter`` and garbage collection keep it; whatever makes a new storage loses it:
-``clone``, ``deepcopy``, ``cat``, numpy, and a multiprocessing queue, which sends shared memory.
-
-torch's way to pickle a storage is watched from the first such storage on: a process that relays nothing pays nothing.
+Views, ``detach``, ``Parameter`` and garbage collection keep the tag. ``clone``, ``deepcopy``, ``cat``, numpy and
+multiprocessing queues (which send shared memory) create a new storage and lose the tag. torch's pickling is patched
+when the first storage is kept, so other processes have no overhead.
 """
 
 from __future__ import annotations
@@ -21,101 +19,116 @@ from devguard.support.patching import Patches
 
 __all__ = ["count", "install", "keep", "status", "tag_of", "uninstall"]
 
-# Before torch's own taggers (10 and up). Not a whole number: two equal priorities make torch compare
-# functions and raise.
+# Before torch's own taggers (10 and up). It is not a whole number, because torch compares the functions of two equal
+# priorities and raises.
 _PRIORITY = 4.875
 _ATTRIBUTE = "_devguard_relay_tag"
 
 
-class _Counts:
-    """How many storages were kept with a tag, and how many pickles carried one on."""
+class _State:
+    """What was relayed in this process, and what is patched for it.
+
+    Attributes
+    ----------
+    lock : Lock
+        Held while one of the others changes.
+    kept : int
+        How many storages were kept with a tag.
+    relayed : int
+        How many pickles carried a tag on.
+    waiting : Patches or None
+        The patches of the open door, until pickling is patched.
+    registered : list
+        The rows of devguard in torch's registry.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.kept = 0
         self.relayed = 0
+        self.waiting: Patches | None = None
+        self.registered: list[tuple[Any, ...]] = []
 
 
-_counts = _Counts()
+_state = _State()
 _writing = threading.local()
-_registered: list[tuple[Any, ...]] = []
-_to_watch: list[Patches] = []  # where the patches go, while the door is open and they are not made yet
 
 
 def keep(storage: Any, tag: str) -> Any:
-    """Leave a CPU storage where it is, and let it remember the tag with which it came.
+    """Return a CPU storage with the tag with which it arrived.
 
     Parameters
     ----------
     storage : torch.UntypedStorage
-        On the CPU.
+        A storage on the CPU.
     tag : str
         The device that the sender wrote, such as ``"cuda:0"``.
     """
     setattr(storage, _ATTRIBUTE, tag)
-    with _counts.lock:
-        _counts.kept += 1
-        while _to_watch:
-            _watch(_to_watch.pop())
+    with _state.lock:
+        _state.kept += 1
+        if _state.waiting is not None:
+            patches, _state.waiting = _state.waiting, None
+            _patch_pickling(patches)
     return storage
 
 
 def tag_of(storage: Any) -> str | None:
-    """Return the tag that a storage came with, None if it was not kept."""
+    """Return the tag with which a storage arrived; None if `keep` was not called for it."""
     tag: str | None = getattr(storage, _ATTRIBUTE, None)
     return tag
 
 
 def count() -> None:
-    """Count a tag that was carried on by other means than a pickle."""
-    with _counts.lock:
-        _counts.relayed += 1
+    """Count a tag that was passed on."""
+    with _state.lock:
+        _state.relayed += 1
 
 
 def status() -> dict[str, int]:
     """Return how many storages were kept and how many pickles carried a tag on."""
-    return {"kept": _counts.kept, "relayed": _counts.relayed}
+    return {"kept": _state.kept, "relayed": _state.relayed}
 
 
 def install(patches: Patches) -> None:
-    """Make pickles of storages write the tag that the storage remembers, as soon as one remembers any."""
-    for kind in _reducing():
-        patches.find(kind, "__reduce__")  # what is missing is said now, not when a tensor arrives
-    with _counts.lock:
-        if _counts.kept:  # before the doors were closed
-            _watch(patches)
+    """Make pickles of storages write the tags that were kept: at once, or when the first one is kept."""
+    for kind in _pickled_classes():
+        patches.find(kind, "__reduce__")  # raises now, and not when a tensor arrives
+    with _state.lock:
+        if _state.kept:  # before the doors were closed
+            _patch_pickling(patches)
         else:
-            _to_watch.append(patches)
+            _state.waiting = patches
 
 
-def _reducing() -> list[type]:
-    """Return the classes of torch by whose ``__reduce__`` storages are pickled."""
+def _pickled_classes() -> list[type]:
+    """Return the classes of torch that define the ``__reduce__`` of storages."""
     import torch
 
     kinds = (torch.storage.TypedStorage, torch.storage.UntypedStorage)
     return [next(base for base in kind.__mro__ if "__reduce__" in vars(base)) for kind in kinds]
 
 
-def _watch(patches: Patches) -> None:
+def _patch_pickling(patches: Patches) -> None:
     import torch
 
-    for kind in _reducing():
+    for kind in _pickled_classes():
         _patch_reduce(patches, kind)
     registry = torch.serialization._package_registry
     before = {id(row) for row in registry}
-    torch.serialization.register_package(_PRIORITY, _tag, _pass_on)  # type: ignore[arg-type]
-    _registered.extend(row for row in registry if id(row) not in before)
+    torch.serialization.register_package(_PRIORITY, _tag_to_write, _pass_on)  # type: ignore[arg-type]
+    _state.registered.extend(row for row in registry if id(row) not in before)
 
 
 def uninstall() -> None:
-    """Take our tagger out of torch's registry, which has no public way to do so."""
+    """Remove the tagger from torch's registry, which has no public function for that."""
     import torch
 
     registry = torch.serialization._package_registry
-    with _counts.lock:
-        _to_watch.clear()
-        while _registered:
-            row = _registered.pop()
+    with _state.lock:
+        _state.waiting = None
+        while _state.registered:
+            row = _state.registered.pop()
             registry[:] = [other for other in registry if other is not row]
 
 
@@ -137,7 +150,8 @@ def _patch_reduce(patches: Patches, kind: Any) -> None:
     patches.replace(kind, "__reduce__", __reduce__)
 
 
-def _tag(storage: Any) -> str | None:
+def _tag_to_write(storage: Any) -> str | None:
+    """Return the tag of the storage that this thread is pickling; None for others, which torch's taggers handle."""
     if storage is not getattr(_writing, "storage", None):
         return None
     tag: str = getattr(storage, _ATTRIBUTE)
@@ -145,4 +159,4 @@ def _tag(storage: Any) -> str | None:
 
 
 def _pass_on(storage: Any, location: str) -> None:
-    """Restore nothing: a deserializer that returns None leaves it to the next."""
+    """Return None, so that torch tries the next deserializer."""

@@ -1,13 +1,12 @@
 """The door ``children``: what a child process takes over from a guarded parent, and what it may not.
 
-A child (``multiprocessing`` and ``torch.multiprocessing``: spawn, forkserver, fork) takes over the mode, the modes of
-single doors and what is allowed, never the owner: which GPU it owns is for it to say. A worker of torch's DataLoader
-owns ``cpu``, if the process that iterates has an owner: opening CUDA there is a stray of this door, and mode ``error``
-refuses it before any context exists; what the worker loads from bytes with a GPU's tag is kept on the host (door
-``load``). torch's "Cannot re-initialize CUDA in forked subprocess" gets the line that initialised CUDA in the parent.
+A child of ``multiprocessing`` takes over the mode, the modes of single doors and the allow-list, but never the owner:
+the child must choose which GPU it owns. A worker of torch's DataLoader owns ``cpu`` if the process that iterates has an
+owner: opening CUDA there is a stray of this door. The line that initialised CUDA in the parent is added to torch's
+"Cannot re-initialize CUDA in forked subprocess".
 
-A child that has settings of its own keeps them. Not seen here: ``os.fork`` by itself, which continues the program with
-its owner; ``subprocess``; loky's and other makes of processes.
+Out of reach: ``os.fork`` alone, which continues the program with its owner; ``subprocess``; loky and other libraries
+with processes of their own. See docs/doors.md.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import multiprocessing.reduction
 import multiprocessing.spawn
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from devguard.doors import first_use, table
@@ -28,17 +26,35 @@ from devguard.ownership.prepare import prepare
 from devguard.ownership.process import disown, process
 from devguard.ownership.stack import local
 from devguard.reporting import allowlist
-from devguard.support import process_exit
-from devguard.support.patching import DoorError, Patches
+from devguard.support import accelerator, process_exit
+from devguard.support.notices import Failures
+from devguard.support.patching import Patches
 
 __all__ = ["install", "status", "uninstall"]
 
 NAME = "children"
 
 _patches = Patches()
-_pid = 0  # of the process that opened the door: elsewhere we were forked
-_failures: list[str] = []
-_taken_over: Settings | None = None
+_failures = Failures()
+
+
+class _State:
+    """The state of this door.
+
+    Attributes
+    ----------
+    pid : int
+        The process that opened the door; a process with another pid was forked.
+    taken_over : Settings or None
+        What this process took over from its parent.
+    """
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self.taken_over: Settings | None = None
+
+
+_state = _State()
 
 
 class Settings:
@@ -75,25 +91,24 @@ class _Carrier:
 
 
 def install() -> None:
-    """Hook the pickling of a process object, and the beginning of a forked child."""
-    global _pid
-    _pid = os.getpid()
+    """Patch the pickling of a process object, and the start of a forked child."""
+    _state.pid = os.getpid()
     _failures.clear()
-    bootstrap = _find(multiprocessing.process.BaseProcess, "_bootstrap")
-    dump = _find(multiprocessing.reduction, "dump")
+    bootstrap = _patches.find(multiprocessing.process.BaseProcess, "_bootstrap")
+    dump = _patches.find(multiprocessing.reduction, "dump")
 
     def bootstrap_disowned(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if os.getpid() != _pid:
-            _safely(_arrive_forked, self)
+        if os.getpid() != _state.pid:
+            _failures.safely(_arrive_forked, self)
         try:
             return bootstrap(self, *args, **kwargs)
         finally:
-            _safely(process_exit.run)
+            _failures.safely(process_exit.run)
 
     def dump_with_settings(obj: Any, file: Any, protocol: Any = None) -> Any:
         if isinstance(obj, multiprocessing.process.BaseProcess):
-            settings = _safely(_settings, obj)
-            # another interpreter need not have devguard
+            settings = _failures.safely(_settings, obj)
+            # Another interpreter may have no devguard.
             if settings is not None and os.fsdecode(multiprocessing.spawn.get_executable()) == sys.executable:
                 obj = _Carrier(settings, obj)
         return dump(obj, file, protocol)
@@ -103,40 +118,21 @@ def install() -> None:
 
 
 def uninstall() -> list[str]:
-    """Put the functions of ``multiprocessing`` back, and in a forked child torch's."""
+    """Put the functions of ``multiprocessing`` back, and, in a forked child, torch's."""
     return _patches.restore()
 
 
 def status() -> dict[str, Any]:
-    """Return what this process took over from its parent, and what went wrong in devguard itself."""
-    taken = _taken_over
+    """Return what this process took over from its parent, and errors inside devguard."""
+    taken = _state.taken_over
     return {
         "taken_over": taken and {"mode": taken.mode, "doors": dict(taken.doors), "loader_worker": taken.loader},
         "failures": list(_failures),
     }
 
 
-def _find(owner: Any, name: str) -> Callable[..., Any]:
-    original: Callable[..., Any] | None = vars(owner).get(name)
-    if original is None:
-        version = sys.version.partition(" ")[0]
-        raise DoorError(
-            f"{owner.__name__}.{name} is not in Python {version}; this version of devguard does not know it."
-        )
-    return original
-
-
-def _safely(function: Callable[..., Any], *args: Any) -> Any:
-    """Call `function`; a failure of devguard itself is noted and costs no process its life."""
-    try:
-        return function(*args)
-    except Exception as error:  # noqa: BLE001 - see above
-        _failures.append(f"{type(error).__name__}: {error}")
-        return None
-
-
 def _settings(child: Any) -> Settings | None:
-    """Return what `child`, which is about to start or was just forked, takes over; None if nothing was said."""
+    """Return what `child`, which is about to start or was just forked, takes over; None if nothing is set."""
     if not local.stack and process.owner is None and process.mode is None:
         return None
     owner = in_force.owner()
@@ -144,7 +140,7 @@ def _settings(child: Any) -> Settings | None:
     if owner is not None and in_force.mode_of(NAME) == "off":
         return None
     if owner is None or not local.stack:
-        # the process's own, as it was said; unguarded() is said of the code here, not of the child's
+        # The process's own settings: unguarded() holds for the code here, not for the child's.
         mode, doors = process.mode, dict(process.doors)
     else:
         mode = in_force.mode_of("")
@@ -152,7 +148,7 @@ def _settings(child: Any) -> Settings | None:
         if not in_force.is_requested(""):  # remap() requests all of them, but only for its own scope
             known += [name for name in table.ON_REQUEST if in_force.is_requested(name)]
         doors = {name: in_force.mode_of(name) for name in known}
-        doors = {name: its for name, its in doors.items() if its != mode or name in table.ON_REQUEST}
+        doors = {name: own for name, own in doors.items() if own != mode or name in table.ON_REQUEST}
     loader = owner is not None and _is_loader_worker(child)
     allowed = allowlist.allowances()
     nothing_new = not loader and not doors and not allowed and mode in (None, DEFAULT_MODE)
@@ -167,26 +163,25 @@ def _is_loader_worker(child: Any) -> bool:
 
 
 def _arrive(mode: Any, doors: dict[str, DoorMode], loader: bool, allowed: dict[str, list[str] | None]) -> Settings:
-    """Put what the parent sent in force in this process, a child of it."""
+    """Put the settings of the parent in force in this process."""
     settings = Settings(mode, doors, loader, allowed)
-    _safely(_take_over, settings)
+    _failures.safely(_take_over, settings)
     return settings
 
 
 def _unwrap(settings: Settings, child: Any) -> Any:
-    """Return the process object, whose target is imported by now; children of its own are to take over as well."""
+    """Return the process object; its target is imported now. Children of this child take over as well."""
     if "torch" in sys.modules:
-        _safely(table.open_all)
+        _failures.safely(table.open_all)
     return child
 
 
 def _take_over(settings: Settings) -> None:
-    global _taken_over
     allowlist.take_over(settings.allowed)
-    # else the child's own main module has said it; what the environment says, the parent knew
+    # Otherwise the child's own main module has set it. The parent knew what the environment sets.
     if process.mode is None or (process.source == "environment" and settings.mode is not None):
         process.configure(settings.mode, settings.doors, "parent")
-        _taken_over = settings
+        _state.taken_over = settings
     if settings.loader and process.source != "install":
         process.own(CPU)
         first_use.report_as(NAME)
@@ -195,9 +190,8 @@ def _take_over(settings: Settings) -> None:
 
 
 def _arrive_forked(child: Any) -> None:
-    """Leave the parent's owners behind, keep its settings, and be ready to explain torch's refusal."""
-    global _pid
-    _pid = os.getpid()
+    """Forget the parent's owners, keep its settings, and prepare an explanation of torch's refusal."""
+    _state.pid = os.getpid()
     settings = _settings(child)
     disown()
     if settings is not None:
@@ -207,10 +201,10 @@ def _arrive_forked(child: Any) -> None:
 
 
 def _explain_bad_fork() -> None:
-    """Append to torch's refusal to initialise CUDA after a fork who had initialised it before."""
-    cuda = sys.modules["torch"].cuda
-    if not cuda._is_in_bad_fork():
+    """Add the line that initialised CUDA before the fork to torch's refusal to initialise it again."""
+    if not accelerator.is_in_bad_fork():
         return
+    cuda = sys.modules["torch"].cuda
     original = _patches.find(cuda, "_lazy_init")
 
     def _lazy_init() -> Any:

@@ -1,8 +1,8 @@
-"""What a thread, or a task of a pool, does with what it has taken over: on the thread that runs it.
+"""How a thread, or a task of a pool, runs with what it took over; for the door ``threads``.
 
-A thread's device is set at once, by the door ``threads``; its scopes wait until something first asks for them
-(`inherit`), which in most threads nothing does. Where the mode leaves it as torch starts it, it is judged as it ends
-(`judge_end`), by the context that it has current then. A task enters all of it, and leaves it for the next.
+The device of a thread is set at once, by the door. Its scopes are put on its stack when code first asks for them
+(`inherit`), which most threads never do. Work that is only observed is judged when it ends (`judge_end`), by the
+context that is current then. A task enters its scopes and leaves them for the worker's next task.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from devguard.doors.concurrency import thread_plan
-from devguard.doors.concurrency.thread_plan import ADVICE, NAME, Start, planned, safely
+from devguard.doors.concurrency.thread_plan import ADVICE, NAME, Start, failures, planned
 from devguard.errors import StrayDeviceError, StrayDeviceWarning
 from devguard.ownership import in_force
 from devguard.ownership.owner import owned_tags
@@ -24,43 +23,43 @@ from devguard.ownership.stack import Stack, judge_pending, local
 from devguard.reporting.verdict import judge
 from devguard.support import accelerator, callsite
 
-__all__ = ["at_end", "end", "ended", "enter", "inherit", "leave", "runs"]
+__all__ = ["call_at_end", "call_forgotten", "end", "enter", "inherit", "is_running", "leave"]
 
 _DELETE = "_delete"
 
 
 def inherit(stack: Stack) -> None:
-    """Put the scopes that this thread was started with on its stack, which most threads never need."""
+    """Put the scopes that this thread was started with on its stack."""
     ident = threading.get_ident()
     waiting = list(threading._limbo)  # type: ignore[attr-defined]
-    # Python does not know a thread yet that has just begun; what it knows by the number may be one that is gone
+    # Python does not know a thread yet that has just started, and a thread under the same number may have ended.
     for thread in (threading._active.get(ident), *waiting):  # type: ignore[attr-defined]
-        begin = planned.get(id(thread)) if thread is not None and thread._ident == ident else None
-        if begin is not None:
-            stack.extend(begin.entries)
-            if not begin.observed:
-                at_end(thread, settle)
+        start = planned.get(id(thread)) if thread is not None and thread._ident == ident else None
+        if start is not None:
+            stack.extend(start.entries)
+            if not start.observed:
+                call_at_end(thread, judge_leftovers)
             return
 
 
-def runs(thread: Any) -> bool:
-    """Tell whether a thread has begun to run and has not ended."""
+def is_running(thread: Any) -> bool:
+    """Return whether a thread runs."""
     return threading._active.get(getattr(thread, "_ident", None)) is thread  # type: ignore[attr-defined]
 
 
 def _forget_threads() -> None:
-    """Forget all threads but this one: after a fork there are no others, and their identities come again."""
-    mine = id(threading._active.get(threading.get_ident()))  # type: ignore[attr-defined]
-    for other in planned.keys() - {mine}:
+    """Forget all threads but this one: a forked child has no others, and their identities are used again."""
+    this = id(threading._active.get(threading.get_ident()))  # type: ignore[attr-defined]
+    for other in planned.keys() - {this}:
         del planned[other]
 
 
-os.register_at_fork(after_in_child=_forget_threads)  # the door `threads` brings this module in as it opens
+os.register_at_fork(after_in_child=_forget_threads)  # this module is imported when the door `threads` opens
 
 
-def at_end(thread: Any, function: Callable[[], None]) -> None:
-    """Call `function` on a thread as it ends, while Python still knows it as that: before its ``_delete``."""
-    own = vars(thread)  # not by setattr, which its class may have changed
+def call_at_end(thread: Any, function: Callable[[], None]) -> None:
+    """Call `function` on a thread when the thread ends, just before Python forgets it (``Thread._delete``)."""
+    own = vars(thread)  # not setattr, which the thread's class may override
 
     def end_and_delete() -> None:
         own.pop(_DELETE, None)
@@ -72,84 +71,84 @@ def at_end(thread: Any, function: Callable[[], None]) -> None:
     own[_DELETE] = end_and_delete
 
 
-def ended(thread: Any) -> None:
-    """Do what `at_end` wants done if Python has not: 3.10 forgets a thread without calling its ``_delete``."""
+def call_forgotten(thread: Any) -> None:
+    """Call what `call_at_end` registered, if Python has not: 3.10 forgets a thread without calling ``_delete``."""
     if _DELETE in vars(thread):
         threading._active[threading.get_ident()] = thread  # type: ignore[attr-defined]
         thread._delete()
 
 
-def enter(begin: Start) -> tuple[int, int, Start | None]:
+def enter(start: Start) -> tuple[int, int, Start | None]:
     """Enter the scopes of a task and set its device.
 
     Returns
     -------
     tuple of int, int and Start or None
-        How deep the stack was, the device to give back, and what `judge_end` is to judge.
+        The depth of the stack before, the device to give back, and the start that `judge_end` judges.
     """
     stack = local.stack
     depth = len(stack)
-    stack.extend(begin.entries)
+    stack.extend(start.entries)
     try:
-        if begin.origin is None:
-            return depth, stack.take(begin.device), None
-        if begin.observed and _strayed_to() is None:
-            return depth, -1, begin
-        # the worker has chosen a device by itself, or a task before has: what this one does cannot be told from that
-        return depth, stack.take(begin.device if _may_move(begin.origin) else -1), None
+        if start.origin is None:
+            return depth, stack.take(start.device), None
+        if start.observed and _strayed_to() is None:
+            return depth, -1, start
+        # The worker, or an earlier task, chose a device: the context at the end says nothing about this task.
+        return depth, stack.take(start.device if _may_move(start.origin) else -1), None
     except Exception:
-        del stack[depth:]  # the scopes without their device would promise what is not so
+        del stack[depth:]  # without their device the scopes would be wrong
         raise
 
 
 def _may_move(origin: callsite.Origin) -> bool:
-    """Judge a task whose worker chose its device by itself; tell whether it may be moved."""
+    """Judge a task of a worker that selected its device; return whether the task may be moved."""
     owner = in_force.owner()
     if owner is None:
         return False
-    current = sys.modules["torch"]._C._cuda_getDevice()
-    return current == owner.index or thread_plan.places(owner, current, origin)
+    current = accelerator.current_device()
+    return current == owner.index or thread_plan.judge_placement(owner, current, origin)
 
 
 def _strayed_to() -> int | None:
-    """Return the device whose context this thread has current, if nobody in this process has owned it."""
+    """Return the device of this thread's current context, if that device was never owned in this process."""
     device = accelerator.bound_device()
-    owner = in_force.owner()  # an adopted one may not have been entered yet
+    owner = in_force.owner()  # an adopted owner may not have been entered yet
     if device is None or (owner is not None and device == owner.index) or f"cuda:{device}" in owned_tags():
         return None
     return device
 
 
-def end(begin: Start) -> None:
-    """Judge and settle what a thread leaves behind that was left as torch starts it."""
-    safely(judge_end, begin)
-    settle()
+def end(start: Start) -> None:
+    """Judge a thread that was only observed, and the device changes that it did not undo."""
+    failures.safely(judge_end, start)
+    judge_leftovers()
 
 
-def judge_end(begin: Start) -> None:
-    """Judge what was left as torch starts it: a stray, if it has worked on a device that nobody owns, and is there."""
+def judge_end(start: Start) -> None:
+    """Judge work that was only observed: a stray, if the context of a device that is not owned is current now."""
     owner, device = in_force.owner(), _strayed_to()
     if owner is not None and owner.index >= 0 and device is not None:
-        with contextlib.suppress(StrayDeviceError, StrayDeviceWarning):  # nobody is there to be told of it
-            judge(NAME, f"cuda:{device}", owner, 0, ADVICE, origin=begin.origin, places=True)
+        with contextlib.suppress(StrayDeviceError, StrayDeviceWarning):  # no code is left that could catch them
+            judge(NAME, f"cuda:{device}", owner, 0, ADVICE, origin=start.origin, places=True)
 
 
 def leave(left: tuple[int, int, Start | None] | None) -> None:
-    """Leave the scopes of a task, with what it forgot to leave itself, and give its worker's device back."""
-    settle()
+    """Leave the scopes of a task, and those that it did not leave itself, and give the worker's device back."""
+    judge_leftovers()
     if left is not None:
-        depth, previous, begin = left
-        if begin is not None:
-            judge_end(begin)
+        depth, previous, start = left
+        if start is not None:
+            judge_end(start)
         stack = local.stack
         del stack[depth:]
         if previous >= 0:
             stack.give_back(previous)
 
 
-def settle() -> None:
-    """Let the door ``set_device`` judge what a thread or a task leaves behind; nobody is there to be told of it."""
+def judge_leftovers() -> None:
+    """Judge the device changes that a thread or a task did not undo; no code is left that could catch an error."""
     stack = local.stack
     if stack.changes:
         with contextlib.suppress(StrayDeviceWarning):
-            safely(functools.partial(judge_pending, stack, leaving=True, failing=True))
+            failures.safely(functools.partial(judge_pending, stack, leaving=True, failing=True))

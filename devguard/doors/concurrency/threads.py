@@ -1,27 +1,11 @@
-"""The door ``threads``: a Python thread starts with the scopes of whoever started it, on the owner's device.
+"""The door ``threads``: a Python thread starts with the scopes of the code that starts it, on the owner's device.
 
-torch starts every thread on device 0. Here a thread (`threading.Thread`, its subclasses, ``Timer``) takes over the
-scopes that its creator is in when ``start()`` is called, ``unguarded()`` included, and the owner's device is set. A
-pool (``ThreadPoolExecutor``, and with it ``asyncio.to_thread`` and ``run_in_executor``; ``ThreadPool`` of
-``multiprocessing.pool``) does so for each task, with the scopes of who submitted it. A task submitted outside every
-scope runs on what its worker chose, as an ``initializer`` does, else on the device of the process's owner
-(``devguard.install``).
+torch starts every thread on device 0. Here a thread takes over the scopes in force when ``start()`` is called, and a
+task of a pool those in force when it is submitted. When a thread starts, it is unknown whether it will use a GPU. So
+the thread is *placed*, which is no stray; the mode ``error`` refuses it only where it is set for this door by name.
 
-Whether a thread will use a GPU nobody knows when it starts. So a thread, or a task, of the user's that would have run
-on another device than the owner's is not called a stray: it is *placed*, which copies nothing, and recorded as that.
-The mode ``error`` places too; it refuses at the start only where it is set for this door by name, as in
-``doors={"threads": "error"}``. Threads of the standard library and of torch, and functions that devguard has decorated,
-are placed without a record.
-
-In the modes ``observe`` and ``warn`` the scopes are inherited and the device is not set. There a thread is a stray if,
-as it ends, the context of a device that nobody in this process has owned is current on it: it has worked there. A
-device that it left before is not seen; and where device 0 held a context already, a thread that worked elsewhere by
-name has come back to it, and is recorded too. So it is with the tasks of pools, unless such a context is current as the
-task begins, because an ``initializer`` or a task before chose it: that task would run there, and is recorded at once.
-``off`` for this door alone leaves threads as torch starts them.
-
-Not seen here: threads that ran before the door opened (a pool's tasks are), ``_thread.start_new_thread``, and threads
-of C++ code. Pools of other makes start threads as anybody does: a worker keeps the scopes of the task that started it.
+Out of reach: threads that ran before the door opened, ``_thread.start_new_thread``, and threads of C++ code. See
+docs/doors.md, and thread_plan.py and thread_run.py for the two halves of a start.
 """
 
 from __future__ import annotations
@@ -38,15 +22,14 @@ from types import FunctionType
 from typing import Any
 
 from devguard.doors.concurrency import thread_plan, thread_run
-from devguard.doors.concurrency.thread_plan import Start
+from devguard.doors.concurrency.thread_plan import Start, failures
 from devguard.ownership.process import process
 from devguard.ownership.stack import inherit_with, local
-from devguard.reporting.journal import journal
-from devguard.support.patching import DoorError, Patches
+from devguard.reporting.verdict import count_repeat
+from devguard.support import accelerator
+from devguard.support.patching import Patches, unsupported
 
 __all__ = ["install", "status", "uninstall"]
-
-NAME = "threads"
 
 _patches = Patches()
 _before: list[str] = []
@@ -56,20 +39,37 @@ _POOL_METHODS = ("apply_async", "_map_async", "imap", "imap_unordered")
 
 
 def install() -> None:
-    """Hook the start and end of threads, and the tasks of pools."""
-    import torch
-
-    thread_plan.failures.clear()
+    """Patch the start and end of threads, and the tasks of pools."""
+    failures.clear()
     known = (threading.main_thread(), threading.current_thread())
     _before[:] = sorted(thread.name for thread in threading.enumerate() if thread not in known)
-    start, bootstrap, _ = (_find(threading.Thread, name) for name in ("start", "_bootstrap_inner", "_delete"))
-    submit, run = _find(futures.ThreadPoolExecutor, "submit"), _find(futures._WorkItem, "run")
-    work_of = _work_of(futures._WorkItem)
-    planned, grow, get_frame = thread_plan.planned, journal.grow, sys._getframe
+    _patch_thread()
+    _patch_executor()
+    _patch_pool()
+    inherit_with(thread_run.inherit)
+
+
+def uninstall() -> list[str]:
+    """Put Python's own methods back."""
+    inherit_with(None)
+    thread_plan.planned.clear()
+    return _patches.restore()
+
+
+def status() -> dict[str, Any]:
+    """Return which threads ran before the door opened, what is out of reach, and errors inside devguard."""
+    return {"threads_before": list(_before), "out_of_reach": _OUT_OF_REACH, "failures": list(failures)}
+
+
+def _patch_thread() -> None:
+    """Patch ``threading.Thread``: plan a thread where it is started, and set its device where it begins to run."""
+    thread = threading.Thread
+    start, bootstrap = _patches.find(thread, "start"), _patches.find(thread, "_bootstrap_inner")
+    _patches.find(thread, "_delete")  # thread_run.call_at_end needs it
+    planned, get_frame = thread_plan.planned, sys._getframe
     limbo = threading._limbo  # type: ignore[attr-defined]
-    forgets = sys.version_info < (3, 11)  # looking at the names of each thread costs
-    set_device: Any = getattr(torch._C, "_cuda_setDevice", None)
-    set_device = getattr(set_device, "__wrapped__", set_device)  # devguard's own change is nobody's to judge
+    is_python_3_10 = sys.version_info < (3, 11)  # asked once: reading the attributes of each thread takes time
+    set_device: Any = accelerator.unwatched_set_device()
 
     def start_with_scopes(self: Any) -> None:
         stack = local.stack
@@ -92,44 +92,52 @@ def install() -> None:
                 and stack.judged is not None
                 and not stack.changes
             ):
-                begin, _, _, recorded, _ = known
-                if recorded is not None:  # as verdict.judge does it
-                    _, tally, row = recorded
-                    if tally is None:
-                        grow(row, 0)
-                    else:
-                        tally.count += 1
+                plan, _, _, repeat, _ = known
+                if repeat is not None:
+                    count_repeat(repeat, 0)
             else:
-                begin = thread_plan.safely(thread_plan.plan_thread, self, key, code)
-            if begin is not None and ident is None:
-                planned[id(self)] = begin
+                plan = failures.safely(thread_plan.plan_thread, self, key, code)
+            if plan is not None and ident is None:
+                planned[id(self)] = plan
                 try:
                     start(self)
-                except BaseException:  # perhaps only the waiting for it was interrupted
-                    if self not in limbo and not thread_run.runs(self):
+                except BaseException:  # an interrupt may have ended only the wait for a thread that runs
+                    if self not in limbo and not thread_run.is_running(self):
                         planned.pop(id(self), None)
                     raise
                 return
         start(self)
 
     def bootstrap_within(self: Any) -> None:
-        begin = planned.get(id(self))
-        if begin is None:
+        plan = planned.get(id(self))
+        if plan is None:
             bootstrap(self)
             return
-        if begin.observed:
-            thread_plan.safely(thread_run.at_end, self, functools.partial(thread_run.end, begin))
-        elif begin.device >= 0:
+        if plan.observed:
+            failures.safely(thread_run.call_at_end, self, functools.partial(thread_run.end, plan))
+        elif plan.device >= 0:
             try:
-                set_device(begin.device)
-            except Exception as error:  # noqa: BLE001 - as thread_plan.safely does it
-                thread_plan.note(error)
+                set_device(plan.device)  # torch's own: the door set_device does not judge devguard
+            except Exception as error:  # noqa: BLE001 - as in Failures.safely, without a further frame
+                failures.record(error)
         try:
             bootstrap(self)
         finally:
-            if forgets:
-                thread_run.ended(self)
+            if is_python_3_10:
+                thread_run.call_forgotten(self)
             planned.pop(id(self), None)
+
+    _patches.replace(thread, "start", start_with_scopes)
+    _patches.replace(thread, "_bootstrap_inner", bootstrap_within)
+
+
+def _patch_executor() -> None:
+    """Patch ``ThreadPoolExecutor``: a task runs within the scopes of the code that submitted it.
+
+    ``asyncio.to_thread`` and ``run_in_executor`` submit to one.
+    """
+    submit, run = _patches.find(futures.ThreadPoolExecutor, "submit"), _patches.find(futures._WorkItem, "run")
+    function_of = _function_of(futures._WorkItem)
 
     def submit_in_scope(self: Any, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
         if local.stack or process.owner is not None:
@@ -137,8 +145,8 @@ def install() -> None:
         return submit(self, fn, *args, **kwargs)
 
     def run_and_leave(self: Any, *args: Any) -> None:
-        task = work_of(self)
-        if type(task) is not _Task or task.begin is None or task.begin.observed:
+        task = function_of(self)
+        if type(task) is not _Task or task.start is None or task.start.observed:
             run(self, *args)
             return
         task.leaves = False
@@ -146,107 +154,84 @@ def install() -> None:
             run(self, *args)
         finally:
             if task.left is not None:
-                thread_plan.safely(thread_run.leave, task.left)
+                failures.safely(thread_run.leave, task.left)
 
-    _patches.replace(threading.Thread, "start", start_with_scopes)
-    _patches.replace(threading.Thread, "_bootstrap_inner", bootstrap_within)
     _patches.replace(futures.ThreadPoolExecutor, "submit", submit_in_scope)
     _patches.replace(futures._WorkItem, "run", run_and_leave)
-    for name in _POOL_METHODS:
-        original = _find(multiprocessing.pool.Pool, name)
-        _patches.replace(multiprocessing.pool.Pool, name, _in_scope(original))
-    inherit_with(thread_run.inherit)
 
 
-def uninstall() -> list[str]:
-    """Put Python's own methods back."""
-    inherit_with(None)
-    thread_plan.planned.clear()
-    return _patches.restore()
-
-
-def status() -> dict[str, Any]:
-    """Return which threads were there before, what is out of reach, and what went wrong in devguard itself."""
-    return {"threads_before": list(_before), "out_of_reach": _OUT_OF_REACH, "failures": list(thread_plan.failures)}
-
-
-def _unknown(what: str, whether: str) -> DoorError:
-    version = sys.version.partition(" ")[0]
-    return DoorError(f"{what} {whether} Python {version}; this version of devguard does not know it.")
-
-
-def _find(owner: Any, name: str) -> Callable[..., Any]:
-    original: Callable[..., Any] | None = vars(owner).get(name)
-    if original is None:
-        raise _unknown(f"{owner.__module__}.{owner.__qualname__}.{name}", "is not in")
-    return original
-
-
-def _work_of(item: type) -> Callable[[Any], Any]:
-    """Return what gets the function out of an item of an executor's queue."""
+def _function_of(item: type) -> Callable[[Any], Any]:
+    """Return a function that returns the task's function from an item of an executor's queue."""
     parameters = inspect.signature(item).parameters
     if "fn" in parameters:
         return operator.attrgetter("fn")
-    if "task" in parameters:  # Python 3.14: with its arguments
+    if "task" in parameters:  # Python 3.14: the function with its arguments
         return lambda item: item.task[0]
-    raise _unknown(f"{item.__module__}.{item.__qualname__}({', '.join(parameters)})", "is in")
+    raise unsupported("concurrent.futures.thread._WorkItem", f"has other parameters there, {', '.join(parameters)}")
 
 
-def _task(work: Any, pool: Any) -> Any:
-    """Return `work` as a task of `pool`: in the scopes of this thread, if it has any, and settled at its end."""
-    if _INTERPRETERS in [base.__name__ for base in type(pool).__mro__]:
-        return work  # it would have to be pickled, and the other interpreter has a devguard of its own
-    return _Task(work, thread_plan.safely(_plan_task, work, pool) if local.stack else None)
-
-
-def _plan_task(work: Any, pool: Any) -> Start | None:
-    """Decide with what a task of `pool` starts."""
-    if getattr(pool, "_initializer", pool) is not None:  # Python 3.14 does not say whether there is one
-        return thread_plan.plan(work, None)
-    begin = thread_plan.plan_worker()
-    return thread_plan.plan(work, 0 if begin is None else begin.device)
+def _patch_pool() -> None:
+    """Patch ``multiprocessing.pool``: the tasks of a pool of threads, as those of an executor."""
+    for name in _POOL_METHODS:
+        original = _patches.find(multiprocessing.pool.Pool, name)
+        _patches.replace(multiprocessing.pool.Pool, name, _in_scope(original))
 
 
 def _in_scope(original: Callable[..., Any]) -> Callable[..., Any]:
     """Return a method of ``multiprocessing.pool.Pool`` that gives the tasks of a pool of threads their scopes."""
 
     def method(self: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
-        guarded = local.stack or process.owner is not None
-        if guarded and isinstance(self, multiprocessing.pool.ThreadPool):
+        is_guarded = local.stack or process.owner is not None
+        if is_guarded and isinstance(self, multiprocessing.pool.ThreadPool):
             func = _task(func, self)
         return original(self, func, *args, **kwargs)
 
     return method
 
 
+def _task(function: Any, pool: Any) -> Any:
+    """Return `function` as a task of `pool`, which runs within the scopes of this thread."""
+    if _INTERPRETERS in [base.__name__ for base in type(pool).__mro__]:
+        return function  # the task would have to be pickled, and the other interpreter has its own devguard
+    return _Task(function, failures.safely(_plan_task, function, pool) if local.stack else None)
+
+
+def _plan_task(function: Any, pool: Any) -> Start | None:
+    """Plan the start of a task of `pool`."""
+    if getattr(pool, "_initializer", pool) is not None:  # Python 3.14 hides whether there is an initializer
+        return thread_plan.plan(function, None)
+    worker = thread_plan.plan_worker()
+    return thread_plan.plan(function, 0 if worker is None else worker.device)
+
+
 class _Task:
-    """A task within the scopes of who submitted it.
+    """A task within the scopes of the code that submitted it.
 
     Attributes
     ----------
-    begin : Start or None
-        The scopes; None for a task that was submitted outside of any.
+    start : Start or None
+        The scopes; None for a task that was submitted outside every scope.
     leaves : bool
-        Whether it leaves them by itself. The worker of an executor leaves them after the callbacks of the future,
-        unless the task is only observed: that is judged before its result is known.
+        Whether the task leaves them. An executor's worker leaves them instead, after the callbacks of the future,
+        unless the task is only observed: that must be judged before its result is known.
     left : tuple or None
-        What it left to the worker.
+        What `thread_run.leave` needs.
     """
 
-    __slots__ = ("begin", "function", "leaves", "left")
+    __slots__ = ("function", "leaves", "left", "start")
 
-    def __init__(self, function: Callable[..., Any], begin: Start | None) -> None:
+    def __init__(self, function: Callable[..., Any], start: Start | None) -> None:
         self.function = function
-        self.begin = begin
+        self.start = start
         self.leaves = True
         self.left: tuple[int, int, Start | None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        left = None if self.begin is None else thread_plan.safely(thread_run.enter, self.begin)
+        left = None if self.start is None else failures.safely(thread_run.enter, self.start)
         if not self.leaves:
             self.left = left
             return self.function(*args, **kwargs)
         try:
             return self.function(*args, **kwargs)
         finally:
-            thread_plan.safely(thread_run.leave, left)
+            failures.safely(thread_run.leave, left)

@@ -1,4 +1,4 @@
-"""A CUDA context, or another physical GPU than the program assumes, is there.
+"""Contexts on GPUs that the process does not own, and indices that mean another physical GPU.
 
 May import doors.first_use, doors.table, reporting and the floors below; no other family of doors.
 """

@@ -1,13 +1,13 @@
 """The door ``native``: contexts on devices that this process does not own, and that no other door explains.
 
-Threads of C++ libraries, operators that pick a device by themselves, and Python code that names another device all open
-contexts without passing a door. Afterwards the context is there: it is found by comparing the contexts of the process
-with its owners, when the outermost call of a decorated function returns, at the end of ``no_strays()``, and whenever
-``strays()`` or ``status()`` are asked. It cannot be given back. The line that opened it is known where torch keeps a
-history of its allocations (allocation_history.py), as under the pytest plugin; elsewhere the record says after what it
-was found and what is known of it. ``devguard run --trace-contexts`` answers exactly.
+C++ threads, operators that choose a device themselves, and Python code that names another device open contexts without
+passing a door. The door compares the contexts of the process with its owners: after the outermost call of a decorated
+plain function (at most every 0.1 s), at the end of ``no_strays()``, in ``strays()`` and ``status()``, and at the other
+times listed in docs/doors.md. The end of a ``with`` block, of a coroutine or of a generator does not trigger a look.
 
-Contexts that existed before the doors opened belong to the door ``first_touch``.
+A context cannot be closed again, so mode ``error`` only records it. Where torch keeps a history of its allocations
+(allocation_history.py), as under the pytest plugin, the record has the line that opened the context; elsewhere it has
+the event after which the context was found. ``devguard run --trace-contexts`` names the call that opened it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from devguard.ownership.owner import owned_tags
 from devguard.ownership.process import unguarded_contexts
 from devguard.reporting import allowlist
 from devguard.reporting.journal import journal
-from devguard.reporting.stray import LEFT
+from devguard.reporting.stray import Occurrence
+from devguard.reporting.verdict import judge_too_late
 from devguard.support import accelerator, allocation_history
 from devguard.support.callsite import Origin
 
@@ -31,37 +32,54 @@ __all__ = ["accept", "inspect", "install", "status", "uninstall"]
 NAME = "native"
 
 _lock = threading.Lock()
-_before: frozenset[int] = frozenset()
-_seen: set[int] = set()
-_open = False
+
+
+class _State:
+    """The state of this door.
+
+    Attributes
+    ----------
+    is_open : bool
+        Whether the door is open.
+    accepted : frozenset of int
+        The devices with accepted contexts, which are no strays. Contexts from before the doors opened belong to the
+        door ``first_touch``.
+    found : set of int
+        The devices on which a foreign context was found.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self.accepted: frozenset[int] = frozenset()
+        self.found: set[int] = set()
+
+
+_state = _State()
 
 
 def install() -> None:
-    """Note the contexts that are there already."""
-    global _before, _open
-    _before = frozenset(accelerator.contexts())
-    _seen.clear()
-    _open = True
+    """Open the door, and accept the contexts that exist already."""
+    accept()
+    _state.found.clear()
+    _state.is_open = True
 
 
 def uninstall() -> list[str]:
-    """Stop comparing."""
-    global _open
-    _open = False
+    """Close the door."""
+    _state.is_open = False
     return []
 
 
 def accept() -> None:
-    """Hold nobody responsible for the contexts that there are now."""
-    global _before
-    _before = frozenset(accelerator.contexts())
+    """Accept the contexts that exist now: they are no strays."""
+    _state.accepted = frozenset(accelerator.contexts())
 
 
 def status() -> dict[str, Any]:
-    """Return the contexts that nobody is held responsible for, and the foreign ones found."""
+    """Return the devices with accepted contexts, and the devices on which foreign contexts were found."""
     return {
-        "before": [f"cuda:{index}" for index in sorted(_before)],
-        "foreign": [f"cuda:{index}" for index in sorted(_seen)],
+        "before": [f"cuda:{index}" for index in sorted(_state.accepted)],
+        "foreign": [f"cuda:{index}" for index in sorted(_state.found)],
     }
 
 
@@ -71,15 +89,15 @@ def inspect(where: str, asked_by: Origin | None = None) -> None:
     Parameters
     ----------
     where : str
-        What has just happened, for the record: the scope that ended, or the question that was asked.
+        The event just before, for the record, such as ``"at the end of no_strays()"``.
     asked_by : Origin, optional
-        The call site of a context whose line is not known; the line that asks, by default.
+        The call site to record if the line that opened a context is unknown; by default the line that looks.
     """
     owned = owned_tags()
-    if not _open or not owned:
+    if not _state.is_open or not owned:
         return
     foreign = [index for index in accelerator.contexts() if f"cuda:{index}" not in owned]
-    new = [index for index in foreign if index not in _before and index not in _seen]
+    new = [index for index in foreign if index not in _state.accepted and index not in _state.found]
     if not new:
         return
     left = [stray for stray in journal.strays() if stray.action not in ("repaired", "placed")]
@@ -88,34 +106,32 @@ def inspect(where: str, asked_by: Origin | None = None) -> None:
     for index in new:
         tag = f"cuda:{index}"
         with _lock:
-            if index in _seen:
+            if index in _state.found:
                 continue
-            _seen.add(index)
+            _state.found.add(index)
         if mode == "off" or explained & {tag, "cuda"} or tag in allowlist.allowances() or index in unguarded_contexts:
             continue
-        action = LEFT.get(mode, "observed")
-        note = f"found {where}; {_evidence(index)}"
+        note = f"found {where}; {_describe_use(index)}"
         opened_by, nbytes = allocation_history.newest(index, allocation_history.count(index))
         origin, start = opened_by or asked_by, sys._getframe(1)
-        journal.record(NAME, tag, tag, ", ".join(owned), action, nbytes, note=note, start=start, origin=origin)
+        found = Occurrence(NAME, tag, ", ".join(owned), nbytes, start, note=note, origin=origin)
+        judge_too_late(found, mode)
 
 
-def _evidence(index: int) -> str:
-    """Say what is known of a context on device `index`."""
-    torch = sys.modules["torch"]
-    stats = torch.cuda.memory_stats(index)
-    peak = stats.get("allocated_bytes.all.peak", 0)
-    if stats.get("allocation.all.allocated", 0):
-        return f"torch's allocator was used there (peak {peak} bytes): some call named this device or found it current"
-    names = sorted({name for name in _native_threads() if name})
+def _describe_use(index: int) -> str:
+    """Describe, for the record, how a context on device `index` was used."""
+    if allocation_history.count(index):
+        peak = accelerator.memory_stats(index)["allocated_bytes"]["all"]["peak"]
+        return f"torch's allocator was used there (peak {peak} bytes): a call named this device or found it current"
+    names = sorted({name for name in _list_native_threads() if name})
     return (
-        "torch's allocator was not used there: a query, a stream, an event or a library did it. "
+        "torch's allocator was not used there: a query, a stream, an event or a library opened it. "
         f"Native threads of this process: {', '.join(names) or 'none'}"
     )
 
 
-def _native_threads() -> list[str]:
-    """Return the names of this process's threads that Python did not start (Linux)."""
+def _list_native_threads() -> list[str]:
+    """Return the names of the threads of this process that Python did not start; empty outside Linux."""
     known = {thread.native_id for thread in threading.enumerate()}
     names = []
     try:
@@ -124,5 +140,5 @@ def _native_threads() -> list[str]:
                 with open(f"/proc/self/task/{task}/comm") as file:
                     names.append(file.read().strip())
     except OSError:
-        return names  # another system, or a thread that has just ended
+        return names  # This system has no /proc, or a thread ended meanwhile.
     return names

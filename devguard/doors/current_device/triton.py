@@ -1,19 +1,12 @@
-"""The door ``triton``: Triton launches a kernel on the current device, wherever its arguments lie.
+"""The door ``triton``: Triton launches a kernel on the current device, whichever device holds its arguments.
 
-With tensors on another device the launch fails at best; at worst it reads memory over the bus from a context that
-nobody wanted. Inside a guard the devices of the arguments are looked at before each launch:
-
-- all on the owner, another device current: launched under the owner (mode ``repair``);
-- all on a device that is not the owner's: recorded, refused in mode ``error``; mode ``repair`` launches it where its
-  arguments are, which is the only place where it can work;
-- on several devices: recorded, refused in mode ``error``; there is no right place.
-
-``triton.runtime.jit.JITFunction.run`` is where every launch arrives, through heuristics and decorators of other
-libraries too; ``triton.runtime.autotuner.Autotuner.run`` is watched as well, because tuning allocates and times on the
-current device. Looked at are tensors, what Triton wraps around them, and tuples of them.
+With tensors on another device the launch fails at best; at worst it reads memory over the bus from an unwanted context.
+Before each launch the door compares the devices of the arguments (tensors, Triton's wrappers of tensors, tuples of
+these) with the owner. Mode ``repair`` launches on the device of the arguments, if there is only one. Every launch
+arrives in ``JITFunction.run``; ``Autotuner.run`` is watched too: tuning allocates and measures on the current device.
 
 Not seen: kernels that ``torch.compile`` launches (it sets the device itself), kernels called through the object that
-``warmup`` or a launch returned, and Triton's interpreter.
+``warmup`` or a launch returned, and Triton's interpreter. See docs/doors.md.
 """
 
 from __future__ import annotations
@@ -35,24 +28,45 @@ __all__ = ["install", "status", "uninstall"]
 
 NAME = "triton"
 
-# module of Triton -> its class whose `run` is watched
+# Module of Triton -> the class in it that has the watched `run`.
 CLASSES = {"triton.runtime.jit": "JITFunction", "triton.runtime.autotuner": "Autotuner"}
 _PLAIN = frozenset({int, float, bool, str, type(None)})
 
 _patches = Patches()
-_open = False
-_missing: list[str] = []
-_moves: accelerator.Exchange | None = None
 _ADVICE_CURRENT = (
     "Triton launches on the current device, and the arguments are on the owner. Launch inside "
-    "torch.cuda.device_of(tensor), or let devguard do it (mode='repair')."
+    "torch.cuda.device_of(tensor), or use mode='repair'."
 )
-_ADVICE_FOREIGN = "The arguments are there. Move them to the owner, or, if it is meant, launch in devguard.unguarded()."
-_ADVICE_SEVERAL = "The arguments are on several devices. Move them to one, or launch in devguard.unguarded()."
+_ADVICE_FOREIGN = (
+    "The arguments are on that device. Move them to the owner, or, if that device is intended, launch inside "
+    "devguard.unguarded()."
+)
+_ADVICE_SEVERAL = (
+    "The arguments are on several devices. Move them to one device, or launch inside devguard.unguarded()."
+)
+
+
+class _State:
+    """The state of this door.
+
+    Attributes
+    ----------
+    exchange : Exchange or None
+        The functions that move the current device; None while the door is closed.
+    missing : list of str
+        The methods that the imported Triton lacks.
+    """
+
+    def __init__(self) -> None:
+        self.exchange: accelerator.Exchange | None = None
+        self.missing: list[str] = []
+
+
+_state = _State()
 
 
 class _Thread(threading.local):
-    busy = False  # inside a launch that has been judged: an autotuner makes more of them
+    busy = False  # whether a launch that has been judged is running: an autotuner launches more
 
 
 _thread = _Thread()
@@ -60,48 +74,44 @@ _thread = _Thread()
 
 def install() -> None:
     """Watch Triton's launches, now or when Triton is imported; a build of torch without CUDA has none."""
-    global _open, _moves
     import torch
 
     if not hasattr(torch._C, "_cuda_getDevice"):
         return
-    _moves = accelerator.bind()
-    _open = True
-    _missing.clear()
+    _state.exchange = accelerator.bind()
+    _state.missing.clear()
     for name in CLASSES:
         when_imported(name, _patch)
 
 
 def uninstall() -> list[str]:
-    """Put Triton's own methods back."""
-    global _open
-    _open = False
+    """Restore Triton's own methods."""
+    _state.exchange = None
     return _patches.restore()
 
 
 def status() -> dict[str, Any]:
-    """Return which classes of Triton are watched; none before Triton is imported."""
+    """Return the watched classes of Triton; none before Triton is imported."""
     row: dict[str, Any] = {"watched": [kind.__qualname__ for kind, _, _, _ in _patches.replaced]}
-    if _missing:
-        row["problem"] = f"not in this Triton: {', '.join(_missing)}"
+    if _state.missing:
+        row["problem"] = f"not in this Triton: {', '.join(_state.missing)}"
     return row
 
 
 def _patch(module: ModuleType) -> None:
     """Watch the launches of one class of Triton."""
-    if not _open:
+    exchange = _state.exchange
+    if exchange is None:
         return
     kind = vars(module).get(CLASSES[module.__name__])
     if kind is None or "run" not in vars(kind):
-        _missing.append(f"{module.__name__}.{CLASSES[module.__name__]}.run")
-    elif not any(patched is kind for patched, _, _, _ in _patches.replaced):
-        _patches.replace(kind, "run", _watched(_patches.find(kind, "run")))
+        _state.missing.append(f"{module.__name__}.{CLASSES[module.__name__]}.run")
+    elif not _patches.has(kind):
+        _patches.replace(kind, "run", _wrap(_patches.find(kind, "run"), exchange))
 
 
-def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
-    import torch
-
-    current_device = torch._C._cuda_getDevice
+def _wrap(original: Callable[..., Any], exchange: accelerator.Exchange) -> Callable[..., Any]:
+    current_device, _ = accelerator.queries()
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         stack = local.stack
@@ -115,20 +125,19 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         if _thread.busy:
             return original(self, *args, **kwargs)
-        assert _moves is not None
-        previous = _moves.to(_place(found))  # torch leaves everything alone for -1
+        previous = exchange.to(_judge_launch(found))  # torch does nothing for -1
         _thread.busy = True
         try:
             return original(self, *args, **kwargs)
         finally:
             _thread.busy = False
-            _moves.back(previous)
+            exchange.back(previous)
 
     return run
 
 
 def _collect(values: Iterable[Any], found: set[int]) -> None:
-    """Add the indices of the CUDA devices on which `values` lie to `found`."""
+    """Add to `found` the indices of the CUDA devices that hold `values`."""
     for value in values:
         if value.__class__ in _PLAIN:
             continue
@@ -136,31 +145,29 @@ def _collect(values: Iterable[Any], found: set[int]) -> None:
             _collect(value, found)
             continue
         on_cuda = getattr(value, "is_cuda", None)
-        if on_cuda is None:  # a TensorWrapper or a TensorDescriptor has a base, a constexpr none
+        if on_cuda is None:  # A TensorWrapper or a TensorDescriptor has a base, a constexpr has none.
             value = getattr(value, "base", None)
             on_cuda = getattr(value, "is_cuda", False)
         if on_cuda:
             found.add(value.get_device())
 
 
-def _place(found: set[int]) -> int:
-    """Let the verdict fall on a launch with arguments on `found`; the device to launch on, -1 to leave it.
+def _judge_launch(found: set[int]) -> int:
+    """Judge a launch with arguments on the devices `found`; return the device to launch on, -1 for the current one.
 
-    With the owner as the current device and as that of the arguments it is not called.
+    Never called if the owner's device is current and holds all arguments.
     """
-    import torch
-
-    owner = in_force.owner_at_door()  # which may put the current device right, if a library had changed it
+    owner = in_force.owner_at_door()  # This look-up may restore the current device, if a library had changed it.
     if owner is None:
         return -1
-    current = torch._C._cuda_getDevice()
+    current = accelerator.current_device()
     away = ",".join(f"cuda:{index}" for index in sorted(found) if index != owner.index)
     if len(found) > 1:
         judge(NAME, away, owner, 0, _ADVICE_SEVERAL, note=f"arguments on {len(found)} devices, cuda:{current} current")
         return -1
     (index,) = found
     if away:
-        judge(NAME, away, owner, 0, _ADVICE_FOREIGN, note=f"its arguments are there, cuda:{current} was current")
+        judge(NAME, away, owner, 0, _ADVICE_FOREIGN, note=f"the arguments are there, cuda:{current} was current")
         return index if index != current and in_force.mode_of(NAME) == "repair" else -1
     if current != index and judge(NAME, f"cuda:{current}", owner, 0, _ADVICE_CURRENT, target=owner.tag):
         return index

@@ -1,4 +1,4 @@
-"""The bugs of SGLang that put work onto the wrong GPU, for ``devguard doctor``: in which releases, and what helps."""
+"""SGLang's bugs that put work onto the wrong GPU, for ``devguard doctor``: the affected releases, and the remedy."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ class Bug:
     Attributes
     ----------
     what : str
-        What happens.
+        The effect of the bug.
     reference : str
         The issue or pull request in sgl-project/sglang.
     first, last : str or None
-        The releases that have it, both included. None: from the first that devguard knows, to this day.
+        The first and the last release with the bug. None as `first`: since before the oldest release that devguard
+        supports; None as `last`: not fixed yet.
     remedy : str
-        What devguard does about it.
+        What devguard does about the bug.
     """
 
     what: str
@@ -51,7 +52,7 @@ BUGS = (
     Bug(
         "with SGLANG_USE_PICKLE_IPC=0 a message's tensors are moved to the sender's device (_restore_torch_tensor)",
         "utils/msgpack_utils.py",
-        "0.5.23",  # the only release with this module that was read
+        "0.5.23",  # The only release with this module that was checked.
         None,
         "the integration: moved to the rank's own GPU",
     ),

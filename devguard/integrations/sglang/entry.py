@@ -1,4 +1,4 @@
-"""Guarding workers from the program that starts them: a decorator for their entry points, and an engine that has it."""
+"""Guard workers from the program that starts them: a decorator for entry points, and an engine that applies it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["guarded_engine", "worker"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 Engine = TypeVar("Engine", bound=type)
 
-# entry points of processes that receive every request and own no GPU
+# Parts of the names of entry points that run in processes without a GPU, which receive every request.
 WITHOUT_GPU = ("data_parallel_controller", "detokenizer")
 ENTRY_POINTS = ("run_scheduler_process_func", "run_detokenizer_process_func")
 
@@ -36,18 +36,18 @@ def worker(
     mode: Mode | None = None,
     doors: Mapping[str, DoorMode] | None = None,
 ) -> Any:
-    """Guard the entry point of a worker process, whatever its parameters are called and in which order they come.
+    """Guard the entry point of a worker process, whatever the names and the order of its parameters.
 
     The owner is the argument ``gpu_id``, else ``local_rank``, ``device_id``, ``device_index`` or ``device``. Entry
-    points of SGLang's data-parallel controller and detokenizer own ``cpu``. What the function itself starts is told its
-    owner by `arm`.
+    points of SGLang's data-parallel controller and detokenizer own ``cpu``. `arm` sets the owners of the processes
+    that the function itself starts.
 
     Parameters
     ----------
     function : callable
-        A function of a module, which stays a plain function: a spawned process finds it by its name.
+        A module-level function. It stays a plain function, because a spawned process finds it by name.
     device : int, str or torch.device, optional
-        The owner, where no argument names it.
+        The owner, if no argument names it.
     mode : {'off', 'observe', 'warn', 'repair', 'error'}, optional
         What the doors do with a stray.
     doors : mapping of str to str, optional
@@ -58,7 +58,7 @@ def worker(
     DeviceResolutionError
         If no parameter can hold a device.
     ConfigError
-        For a mode or a door that does not exist.
+        If a mode or a door does not exist.
 
     Examples
     --------
@@ -68,15 +68,15 @@ def worker(
     if function is None:
         return functools.partial(worker, device=device, mode=mode, doors=doors)
     if not callable(function):
-        raise ConfigError(f"worker decorates a function, not {function!r}; a device goes by name: worker(device=...).")
+        raise ConfigError(f"worker decorates a function, not {function!r}. To name a device: worker(device=...).")
     name = getattr(function, "__name__", "")
     if device is None and any(part in name for part in WITHOUT_GPU):
         device = "cpu"
     if device is None:
         _check_parameters(function, name)
     else:
-        guard(device)  # says now what is wrong with it
-    guard("cpu", mode=mode, doors=doors)  # likewise
+        guard(device)  # Raises now if the device is invalid.
+    guard("cpu", mode=mode, doors=doors)  # Raises now if the mode or a door is invalid.
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -95,18 +95,18 @@ def _check_parameters(function: Callable[..., Any], name: str) -> None:
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if not takes_any and not set(roles.DEVICE_ARGUMENTS) & set(parameters):
         raise DeviceResolutionError(
-            f"{name or repr(function)} has no parameter that could name its GPU. Looked for: "
-            f"{', '.join(roles.DEVICE_ARGUMENTS)}; it has: {', '.join(parameters) or 'none'}. Give the owner itself: "
+            f"{name or repr(function)} has no parameter that names its GPU. Looked for: "
+            f"{', '.join(roles.DEVICE_ARGUMENTS)}; it has: {', '.join(parameters) or 'none'}. Name the owner instead: "
             "worker(device=...)."
         )
 
 
 class _Entry:
-    """An entry point that is guarded in the process that it arrives in.
+    """An entry point that is guarded in the process that unpickles it.
 
     It pickles by the name of the function, not as a decorated function, which pickle would not find under that name.
-    Where it arrives it arms the integration: so a data-parallel controller that is only given it, to start schedulers
-    with, owns ``cpu`` too.
+    Unpickling arms the integration, so a data-parallel controller that only receives the entry point, to start
+    schedulers with, owns ``cpu`` too.
     """
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ def _arrive(function: Callable[..., Any], options: dict[str, Any]) -> _Entry:
 
 
 def guarded_engine(engine: Engine, *, mode: Mode | None = None, doors: Mapping[str, DoorMode] | None = None) -> Engine:
-    """Return a subclass of SGLang's ``Engine`` whose processes are guarded.
+    """Return a subclass of SGLang's ``Engine`` with guarded processes.
 
     Parameters
     ----------
@@ -141,19 +141,19 @@ def guarded_engine(engine: Engine, *, mode: Mode | None = None, doors: Mapping[s
     Raises
     ------
     UnsupportedVersionError
-        For a release of SGLang that devguard does not know.
+        If devguard does not support the installed release of SGLang.
     ConfigError
-        If the class does not let its entry points be replaced, as in older releases.
+        If the entry points of the class cannot be replaced, as in older releases.
 
     Examples
     --------
     >>> Engine = devguard.integrations.sglang.guarded_engine(sglang.Engine)
     >>> engine = Engine(model_path=..., tp_size=2)
     """
-    if hasattr(engine, "module_name") and hasattr(engine, "class_name"):  # sglang.Engine is only a promise of the class
+    if hasattr(engine, "module_name") and hasattr(engine, "class_name"):  # sglang.Engine is a lazy proxy of the class.
         engine = getattr(importlib.import_module(engine.module_name), engine.class_name)
     if not isinstance(engine, type):
-        raise ConfigError(f"guarded_engine takes the class, sglang.Engine, not {engine!r}.")
+        raise ConfigError(f"guarded_engine takes a class such as sglang.Engine, not {engine!r}.")
     versions.check()
     options = {"mode": mode, "doors": None if doors is None else dict(doors)}
     replaced: dict[str, Any] = {}
@@ -164,8 +164,8 @@ def guarded_engine(engine: Engine, *, mode: Mode | None = None, doors: Mapping[s
             replaced[name] = staticmethod(kept)
     if ENTRY_POINTS[0] not in replaced:
         raise ConfigError(
-            f"{engine.__name__} of SGLang {versions.installed()} has no run_scheduler_process_func to replace. Start "
-            "the program with DEVGUARD=repair instead; it needs no line of code."
+            f"{engine.__name__} of SGLang {versions.installed()} has no run_scheduler_process_func to replace. Set "
+            "DEVGUARD=repair in the environment instead; the program needs no change."
         )
     members = {**replaced, "__module__": engine.__module__, "__doc__": engine.__doc__}
     subclass: Engine = type(engine)(engine.__name__, (engine,), members)

@@ -1,8 +1,8 @@
-"""SGLang's second road for messages: msgpack, with ``SGLANG_USE_PICKLE_IPC=0``.
+"""SGLang's second format of messages: msgpack, used with ``SGLANG_USE_PICKLE_IPC=0``.
 
-A tensor travels as bytes with the sender's device, and ``_restore_torch_tensor`` moves it there: the same bug as with
-pickle, by another road that no door of torch sees. A controller that owns ``cpu`` keeps such a tensor on the host and
-passes its tag on, as with pickle. The wire format stays as it is.
+A tensor travels as bytes with the sender's device, and ``_restore_torch_tensor`` moves it to that device. The bug is
+the same as with pickle, but no door of torch sees it. A controller that owns ``cpu`` keeps such a tensor on the host
+and passes its tag on, as with pickle. The wire format is unchanged.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from devguard.support.patching import Patches
 __all__ = ["MODULE", "patch"]
 
 MODULE = "sglang.srt.utils.msgpack_utils"
-DOOR = "load"  # its mode counts: to the reader of a report it is the same door
+DOOR = "load"  # To the reader of a report this is the same kind of stray, so the mode of this door applies.
 _ADVICE = "The message carries the sender's device. Send CPU tensors, or let devguard repair it (mode='repair')."
 
 
 def patch(patches: Patches, module: ModuleType) -> None:
-    """Replace the functions that restore a tensor from a message and put one into it, where this release has them."""
+    """Patch the functions that unpack a tensor from a message and pack one, if this release has them."""
     if any(row[0] is module for row in patches.replaced):
         return
     if hasattr(module, "_restore_torch_tensor"):
@@ -60,10 +60,10 @@ def _patch_restore(patches: Patches, module: ModuleType) -> None:
 
 
 def _patch_pack(patches: Patches, module: ModuleType) -> None:
-    """Write the tag that a relayed tensor came with.
+    """Pack a relayed tensor with the tag that it arrived with.
 
-    The function is given shape, dtype and device, not the tensor, which its caller has as ``obj``. The caller itself is
-    held by encoders that may be older than this patch.
+    The function receives shape, dtype and device, but not the tensor, which is the local ``obj`` of its caller. The
+    caller is not patched, because encoders older than this patch may hold it.
     """
     original = module._pack_buffer_ext
 

@@ -1,8 +1,8 @@
-"""The plugin ``devguard`` of SGLang's own loader (group ``sglang.srt.plugins``, SGLang 0.5.12 and later).
+"""The plugin ``devguard`` for SGLang's own loader (group ``sglang.srt.plugins``, SGLang 0.5.12 and later).
 
-SGLang calls it at the beginning of its launcher, schedulers, data-parallel controller and detokenizer, and only logs
-what goes wrong in it. So it does not rely on the registry alone: `roles.arm` patches what SGLang's registry could not,
-and whichever comes first sets the owner, once.
+SGLang calls it at the start of its launcher, schedulers, data-parallel controller and detokenizer, and only logs an
+error raised in it. The plugin does not rely on SGLang's registry alone: `roles.arm` patches functions that the
+registry cannot, and the hook that runs first sets the owner, once.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ __all__ = ["plugin"]
 
 
 def plugin() -> None:
-    """Guard the SGLang process that calls this.
+    """Guard the SGLang process that calls this function, if ``DEVGUARD`` or ``SGLANG_PLUGINS`` requests it.
 
-    Only if ``DEVGUARD`` or ``SGLANG_PLUGINS`` asks for it: SGLang calls it wherever devguard is installed. Without
-    ``DEVGUARD`` the mode is ``repair``; ``DEVGUARD=off`` keeps the plugin out.
+    SGLang calls the plugin wherever devguard is installed. Without ``DEVGUARD`` the mode is ``repair``;
+    ``DEVGUARD=off`` turns the plugin off.
     """
     if not is_asked_for("SGLANG_PLUGINS"):
-        roles.logger.debug("devguard: not asked for in this process (DEVGUARD, SGLANG_PLUGINS)")
+        roles.logger.debug("devguard: not requested in this process (set DEVGUARD, or name devguard in SGLANG_PLUGINS)")
         return
     roles.arm()
     role = roles.CONFIGURE
     if role.module not in sys.modules:
-        return  # a process without a scheduler: registering a hook would import all of it
+        return  # This process has no scheduler, and registering a hook would import all of it.
     registry = importlib.import_module("sglang.srt.plugins.hook_registry")
     module = sys.modules[role.module]
 
     def own_device(*args: Any, **kwargs: Any) -> None:
         roles.take(role, getattr(module, role.path), args, kwargs)
 
-    def say_so(result: Any, *args: Any, **kwargs: Any) -> None:
+    def announce_owner(result: Any, *args: Any, **kwargs: Any) -> None:
         roles.announce()
 
     registry.HookRegistry.register(role.target, own_device, registry.HookType.BEFORE)
-    registry.HookRegistry.register(role.target, say_so, registry.HookType.AFTER)
+    registry.HookRegistry.register(role.target, announce_owner, registry.HookType.AFTER)

@@ -1,10 +1,10 @@
-"""Which process of SGLang this is, and which device it owns.
+"""The roles of SGLang's processes, and the device that each role owns.
 
-SGLang's own functions say so: `ROLES` lists those that each process calls before it touches a GPU or receives a
-message. None of them is ever pickled. The entry points themselves are, by name, as targets of spawned processes; so
-they stay as they are. Arguments are found by name, since their order changes between releases.
+SGLang's own functions identify the role: `ROLES` lists functions that a process calls before it touches a GPU or
+receives a message. These functions are never pickled. The entry points are pickled by name, as targets of spawned
+processes, and so are not patched. Arguments are found by name, because their order changes between releases.
 
-A guard must not keep a server from starting: whatever fails here becomes one line in the server's log.
+devguard must not keep a server from starting: a failure here becomes one line in the server's log.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from typing import Any
 
 from devguard import modes
 from devguard.activation.install import assign, on_uninstall
-from devguard.activation.status import status
 from devguard.integrations.sglang import messages, versions
 from devguard.support.import_hooks import when_imported
 from devguard.support.patching import Patches
 
-__all__ = ["announce", "arm", "DEVICE_ARGUMENTS", "device_argument", "disarm", "Role", "ROLES", "take"]
+__all__ = ["announce", "arm", "device_argument", "DEVICE_ARGUMENTS", "disarm", "Role", "ROLES", "take"]
 
-# what the parameter with the device is called, the first that there is
+# The names of the parameter with the device, in order of preference.
 DEVICE_ARGUMENTS = ("gpu_id", "local_rank", "device_id", "device_index", "device")
 RANKS = {"dp_rank": "DP", "pp_rank": "PP", "tp_rank": "TP"}
 
@@ -38,16 +37,16 @@ logger = logging.getLogger("devguard.sglang")
 
 @dataclass(frozen=True)
 class Role:
-    """One kind of process, and the function by which it is known.
+    """One kind of process, and the function that identifies it.
 
     Attributes
     ----------
     module, path : str
-        Where the function is.
+        The module of the function, and its qualified name there.
     name : str
-        What the process is called in messages.
+        The name of the process in messages.
     owns_gpu : bool
-        Whether it owns the GPU that an argument names; if not, it owns ``cpu``.
+        Whether the process owns the GPU that an argument names; if not, it owns ``cpu``.
     """
 
     module: str
@@ -64,7 +63,7 @@ class Role:
 CONFIGURE = Role("sglang.srt.managers.scheduler", "configure_scheduler_process", "scheduler", True)
 ROLES = (
     CONFIGURE,
-    # releases without that function, and Ray's actors of some with it, name the GPU here
+    # Releases without that function name the GPU here, and so do Ray's actors in some releases with it.
     Role("sglang.srt.managers.scheduler", "Scheduler.__init__", "scheduler", True),
     Role(
         "sglang.srt.managers.data_parallel_controller",
@@ -77,22 +76,22 @@ ROLES = (
 
 
 class _State:
-    """What was done in this process."""
+    """The state of the integration in this process."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.patches = Patches()
         self.armed = False
         self.warned = False
-        self.taken: tuple[int, str] | None = None  # pid and device: a fork brings its parent's along
-        self.to_say: str | None = None
+        self.taken: tuple[int, str] | None = None  # Pid and device; after a fork the pid is the parent's.
+        self.to_announce: str | None = None  # The label of the process.
 
 
 _state = _State()
 
 
 def arm() -> None:
-    """Make every process of SGLang own its device as soon as its role is known; calling it again does nothing more."""
+    """Make every SGLang process own its device as soon as its role is known. A second call changes nothing."""
     with _state.lock:
         _state.armed = True
     on_uninstall(disarm)
@@ -102,24 +101,24 @@ def arm() -> None:
 
 
 def disarm() -> list[str]:
-    """Put SGLang's own functions back; return the names that somebody else patched meanwhile."""
+    """Restore SGLang's functions; return the names that other code has patched over devguard."""
     with _state.lock:
         _state.armed = False
-        _state.taken = _state.to_say = None
+        _state.taken = _state.to_announce = None
         return _state.patches.restore()
 
 
 def take(role: Role, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Make the device of `role` the owner of this process, before `function` is called with these arguments.
 
-    It does so once in a process, and never raises.
+    Acts once in a process, and never raises.
     """
-    if modes.killed():
+    if modes.is_killed():
         return
     try:
         _take(role, function, args, kwargs)
-    except Exception as error:  # noqa: BLE001 - a guard must not keep a server from starting
-        _state.to_say = None
+    except Exception as error:  # noqa: BLE001 - devguard must not keep a server from starting
+        _state.to_announce = None
         logger.warning("devguard: this %s is NOT guarded: %s: %s", role.name, type(error).__name__, error)
 
 
@@ -128,9 +127,9 @@ def _take(role: Role, function: Callable[..., Any], args: tuple[Any, ...], kwarg
     if role.owns_gpu:
         device = device_argument(values)
         if device is None:
-            return  # this release names it elsewhere
+            return  # This release names the device elsewhere.
     elif multiprocessing.parent_process() is None:
-        return  # made by hand in somebody's own process, whose owner is not ours to choose
+        return  # The user's own process made this object, and its owner is the user's choice.
     else:
         device = "cpu"
     with _state.lock:
@@ -139,19 +138,21 @@ def _take(role: Role, function: Callable[..., Any], args: tuple[Any, ...], kwarg
 
         label = " ".join(filter(None, (role.name, _ranks(values, function))))
         if assign(device, role=f"SGLang {label}"):
-            _state.to_say = label
+            _state.to_announce = label
         else:
-            logger.info("devguard: this %s keeps the owner that the program has installed", label)
+            logger.info("devguard: this %s keeps the owner that the program installed", label)
         _state.taken = os.getpid(), str(device)
 
 
 def announce() -> None:
-    """Say in the server's log what was put in force, and check that it is; once, as soon as logging is configured."""
+    """Log the owner, mode and open doors of this process; once, as soon as logging is configured."""
     with _state.lock:
-        label, _state.to_say = _state.to_say, None
+        label, _state.to_announce = _state.to_announce, None
     if label is None:
         return
     try:
+        from devguard.activation.status import status  # not needed to activate
+
         found = status()
         doors = [name for name, row in found["doors"].items() if row["open"]]
         closed = [f"{name} ({row['problem']})" for name, row in found["doors"].items() if "problem" in row]
@@ -162,30 +163,30 @@ def announce() -> None:
         logger.info("devguard: %s owns %s, mode %s, doors %s", label, owner, mode, ", ".join(doors))
         if closed:
             logger.warning("devguard: %s: doors that could not be opened: %s", label, "; ".join(closed))
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:  # noqa: BLE001 - devguard must not keep a server from starting
         logger.warning("devguard: %s: %s: %s", label, type(error).__name__, error)
 
 
 def device_argument(values: Mapping[str, Any], names: Iterable[str] = DEVICE_ARGUMENTS) -> Any:
-    """Return the value of the first of these arguments that has one, None if none has."""
+    """Return the value of the first of these arguments that is not None, or None."""
     return next((values[name] for name in names if values.get(name) is not None), None)
 
 
 def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name; defaults are left out."""
+    """Return the arguments of a call by name, without defaults."""
     found = dict(inspect.signature(function).bind_partial(*args, **kwargs).arguments)
     found.update(found.pop("kwargs", {}))
     return found
 
 
 def _ranks(values: Mapping[str, Any], function: Callable[..., Any]) -> str:
-    """Return such as ``DP0 TP1``: from the arguments, in newer releases from SGLang's context."""
+    """Return the ranks, as in ``DP0 TP1``: from the arguments, or in newer releases from SGLang's context."""
     known = {name: values.get(name) for name in RANKS}
     context = getattr(inspect.unwrap(function), "__globals__", {}).get("get_parallel")
     if known["tp_rank"] is None and context is not None:
         try:
             known = {name: getattr(context(), name, None) for name in RANKS}
-        except Exception:  # noqa: BLE001 - before SGLang has published it; the name of the process matters little
+        except Exception:  # noqa: BLE001 - SGLang may not have published it yet, and the label is only informative
             known = {}
     if getattr(values.get("server_args"), "pp_size", 1) == 1:
         known.pop("pp_rank", None)
@@ -193,7 +194,7 @@ def _ranks(values: Mapping[str, Any], function: Callable[..., Any]) -> str:
 
 
 def _patch(module: ModuleType) -> None:
-    """Patch what a module of SGLang has of `ROLES`, as soon as it is imported."""
+    """Patch the functions of `ROLES` in a module of SGLang that was just imported."""
     with _state.lock:
         if not _state.armed:
             return
@@ -216,7 +217,7 @@ def _replace(module: ModuleType, role: Role) -> None:
     holder: Any = getattr(module, within[0], None) if within else module
     original = vars(holder).get(name) if holder is not None else None
     if original is None or any(row[0] is holder and row[1] == name for row in _state.patches.replaced):
-        return  # not in this release, or done
+        return  # The function is not in this release, or already patched.
 
     @functools.wraps(original)
     def hooked(*args: Any, **kwargs: Any) -> Any:
@@ -225,7 +226,7 @@ def _replace(module: ModuleType, role: Role) -> None:
             announce()
             return original(*args, **kwargs)
         result = original(*args, **kwargs)
-        announce()  # that function has configured logging
+        announce()  # `original` has configured logging by now.
         return result
 
     _state.patches.replace(holder, name, hooked)

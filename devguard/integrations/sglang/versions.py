@@ -1,4 +1,4 @@
-"""The releases of SGLang that devguard knows, and the one that is installed."""
+"""The releases of SGLang that devguard supports, and the installed release."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from devguard.errors import DevGuardError
 
 __all__ = ["check", "installed", "NEWEST", "OLDEST", "parse", "UnsupportedVersionError"]
 
-# Read and run: 0.4.6.post2 and 0.5.23. In between, functions and arguments are found by name, or left alone.
+# 0.4.6.post2 and 0.5.23 were read and run. Releases in between: functions and arguments are found by name or ignored.
 OLDEST = "0.4.6"
 NEWEST = "0.5.23"
 
 
 class UnsupportedVersionError(DevGuardError):
-    """The installed SGLang is not one of the releases that devguard knows."""
+    """devguard does not support the installed release of SGLang."""
 
 
 def installed() -> str | None:
-    """Return the version of the installed SGLang, None if there is none."""
+    """Return the version of the installed SGLang, or None."""
     try:
         return importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
@@ -27,34 +27,34 @@ def installed() -> str | None:
 
 
 def parse(version: str) -> tuple[int, int, int, int]:
-    """Return the numbers of a version; the last one is that of the post-release, -1 for what comes before a release.
+    """Return a version as numbers; the last is the number of the post-release, -1 for a pre-release.
 
     Raises
     ------
     UnsupportedVersionError
-        If it is no version.
+        If `version` is not a version.
     """
     found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?(?:\.post(\d+))?(\.?(?:dev|rc|a|b)\d*)?", version)
     if found is None:
-        raise UnsupportedVersionError(f"SGLang says that its version is {version!r}, which devguard cannot read.")
+        raise UnsupportedVersionError(f"devguard cannot parse {version!r}, the version of SGLang.")
     major, minor, micro, post = (int(number or 0) for number in found.groups()[:4])
     return major, minor, micro, -1 if found[5] and not post else post
 
 
 def check(version: str | None = None) -> str:
-    """Return the version of SGLang, that of the installed one by default.
+    """Return `version`, by default that of the installed SGLang.
 
     Raises
     ------
     UnsupportedVersionError
-        If there is none, or if it is older or newer than what devguard knows.
+        If SGLang is not installed, or is older or newer than the releases that devguard supports.
     """
     version = version or installed()
     if version is None:
         raise UnsupportedVersionError("SGLang is not installed here.")
     if not parse(OLDEST)[:3] <= parse(version)[:3] <= parse(NEWEST)[:3]:
         raise UnsupportedVersionError(
-            f"devguard knows the processes of SGLang {OLDEST} to {NEWEST}, and this is {version}. Name the owner of "
-            'each worker yourself: @devguard.guard(argument="gpu_id"), or DEVGUARD_DEVICE for each process.'
+            f"devguard supports SGLang {OLDEST} to {NEWEST}, and this is {version}. Name the owner of each worker "
+            'yourself: @devguard.guard(argument="gpu_id"), or DEVGUARD_DEVICE for each process.'
         )
     return version

@@ -1,7 +1,7 @@
-/* devices.c - how many devices there are, what they can do, which one is current.
+/* devices.c - the number of devices, their properties, and the current device.
  *
- * Counting devices and asking for their properties opens no context. cudaSetDevice does, as it does since CUDA 12. Every pair
- * of devices can reach each other's memory. The numbers are those of an H100, the size of the memory apart.
+ * Counting devices and reading their properties opens no context. cudaSetDevice opens one, as it does since CUDA 12. Any two
+ * devices can access each other's memory. The properties are those of an H100, except the size of the memory.
  */
 #include "sim.h"
 

@@ -1,7 +1,7 @@
 /* driver.c - the part of the driver API that torch, Triton and ctypes callers use.
  *
- * As with the real driver, everything but cuInit answers CUDA_ERROR_NOT_INITIALIZED until cuInit (or a runtime call) was made
- * in this process; a process forked after that stays without it.
+ * As with the real driver, every call except cuInit returns CUDA_ERROR_NOT_INITIALIZED until this process has called cuInit
+ * (or the runtime). A process that is forked after that call stays uninitialised.
  */
 #include "sim.h"
 
@@ -81,7 +81,7 @@ API CUresult cuDevicePrimaryCtxRetain(CUcontext *out, CUdevice device)
 API CUresult cuDevicePrimaryCtxRelease(CUdevice device)
 {
     DRIVER_DEVICE(device);
-    return CUDA_SUCCESS; /* torch never gives a context back, so there is nothing to close */
+    return CUDA_SUCCESS; /* torch never releases a context, so there is nothing to close */
 }
 API CUresult cuCtxGetCurrent(CUcontext *out)
 {
@@ -192,7 +192,7 @@ API CUresult cuStreamWriteValue32(CUstream stream, CUdeviceptr pointer, cuuint32
     return cuMemsetD32Async(pointer, value, 1, stream);
 }
 
-#ifdef cuStreamWriteValue32 /* cuda.h 12 calls it _v2; torch 2.6 looks up the plain name, which the driver has as well */
+#ifdef cuStreamWriteValue32 /* cuda.h 12 renames it to _v2; torch 2.6 looks up the plain name, which the driver also has */
 #undef cuStreamWriteValue32
 API CUresult cuStreamWriteValue32(CUstream stream, CUdeviceptr pointer, cuuint32_t value, unsigned flags)
 {
@@ -200,7 +200,7 @@ API CUresult cuStreamWriteValue32(CUstream stream, CUdeviceptr pointer, cuuint32
 }
 #endif
 
-/* ---- modules: what is loaded is never run ---- */
+/* ---- modules: loaded code is never run ---- */
 
 API CUresult cuModuleLoadData(CUmodule *module, const void *image)
 {
@@ -284,7 +284,7 @@ API CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, 
     return CUDA_SUCCESS;
 }
 
-/* ---- how torch finds driver functions ---- */
+/* ---- torch's lookup of driver functions ---- */
 
 static CUresult unsupported(void)
 {
@@ -335,7 +335,7 @@ static const struct {
 API cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version, unsigned long long flags,
                                                  enum cudaDriverEntryPointQueryResult *result)
 {
-    *function = (void *)unsupported; /* torch asks for some functions at start-up that it never calls */
+    *function = (void *)unsupported; /* torch looks up some functions at start-up that it never calls */
     for (size_t i = 0; i < COUNT(functions); i++)
         if (!strcmp(functions[i].name, name)) *function = functions[i].function;
     if (result) *result = cudaDriverEntryPointSuccess;

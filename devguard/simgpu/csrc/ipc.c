@@ -1,7 +1,7 @@
 /* ipc.c - device memory and events that another process exported.
  *
- * A handle names the exporter's memfd, which the importer opens through /proc/<pid>/fd. Opening one maps the memory through peer
- * access: the importer gets no context on the exporter's device (SGLang's PR 22662 rests on that).
+ * A handle names the exporter's memfd, which the importer opens through /proc/<pid>/fd. An opened handle is mapped through peer
+ * access: the importer gets no context on the exporter's device (SGLang's PR 22662 relies on this).
  */
 #include "sim.h"
 
@@ -15,7 +15,7 @@
 struct handle { /* travels in the 64 bytes of cudaIpcMemHandle_t and cudaIpcEventHandle_t */
     uint32_t magic;
     int32_t pid, fd, device;
-    uint64_t inode; /* tells a memfd from whatever a later process has under the same numbers */
+    uint64_t inode; /* distinguishes the memfd from a later file with the same pid and fd */
     uint64_t offset, length;
 };
 
@@ -67,7 +67,7 @@ API cudaError_t cudaIpcOpenMemHandle(void **pointer, cudaIpcMemHandle_t in, unsi
     struct handle handle;
     memcpy(&handle, &in, sizeof handle);
     if (handle.magic != MEMORY_HANDLE || handle.device < 0 || handle.device >= MAX_DEVICES) return sim_fail(cudaErrorInvalidValue);
-    if (handle.pid == getpid()) return sim_fail(cudaErrorDeviceUninitialized); /* what the driver answers to the exporter */
+    if (handle.pid == getpid()) return sim_fail(cudaErrorDeviceUninitialized); /* as the driver does in the exporting process */
     sim_log("%d ipcOpenMem mem=%d from=%d", CURRENT, handle.device, handle.pid);
     pthread_mutex_lock(&sim_lock);
     struct sim_range *open = sim_find_key(RANGE_IPC, &handle, sizeof handle);

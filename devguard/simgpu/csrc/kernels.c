@@ -1,7 +1,7 @@
 /* kernels.c - kernels are registered, counted and logged, but not run.
  *
- * One is: torch's contiguous fill (zeros, ones, full, fill_, zero_), so that such tensors hold what they should. The results of
- * all other kernels are whatever was in the memory.
+ * Only torch's contiguous fill (zeros, ones, full, fill_, zero_) runs, so that such tensors hold the right values. The results
+ * of all other kernels are whatever was in the memory.
  */
 #include "sim.h"
 
@@ -10,7 +10,7 @@ struct kernel {
     const char *name;
 };
 
-struct variable { /* a __device__ variable; it gets memory on a device when its address is first asked for there */
+struct variable { /* a __device__ variable, which gets memory on a device when its address there is first read */
     const void *host;
     const char *name;
     size_t size;
@@ -23,7 +23,7 @@ static int kernels_sorted;
 static struct variable *variables;
 static size_t variable_count, variable_room;
 
-/* ---- what nvcc's start-up code calls, before main ---- */
+/* ---- called by nvcc's start-up code, before main ---- */
 
 API void **__cudaRegisterFatBinary(void *binary)
 {
@@ -95,7 +95,7 @@ static const char *name_of(const void *host)
 
 /* ---- the fill ---- */
 
-/* The width of the type whose mangled name this is; 0: one that is not known. */
+/* Returns the width of a type from its mangled name; 0: unknown. */
 static size_t width_of(const char *type)
 {
     switch (*type) {
@@ -114,7 +114,7 @@ static void run_if_fill(const char *name, void **arguments)
     const char *fill = strstr(name, "vectorized_elementwise_kernel");
     fill = fill ? strstr(fill, "FillFunctorI") : NULL;
     if (!fill || !strstr(fill, "arrayIPcLm1E")) return;
-    if (!strstr(name, "Eviv") == !strstr(name, "EEviT0_T1_")) return; /* the mangled signature, without more arguments */
+    if (!strstr(name, "Eviv") == !strstr(name, "EEviT0_T1_")) return; /* the mangled signature, without further arguments */
     size_t width = width_of(fill + strlen("FillFunctorI"));
     int count = *(int *)arguments[0], device;
     if (!width || count <= 0) return;
@@ -160,7 +160,7 @@ API cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function)
     return cudaSuccess;
 }
 
-/* kernel<<<...>>> pushes its configuration and the kernel's stub pops it */
+/* kernel<<<...>>> pushes its configuration, and the kernel's stub pops it. */
 static __thread struct {
     dim3 grid, block;
     size_t shared;

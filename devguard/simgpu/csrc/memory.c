@@ -1,8 +1,8 @@
 /* memory.c - primary contexts, device memory, copies and fills, pinned host memory.
  *
- * The memory of a device is one sparse memfd for each process, mapped twice: without access at the addresses that are handed
- * out, so that a host dereference of a device pointer faults as it does with a GPU, and readable and writable at an alias that
- * only the copies in here use. Copies and fills are done at once, so their values are right.
+ * The memory of a device is one sparse memfd for each process, mapped twice. The addresses that programs receive have no access
+ * rights, so that a host dereference of a device pointer faults, as it does with a GPU. An alias, which only the simulation
+ * uses, is readable and writable. Copies and fills are done immediately, so their values are right.
  */
 #include "sim.h"
 
@@ -16,7 +16,7 @@ struct device_memory {
     int fd;
     char *address, *alias;
     size_t size;
-    struct sim_block block[MAX_BLOCKS]; /* in order of their offsets */
+    struct sim_block block[MAX_BLOCKS]; /* sorted by offset */
     int blocks;
 };
 
@@ -24,7 +24,7 @@ static struct device_memory *memory[MAX_DEVICES]; /* by physical index; NULL: no
 static struct sim_range range[MAX_RANGES];
 static int ranges;
 
-/* ---- what lies where ---- */
+/* ---- lookup of addresses ---- */
 
 struct sim_range *sim_find_range(const void *pointer)
 {

@@ -1,6 +1,6 @@
 /* nvml.c - the NVML calls that torch and nvidia-ml-py make, answered from the state file.
  *
- * NVML sees every device, whatever CUDA_VISIBLE_DEVICES says. There is no nvml.h in the header packages, so the few types are
+ * NVML sees every device and ignores CUDA_VISIBLE_DEVICES. The header packages do not contain nvml.h, so the few types are
  * declared here.
  */
 #include "sim.h"
@@ -77,7 +77,7 @@ API nvml_status nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle)
 }
 API nvml_status nvmlDeviceGetHandleByPciBusId_v2(const char *text, void **handle)
 {
-    const char *colon = strchr(text, ':'); /* domain:bus:device.function, with the bus as devices.c gives it */
+    const char *colon = strchr(text, ':'); /* domain:bus:device.function, with the bus number of devices.c */
     long bus = colon ? strtol(colon + 1, NULL, 16) : 0;
     if (bus < 1 || bus > sim_physical_count) return NOT_FOUND;
     *handle = handle_of(bus - 1);
@@ -120,7 +120,7 @@ API nvml_status nvmlDeviceGetMemoryInfo(void *handle, struct memory_info *info)
     return SUCCESS;
 }
 
-/* ---- who runs on a device ---- */
+/* ---- the processes on a device ---- */
 
 static nvml_status running(void *handle, unsigned *count, void *out, int version)
 {

@@ -1,8 +1,8 @@
-/* state.c - the settings, the log, and the state file: who holds what on which simulated GPU.
+/* state.c - the settings, the log, and the state file, which holds the use of each simulated GPU by each process.
  *
- * The state file is one memory-mapped struct sim_state. A process takes a slot when it initialises CUDA, a fresh one as long as
- * there is one, then the slot of the process that died first. What a dead process held stays in its slot, but counts no more.
- * It does not model several users or PID namespaces: all processes of one state file must see each other in /proc.
+ * The state file is one memory-mapped struct sim_state. A process takes a slot when it initialises CUDA: an unused slot if there
+ * is one, else the slot of the oldest dead process. The record of a dead process stays in its slot but no longer counts.
+ * Several users or PID namespaces are not modelled: all processes of one state file must see each other in /proc.
  */
 #include "sim.h"
 
@@ -26,7 +26,7 @@ __thread cudaError_t sim_last_error;
 __thread const char *sim_call = "?";
 
 static int log_fd = -1, state_fd = -1;
-static pid_t initialised_by;   /* 0: nobody yet; another process's: we were forked after it initialised CUDA */
+static pid_t initialised_by;   /* 0: not initialised; another pid: forked after that process initialised CUDA */
 static int state_unusable;
 
 static long setting(const char *name, long otherwise)
@@ -46,7 +46,7 @@ void sim_log(const char *format, ...)
     va_end(arguments);
     if (length > (int)sizeof line - 2) length = sizeof line - 2;
     line[length++] = '\n';
-    if (write(log_fd, line, length) < 0) { /* a log that cannot be written must not stop the program */
+    if (write(log_fd, line, length) < 0) { /* An unwritable log must not stop the program. */
     }
 }
 
@@ -57,7 +57,7 @@ static void complain(const char *what, const char *path)
 
 /* ---- the file ---- */
 
-/* Locks or unlocks the file, against forked siblings too: flock would not, it belongs to the open file that they share. */
+/* Locks or unlocks the file, also against forked siblings. flock would not: siblings share the open file, which owns the lock. */
 static void set_lock(int fd, short type)
 {
     struct flock whole = { .l_type = type, .l_whence = SEEK_SET };
@@ -89,7 +89,7 @@ static int prepare_state_file(int fd, const char *path)
         usable = info.st_size == sizeof header && pread(fd, &header, length, 0) == (ssize_t)length &&
                  !memcmp(header.magic, STATE_MAGIC, sizeof header.magic) && header.version == STATE_VERSION &&
                  header.slots == MAX_PROCESSES && header.slot_size == sizeof(struct sim_process);
-        if (!usable) complain("is no state file of this version; name another in DEVGUARD_SIM_STATE", path);
+        if (!usable) complain("is not a state file of this version; set DEVGUARD_SIM_STATE to another path", path);
     }
     set_lock(fd, F_UNLCK);
     return usable;
@@ -153,7 +153,7 @@ void sim_uuid_text(int physical, char text[48])
 
 static int named_device(const char *word)
 {
-    if (!strncmp(word, "GPU-", 4)) { /* a prefix will do, as with the driver */
+    if (!strncmp(word, "GPU-", 4)) { /* A prefix is enough, as with the driver. */
         char uuid[48];
         for (int i = 0; i < sim_physical_count; i++) {
             sim_uuid_text(i, uuid);
@@ -166,7 +166,7 @@ static int named_device(const char *word)
     return end == word || index < 0 || index >= sim_physical_count ? -1 : (int)index;
 }
 
-/* An entry that names no device hides itself and all that follow; a device named twice hides everything. */
+/* An entry that names no device hides itself and all later entries; a device that is named twice hides all devices. */
 static void read_visible_devices(void)
 {
     const char *text = getenv("CUDA_VISIBLE_DEVICES");
@@ -199,7 +199,7 @@ int sim_ordinal_of(int physical)
 
 /* ---- processes ---- */
 
-/* The start time of a process, in clock ticks since boot; 0: there is none, or it is a zombie and holds nothing any more. */
+/* Returns the start time of a process, in clock ticks since boot; 0: no such process, or a zombie, which holds nothing. */
 static uint64_t start_time(pid_t pid)
 {
     char path[64], text[1024];
@@ -210,7 +210,7 @@ static uint64_t start_time(pid_t pid)
     close(fd);
     if (length <= 0) return 0;
     text[length] = 0;
-    char *after = strrchr(text, ')'); /* the command name before it may hold anything */
+    char *after = strrchr(text, ')'); /* the command name before it may contain anything */
     if (!after || !after[1] || after[2] == 'Z' || after[2] == 'X') return 0;
     unsigned long long ticks = 0;
     int field = 2;
@@ -266,7 +266,7 @@ cudaError_t sim_initialise(void)
     if (initialised_by || state_unusable) return cudaErrorInitializationError;
     pthread_mutex_lock(&sim_lock);
     if (!initialised_by) {
-        read_visible_devices(); /* once: later changes of the variable are not seen, as with the driver */
+        read_visible_devices(); /* read once: later changes have no effect, as with the driver */
         if (state_fd >= 0) set_lock(state_fd, F_WRLCK);
         sim_me = take_slot();
         if (state_fd >= 0) set_lock(state_fd, F_UNLCK);

@@ -1,7 +1,7 @@
 /* streams.c - streams, events, graphs, memory pools.
  *
- * Work is done when it is submitted, so a stream is a name for a device, an event is a time, and a graph is empty: replaying it
- * does nothing again. What is kept is whose device each belongs to, since CUDA refuses to mix them.
+ * Work is done when it is submitted, so a stream only names a device, an event is a time, and a graph is empty: a replay does
+ * nothing. Each of them keeps its device, because CUDA refuses to mix devices.
  */
 #include "sim.h"
 
@@ -196,7 +196,7 @@ API cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable)
 }
 API cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count)
 {
-    *count = 1; /* torch warns about an empty graph if it is none */
+    *count = 1; /* torch warns about an empty graph if the count is 0 */
     return cudaSuccess;
 }
 API cudaError_t cudaGraphDebugDotPrint(cudaGraph_t graph, const char *path, unsigned flags)

@@ -1,7 +1,7 @@
-/* vmm.c - virtual memory management: reserve addresses, create memory, map one onto the other.
+/* vmm.c - virtual memory management: reserve addresses, create memory, map memory at addresses.
  *
- * torch uses it for PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. Each piece of memory is a memfd of its own, so that it can
- * be exported as a file descriptor.
+ * torch uses it for PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. Each piece of memory has its own memfd, so that it can be
+ * exported as a file descriptor.
  */
 #include "sim.h"
 
@@ -18,7 +18,7 @@ struct piece {
     int references;
 };
 
-struct reservation { /* addresses for the program, and after them as many for the aliases, so that neighbours stay neighbours */
+struct reservation { /* addresses for the program, then as many for the aliases: adjacent memory has adjacent aliases */
     char *address;
     size_t length;
     struct reservation *next;
@@ -39,7 +39,7 @@ static struct piece *piece_of(const struct sim_range *range)
     return piece;
 }
 
-/* The device that a memfd of ours belongs to, from its name; -1: none of ours. */
+/* Returns the device of a memfd of this simulation, from its name; -1: any other file. */
 static int device_of_fd(int fd)
 {
     char link[64], target[128];

@@ -1,6 +1,6 @@
-"""The buffers door on a CPU build: `torch.frombuffer` is left alone wherever it must be.
+"""The door ``buffers`` on a CPU build: where `torch.frombuffer` is left alone.
 
-What lands on a GPU is tested on simulated ones (tests/placement).
+Copies to a GPU are tested on simulated GPUs (tests/placement).
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def test_a_memory_map_passes_through() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.uint8, "offset": 99}, {"dtype": "uint8"}], ids=repr)
-def test_torchs_own_errors_come_through(options: dict[str, Any]) -> None:
+def test_torchs_own_errors_are_raised(options: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError)) as expected:
         torch.frombuffer(bytearray(8), **options)
     with devguard.remap("cpu"), pytest.raises(expected.type) as caught:
@@ -114,53 +114,53 @@ def test_torchs_own_errors_come_through(options: dict[str, Any]) -> None:
     assert str(caught.value) == str(expected.value)
 
 
-ASKED: dict[str, Any] = {
+REQUESTS: dict[str, Any] = {
     "remap": lambda mode: devguard.remap("cuda:1", mode=mode),
     "guard that names it": lambda mode: devguard.guard("cuda:1", doors={"buffers": mode}),
 }
 
 
-@pytest.mark.parametrize("asked", ASKED)
-def test_observe_records_and_leaves_it_on_the_host(cuda: FakeCuda, asked: str) -> None:
+@pytest.mark.parametrize("request_by", REQUESTS)
+def test_observe_records_and_leaves_it_on_the_host(cuda: FakeCuda, request_by: str) -> None:
     buffer = bytearray(range(16))
-    with ASKED[asked]("observe"):
+    with REQUESTS[request_by]("observe"):
         tensor = torch.frombuffer(buffer, dtype=torch.float32, count=2, offset=4)
     assert tensor.data_ptr() == torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() + 4
     (stray,) = devguard.strays()
-    told = stray.door, stray.source, stray.target, stray.owner, stray.action, stray.bytes, stray.dtype, stray.shape
-    assert told == ("buffers", "cpu", "cpu", "cuda:1", "observed", 8, "torch.float32", (2,))
+    found = stray.door, stray.source, stray.target, stray.owner, stray.action, stray.bytes, stray.dtype, stray.shape
+    assert found == ("buffers", "cpu", "cpu", "cuda:1", "observed", 8, "torch.float32", (2,))
     assert stray.site is not None
     assert stray.site.file == __file__
 
 
-@pytest.mark.parametrize("asked", ASKED)
-def test_warn_warns_and_leaves_it_on_the_host(cuda: FakeCuda, asked: str) -> None:
-    with ASKED[asked]("warn"), pytest.warns(StrayDeviceWarning, match="buffers"):
+@pytest.mark.parametrize("request_by", REQUESTS)
+def test_warn_warns_and_leaves_it_on_the_host(cuda: FakeCuda, request_by: str) -> None:
+    with REQUESTS[request_by]("warn"), pytest.warns(StrayDeviceWarning, match="buffers"):
         tensor = torch.frombuffer(bytearray(16), dtype=torch.uint8)
     assert tensor.device.type == "cpu"
 
 
-@pytest.mark.parametrize("asked", ASKED)
-def test_error_refuses(cuda: FakeCuda, asked: str) -> None:
-    with ASKED[asked]("error"), pytest.raises(StrayDeviceError, match=r"buffers.*16 bytes.*owns cuda:1"):
+@pytest.mark.parametrize("request_by", REQUESTS)
+def test_error_refuses(cuda: FakeCuda, request_by: str) -> None:
+    with REQUESTS[request_by]("error"), pytest.raises(StrayDeviceError, match=r"buffers.*16 bytes.*owns cuda:1"):
         torch.frombuffer(bytearray(16), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("asked", ASKED)
-def test_off_leaves_it_alone(cuda: FakeCuda, asked: str) -> None:
-    with ASKED[asked]("off"):
+@pytest.mark.parametrize("request_by", REQUESTS)
+def test_off_leaves_it_alone(cuda: FakeCuda, request_by: str) -> None:
+    with REQUESTS[request_by]("off"):
         assert torch.frombuffer(bytearray(16), dtype=torch.uint8).device.type == "cpu"
     assert devguard.strays() == ()
 
 
-@pytest.mark.parametrize("asked", ASKED)
-def test_repair_asks_for_a_copy_on_the_owner(cuda: FakeCuda, asked: str) -> None:
-    """A build without CUDA says at once that it cannot make one: the door is open, and the tensor goes to the owner."""
-    with ASKED[asked]("repair"), pytest.raises((RuntimeError, AssertionError), match="CUDA"):
+@pytest.mark.parametrize("request_by", REQUESTS)
+def test_repair_copies_to_the_owner(cuda: FakeCuda, request_by: str) -> None:
+    """A build without CUDA fails at once to make the copy, which shows that the tensor goes to the owner."""
+    with REQUESTS[request_by]("repair"), pytest.raises((RuntimeError, AssertionError), match="CUDA"):
         torch.frombuffer(bytearray(16), dtype=torch.uint8)
 
 
-def test_install_asks_for_it_by_naming_the_door(cuda: FakeCuda) -> None:
+def test_install_requests_the_door_by_name(cuda: FakeCuda) -> None:
     devguard.install("repair", "cuda:1")
     torch.frombuffer(bytearray(16), dtype=torch.uint8)
     assert devguard.strays() == ()
@@ -172,7 +172,7 @@ def test_install_asks_for_it_by_naming_the_door(cuda: FakeCuda) -> None:
     assert [stray.count for stray in devguard.strays()] == [1]
 
 
-def test_a_guard_inside_remap_still_asks(cuda: FakeCuda) -> None:
+def test_a_guard_inside_remap_still_requests_the_door(cuda: FakeCuda) -> None:
     with devguard.remap("cuda:1", mode="observe"), devguard.guard("cuda:2"):
         torch.frombuffer(bytearray(16), dtype=torch.uint8)
     assert [stray.owner for stray in devguard.strays()] == ["cuda:2"]
@@ -195,7 +195,7 @@ def test_a_load_inside_remap_is_repaired_as_in_a_guard() -> None:
     assert [stray.action for stray in devguard.strays()] == ["repaired"]
 
 
-def test_a_copy_of_frombuffer_from_before_is_not_patched(cuda: FakeCuda) -> None:
+def test_a_copy_of_frombuffer_from_before_the_door_was_opened_is_not_patched(cuda: FakeCuda) -> None:
     devguard.uninstall()
     copied = torch.frombuffer
     with devguard.remap("cuda:1", mode="error"):

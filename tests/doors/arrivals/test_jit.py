@@ -1,4 +1,4 @@
-"""The jit door on a CPU build, with archives whose tags are rewritten."""
+"""The door ``jit`` on a CPU build, with rewritten tags in the archives."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def archive() -> bytes:
 
 @pytest.fixture(scope="module")
 def frozen() -> bytes:
-    """An archive whose tensors are constants."""
+    """An archive in which the tensors are constants."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -55,9 +55,9 @@ WEIGHT, COUNT = 12, 16  # bytes
 
 
 def rewritten(data: bytes, tags: list[str]) -> bytes:
-    """Return a pickle of TorchScript with one device after the other replaced; the last tag serves for all that follow.
+    """Return a pickle of TorchScript with one device after the other replaced; the last tag is repeated.
 
-    Its pickler writes the text of a device once and refers to it from then on.
+    The pickler of TorchScript writes the text of a device once and refers to it afterwards.
     """
     steps = list(pickletools.genops(data))
     ends = [position for _, _, position in steps[1:]] + [len(data)]
@@ -77,7 +77,7 @@ def rewritten(data: bytes, tags: list[str]) -> bytes:
 
 
 def retagged(archive: bytes, *tags: str, names: tuple[str, ...] = ("data.pkl", "constants.pkl")) -> bytes:
-    """Return the archive with the tag of one storage after the other replaced; the last holds for all that follow."""
+    """Return the archive with the tag of one storage after the other replaced; the last tag is repeated."""
     waiting = list(tags)
     result = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(archive)) as source, zipfile.ZipFile(result, "w") as target:
@@ -165,8 +165,8 @@ def test_an_archive_that_mixes_devices_is_repaired_for_the_cpu(archive: bytes) -
     assert [(stray.source, stray.action) for stray in devguard.strays()] == [("cuda:3", "repaired")]
 
 
-def test_an_archive_that_mixes_devices_is_observed_for_a_gpu_and_left_as_it_is(archive: bytes, cuda: FakeCuda) -> None:
-    """Its map_location would move the CPU tensors as well."""
+def test_an_archive_that_mixes_devices_is_observed_and_left_alone_for_a_gpu(archive: bytes, cuda: FakeCuda) -> None:
+    """A map_location would move the CPU tensors as well."""
     data = retagged(archive, "cuda:3", "cpu")
     with pytest.raises(RuntimeError) as expected:
         load(data)
@@ -191,12 +191,12 @@ def test_an_explicit_map_location_wins(archive: bytes) -> None:
     assert devguard.strays() == ()
 
 
-def test_mode_error_refuses_before_torch_reads_it(archive: bytes) -> None:
+def test_mode_error_refuses_before_torch_reads_the_archive(archive: bytes) -> None:
     with devguard.guard("cpu", mode="error"), pytest.raises(StrayDeviceError, match=r"jit:.*cuda:3.*map_location"):
         load(retagged(archive, "cuda:3"))
 
 
-def test_mode_observe_and_off_leave_it_to_torch(archive: bytes) -> None:
+def test_modes_observe_and_off_leave_the_archive_to_torch(archive: bytes) -> None:
     data = retagged(archive, "cuda:3")
     for mode, actions in (("off", []), ("observe", ["observed"])):
         with devguard.guard("cpu", mode=mode), pytest.raises(RuntimeError):  # type: ignore[arg-type]
@@ -225,7 +225,7 @@ def test_extra_files_and_other_arguments_pass_through(archive: bytes) -> None:
     assert files["note.txt"] in ("hello", b"hello")
 
 
-def test_torchs_own_errors_come_through(tmp_path: Path) -> None:
+def test_torchs_own_errors_are_raised(tmp_path: Path) -> None:
     for bad in (tmp_path / "missing.pt", str(tmp_path)):
         with pytest.raises((ValueError, RuntimeError)) as expected:
             torch.jit.load(bad)
@@ -240,23 +240,23 @@ def test_torchs_own_errors_come_through(tmp_path: Path) -> None:
 
 
 def test_the_tags_of_a_real_archive_are_all_cpu(archive: bytes) -> None:
-    tags = jit._tags(io.BytesIO(archive))
+    tags = jit._read_tags(io.BytesIO(archive))
     assert set(tags) == {"cpu"}
     assert tags["cpu"] >= WEIGHT + COUNT
 
 
-def test_each_tag_has_its_bytes(archive: bytes) -> None:
-    assert jit._tags(io.BytesIO(retagged(archive, "cuda:3", "cuda:1"))) in (
+def test_the_bytes_of_each_tag_are_counted(archive: bytes) -> None:
+    assert jit._read_tags(io.BytesIO(retagged(archive, "cuda:3", "cuda:1"))) in (
         {"cuda:3": WEIGHT, "cuda:1": COUNT},
         {"cuda:3": COUNT, "cuda:1": WEIGHT},
     )
-    mixed = jit._tags(io.BytesIO(retagged(archive, "cuda:3", "cpu")))
+    mixed = jit._read_tags(io.BytesIO(retagged(archive, "cuda:3", "cpu")))
     assert set(mixed) == {"cuda:3", "cpu"}
 
 
-def test_constants_count_as_well(frozen: bytes) -> None:
-    assert set(jit._tags(io.BytesIO(frozen))) == {"cpu"}
-    assert jit._tags(io.BytesIO(retagged(frozen, "cuda:3"))) == {"cuda:3": WEIGHT + 4}  # and the 5.0 of forward
+def test_the_tags_of_constants_are_read_as_well(frozen: bytes) -> None:
+    assert set(jit._read_tags(io.BytesIO(frozen))) == {"cpu"}
+    assert jit._read_tags(io.BytesIO(retagged(frozen, "cuda:3"))) == {"cuda:3": WEIGHT + 4}  # and the 5.0 of forward
 
 
 def test_an_archive_of_constants_is_repaired(frozen: bytes) -> None:
@@ -270,11 +270,11 @@ def test_an_archive_of_constants_is_repaired(frozen: bytes) -> None:
 
 def test_reading_the_tags_leaves_the_stream_where_it_was(archive: bytes) -> None:
     stream = io.BytesIO(archive)
-    jit._tags(stream)
+    jit._read_tags(stream)
     assert stream.tell() == 0
 
 
-def test_reading_the_tags_runs_nothing_of_the_archive(tmp_path: Path) -> None:
+def test_reading_the_tags_runs_no_code_of_the_archive(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
 
     class Evil:
@@ -284,7 +284,7 @@ def test_reading_the_tags_runs_nothing_of_the_archive(tmp_path: Path) -> None:
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
         archive.writestr("model/data.pkl", pickle.dumps([Evil()]))
-    assert jit._tags(data) == {}
+    assert jit._read_tags(data) == {}
     assert not marker.exists()
 
 
@@ -293,12 +293,12 @@ def test_reading_the_tags_runs_nothing_of_the_archive(tmp_path: Path) -> None:
     [b"", b"garbage", b"\x80\x02.", pickle.dumps(1)[:-1], b"\x80\x02(X\x01\x00\x00\x00aQ.", b"\x80\x02K\x01Q."],
     ids=repr,
 )
-def test_an_archive_that_cannot_be_read_ahead_is_counted_and_left_to_torch(content: bytes) -> None:
+def test_an_archive_that_cannot_be_parsed_is_counted_and_left_to_torch(content: bytes) -> None:
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
         archive.writestr("model/data.pkl", content)
     before = jit.status()["unread_archives"]
-    assert jit._tags(io.BytesIO(data.getvalue())) == {}
+    assert jit._read_tags(io.BytesIO(data.getvalue())) == {}
     assert jit.status()["unread_archives"] == before + 1
 
 
@@ -306,4 +306,4 @@ def test_a_pickle_without_storages_has_no_tags() -> None:
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
         archive.writestr("model/data.pkl", pickle.dumps({"a": 1}))
-    assert jit._tags(data) == {}
+    assert jit._read_tags(data) == {}

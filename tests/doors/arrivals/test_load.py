@@ -1,4 +1,4 @@
-"""The load door on a CPU build: what arrives with the tag of a GPU comes back whole, and where it belongs.
+"""The door ``load`` on a CPU build: data with the tag of a GPU is loaded whole, and on the owner.
 
 Every payload here carries ``cuda:3`` (tests/helpers/tagging.py). A build without CUDA refuses that tag, so each of
 these loads fails while the door is closed; under ``guard("cpu")`` it must equal the same load of the same tensors
@@ -30,7 +30,11 @@ import devguard
 from devguard import StrayDeviceError
 from tests.helpers import tagging, tensors
 
-pytestmark = pytest.mark.usefixtures("clean")
+pytestmark = [
+    pytest.mark.usefixtures("clean"),
+    # torch.package warns once in a process: in the test that happens to be the first.
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+]
 
 TAG = "cuda:3"
 
@@ -99,8 +103,8 @@ def _optimizer() -> torch.optim.Optimizer:
     return optimizer
 
 
-def told(value: Any) -> Any:
-    """Everything that a load must keep, of any of `SPECIALS`."""
+def contents(value: Any) -> Any:
+    """Return everything that a load must preserve, for each of `SPECIALS`."""
     if isinstance(value, torch.nn.Module):
         state = {**dict(value.named_parameters(remove_duplicate=False)), **dict(value.named_buffers())}
         return type(value), value.linear.weight is value.tied, tensors.describe(state)
@@ -137,38 +141,37 @@ def read_zip(data: bytes) -> Any:
 def same_load(name: str, write: Callable[[Any, str], bytes], read: Callable[[bytes], Any]) -> None:
     """Check that the tagged load fails unguarded, and that guarded it equals the untagged one."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, about quantized, sparse and nested tensors
+        warnings.simplefilter("ignore")  # from torch, about quantized, sparse and nested tensors
         value = SPECIALS[name]()
         plain, marked = write(value, "cpu"), write(value, TAG)
-        expected = told(read(plain))
+        expected = contents(read(plain))
         with pytest.raises(RuntimeError, match=tagging.REFUSAL):
             read(marked)
         with devguard.guard("cpu"):
-            assert told(read(marked)) == expected
-            assert told(read(plain)) == expected
+            assert contents(read(marked)) == expected
+            assert contents(read(plain)) == expected
     assert {stray.source for stray in devguard.strays()} == {TAG}
     assert {stray.action for stray in devguard.strays()} == {"repaired"}
 
 
-# what torch 2.13 itself cannot read from a plain pickle or a legacy file, guarded or not: its storage has no typed
-# class
+# torch 2.13 itself cannot read these from a plain pickle or a legacy file, because their storage has no typed class.
 NOT_PLAIN = {"uint16", "complex half", "storage"}
-# a legacy file fills the storages at its end, and a nested tensor's sizes are needed before
+# A legacy file fills the storages last, and the sizes of a nested tensor are needed earlier.
 NOT_LEGACY = NOT_PLAIN | {"nested"}
 
 
 @pytest.mark.parametrize("name", sorted(set(SPECIALS) - NOT_PLAIN))
-def test_every_kind_of_tensor_comes_back_whole_from_a_pickle(name: str) -> None:
+def test_every_kind_of_tensor_is_loaded_whole_from_a_pickle(name: str) -> None:
     same_load(name, tagging.dumps, read_plain)
 
 
 @pytest.mark.parametrize("name", sorted(SPECIALS))
-def test_every_kind_of_tensor_comes_back_whole_from_a_file(name: str) -> None:
+def test_every_kind_of_tensor_is_loaded_whole_from_a_file(name: str) -> None:
     same_load(name, lambda value, tag: tagging.save(value, tag, outer=True), read_zip)
 
 
 @pytest.mark.parametrize("name", sorted(set(SPECIALS) - NOT_LEGACY))
-def test_every_kind_of_tensor_comes_back_whole_from_a_legacy_file(name: str) -> None:
+def test_every_kind_of_tensor_is_loaded_whole_from_a_legacy_file(name: str) -> None:
     same_load(name, lambda value, tag: tagging.save(value, tag, legacy=True, outer=True), read_zip)
 
 
@@ -176,7 +179,7 @@ def test_every_kind_of_tensor_comes_back_whole_from_a_legacy_file(name: str) -> 
 
 
 class Subclassed(pickle.Unpickler):
-    """An unpickler of a program's own, as for an allow-list."""
+    """An unpickler that a program defines, for example for an allow-list."""
 
     def find_class(self, module: str, name: str) -> Any:
         assert not module.startswith("os")
@@ -324,7 +327,7 @@ def test_every_way_to_load_is_repaired_and_fails_while_the_door_is_closed(way: s
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_was_on_the_cpu_is_left_alone_and_is_no_stray(way: str, tmp_path: Path) -> None:
+def test_data_from_the_cpu_is_left_alone_and_is_no_stray(way: str, tmp_path: Path) -> None:
     load, data = WAYS[way](_value(), tmp_path)
     expected = tensors.describe(load(data))
     load, data = WAYS[way](_value(), tmp_path)
@@ -343,7 +346,7 @@ def test_mode_error_refuses_every_way_to_load(way: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_load_where_no_owner_is_in_force_is_torchs_own(way: str, tmp_path: Path) -> None:
+def test_a_load_without_an_owner_is_left_to_torch(way: str, tmp_path: Path) -> None:
     with devguard.guard("cpu"):
         pass  # the doors are open
     with tagging.tagged(TAG):
@@ -385,7 +388,7 @@ def test_a_pickle_without_tensors_is_not_touched() -> None:
             torch.serialization._get_restore_location = patched
 
 
-def test_a_load_in_a_thread_that_took_no_scope_over_is_its_own_affair() -> None:
+def test_a_load_in_a_thread_without_a_scope_is_left_to_torch() -> None:
     data = tagging.dumps(torch.ones(1))
     results: list[Any] = []
 
@@ -419,7 +422,7 @@ def test_weights_only_is_not_weakened() -> None:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_the_outer_device_of_a_subclass_is_that_of_its_parts(legacy: bool) -> None:
+def test_the_outer_device_of_a_subclass_is_the_device_of_its_parts(legacy: bool) -> None:
     value = TwoTensor(torch.arange(2.0), torch.arange(2.0))
     data = tagging.save(value, legacy=legacy, outer=True)
     with tagging.landings():
@@ -474,7 +477,7 @@ def test_an_explicit_map_location_is_obeyed_and_recorded(how: str, legacy: bool,
     assert value.tolist() == [0, 1, 2]
     assert landed == ["cuda:5"]
     kept = [(stray.action, stray.owner, stray.source, stray.target, stray.bytes) for stray in devguard.strays()]
-    # of a callable one sees only what it returns, which lies on the CPU in these tests
+    # only the result of a callable is visible, and in these tests it lies on the CPU
     assert kept == ([] if how == "a callable" else [("kept", "cpu", "cuda:5", "cuda:5", 12)])
 
 
@@ -506,7 +509,7 @@ def test_a_map_location_in_bytes_is_obeyed() -> None:
         torch.load(io.BytesIO(data), map_location=b"cuda:5")  # type: ignore[arg-type]
 
 
-def test_a_callable_that_returns_none_leaves_the_tag_in_force_as_torch_says() -> None:
+def test_a_callable_that_returns_none_leaves_the_tag_in_force_as_in_torch() -> None:
     data = tagging.save(torch.arange(3.0))
     with tagging.landings() as landed, devguard.guard("cpu"):
         torch.load(io.BytesIO(data), map_location=lambda storage, location: None)
@@ -534,7 +537,7 @@ def test_an_explicit_map_location_leaves_no_record_where_the_door_is_off(mode: A
     assert devguard.strays() == ()
 
 
-def test_what_was_on_the_cpu_is_mapped_as_asked() -> None:
+def test_data_from_the_cpu_follows_an_explicit_map_location() -> None:
     buffer = io.BytesIO()
     torch.save(torch.arange(3.0), buffer)
     buffer.seek(0)
@@ -550,7 +553,7 @@ def test_what_was_on_the_cpu_is_mapped_as_asked() -> None:
 def test_a_load_nested_in_a_load_has_a_map_location_of_its_own(
     outer_where: Any, inner: str, outer_legacy: bool, raises_first: bool
 ) -> None:
-    """The nested one gives none, so it is repaired, whatever the outer one asked for; and the outer one goes on."""
+    """The nested load passes no map_location, so it is repaired, and the outer load goes on with its own."""
     nested: Any = tagging.Nested(tagging.dumps(torch.ones(1), "cuda:1"))
     if inner != "pickle":
         nested = tagging.NestedFile(tagging.save(torch.ones(1), "cuda:1", legacy=inner == "legacy"))
@@ -611,14 +614,14 @@ def test_a_subclass_loaded_after_a_load_that_raised_is_repaired(where: Any) -> N
 
 
 @pytest.mark.parametrize("name", sorted(SPECIALS))
-def test_what_pickle_writes_under_a_guard_is_what_it_writes_without(name: str) -> None:
+def test_pickle_writes_the_same_bytes_under_a_guard(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         value = SPECIALS[name]()
         try:
             before = [pickle.dumps(value, protocol) for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1)]
             again = [pickle.dumps(value, protocol) for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1)]
-        except Exception as error:  # noqa: BLE001 - what torch cannot pickle, it cannot pickle under a guard either
+        except Exception as error:  # noqa: BLE001 - a value that torch cannot pickle must fail under a guard too
             with devguard.guard("cpu"), pytest.raises(type(error)):
                 pickle.dumps(value)
             return
@@ -628,7 +631,7 @@ def test_what_pickle_writes_under_a_guard_is_what_it_writes_without(name: str) -
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_what_torch_save_writes_under_a_guard_is_what_it_writes_without(legacy: bool) -> None:
+def test_torch_save_writes_the_same_bytes_under_a_guard(legacy: bool) -> None:
     value = _value()
 
     def written() -> bytes:
@@ -650,7 +653,7 @@ def test_other_transports_write_the_same_bytes_under_a_guard() -> None:
 
 
 def test_a_receiver_without_devguard_reads_what_a_guard_wrote() -> None:
-    """No name of devguard is in the bytes."""
+    """The bytes contain no name of devguard."""
     with devguard.guard("cpu"):
         data = pickle.dumps(_value())
     assert b"devguard" not in data

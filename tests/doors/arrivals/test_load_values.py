@@ -1,4 +1,4 @@
-"""Whatever is loaded with the tag of a GPU equals the same load without one, whatever its tensors are like."""
+"""Property tests: a load with the tag of a GPU equals the same load without one, for generated tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [
 TAGS = st.sampled_from(["cuda:0", "cuda:3", "cuda:77", "cuda"])
 FEW = settings(max_examples=40, deadline=None)
 
-# the types for which torch 2.13 knows few operators: made from bytes, and read from zip files only
+# torch 2.13 has few operators for these types, so they are made from bytes, and are read from zip files only.
 RARE_DTYPES = [
     getattr(torch, name)
     for name in (
@@ -69,13 +69,13 @@ class Module(torch.nn.Module):
             else:
                 self.register_buffer(f"b{number}", value.detach())
 
-    def told(self) -> str:
+    def contents(self) -> str:
         state = {**dict(self.named_parameters(remove_duplicate=False)), **dict(self.named_buffers())}
         return tensors.describe(state)
 
 
-def told(value: Any) -> str:
-    return value.told() if isinstance(value, Module) else tensors.describe(value)
+def contents(value: Any) -> str:
+    return value.contents() if isinstance(value, Module) else tensors.describe(value)
 
 
 def plain_bytes(value: Any, tag: str, protocol: int) -> bytes:
@@ -91,17 +91,17 @@ def saved_bytes(value: Any, tag: str, legacy: bool) -> bytes:
 
 
 def check(read: Callable[[bytes], Any], untagged: bytes, marked: bytes, any_bytes: bool) -> Any:
-    """Check the guarded load of `marked` against the unguarded one of `untagged`; return what it gave."""
+    """Check the guarded load of `marked` against the unguarded one of `untagged`; return the guarded value."""
     journal.clear()
-    expected = told(read(untagged))
+    expected = contents(read(untagged))
     with devguard.guard("cpu"):
         value = read(marked)
-        assert told(value) == expected
+        assert contents(value) == expected
         assert devguard.strays() or not any_bytes
         assert {stray.action for stray in devguard.strays()} <= {"repaired"}
-        assert told(read(untagged)) == expected
+        assert contents(read(untagged)) == expected
     with devguard.guard("cpu", mode="error"):
-        assert told(read(untagged)) == expected
+        assert contents(read(untagged)) == expected
     if any_bytes:
         with pytest.raises(RuntimeError, match=tagging.REFUSAL):
             read(marked)
@@ -144,7 +144,7 @@ def test_torch_load_of_a_file_and_of_a_memory_map(value: Any, tag: str, weights_
         path = Path(folder) / "file.pt"
 
         def read(data: bytes) -> Any:
-            path.unlink(missing_ok=True)  # what is mapped must not change
+            path.unlink(missing_ok=True)  # a mapped file must not change
             path.write_bytes(data)
             return torch.load(path, weights_only=weights_only, mmap=mmap)
 
@@ -194,16 +194,16 @@ def test_the_bytes_that_pickle_writes_are_the_same_under_a_guard(value: Any, pro
 
 @FEW
 @given(value=tensors.containers(), tag=st.sampled_from(["cuda:0", "cuda:3"]), protocol=st.integers(2, 5))
-def test_a_relay_passes_on_what_it_received(value: Any, tag: str, protocol: int) -> None:
+def test_a_relay_passes_on_the_tags_that_it_received(value: Any, tag: str, protocol: int) -> None:
     marked = plain_bytes(value, tag, protocol)
     with tagging.landings() as landed:
-        direct = told(pickle.loads(marked))
+        direct = contents(pickle.loads(marked))
         straight = list(landed)
         with devguard.guard("cpu"):
             again = pickle.dumps(pickle.loads(marked), protocol)
         assert landed == straight
         landed.clear()
-        assert told(pickle.loads(again)) == direct
+        assert contents(pickle.loads(again)) == direct
         assert landed == straight
 
 

@@ -1,4 +1,4 @@
-"""Relays: what a ``cpu`` owner received from a GPU carries its old tag when it is pickled again."""
+"""Relays: data that a ``cpu`` owner received from a GPU carries its old tag when it is pickled again."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from typing import Any
 import cloudpickle
 import pytest
 import torch
+import torch.package.package_importer
 
 import devguard
 from devguard.doors.arrivals import relayed_tags
 from tests.helpers import tagging, tensors
+from tests.helpers.torch_state import changed, everything_in_torch, relay_something
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -27,19 +29,19 @@ TAG = "cuda:3"
 
 
 def received(value: Any = None) -> Any:
-    """What a ``cpu`` owner gets of tensors that were on `TAG`."""
+    """Return `value` as a ``cpu`` owner receives it from a sender with tensors on `TAG`."""
     with devguard.guard("cpu"):
         return pickle.loads(tagging.dumps(torch.arange(6.0) if value is None else value))
 
 
 def sent_to(data: bytes) -> list[str]:
-    """The devices to which the tensors in a pickle go at a receiver without devguard."""
+    """Return the devices to which a receiver without devguard restores the tensors in a pickle."""
     with tagging.landings() as landed, devguard.unguarded():
         pickle.loads(data)
     return landed
 
 
-def test_what_is_relayed_goes_to_the_final_receiver_with_its_old_tag() -> None:
+def test_relayed_data_reaches_the_final_receiver_with_its_old_tag() -> None:
     tensor = received()
     assert tensor.device.type == "cpu"
     assert tensor.tolist() == [0, 1, 2, 3, 4, 5]
@@ -50,14 +52,14 @@ def test_what_is_relayed_goes_to_the_final_receiver_with_its_old_tag() -> None:
         assert pickle.loads(data).tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_the_relayed_bytes_are_those_that_the_sender_would_write() -> None:
+def test_the_relayed_bytes_equal_those_of_the_sender() -> None:
     tensor = received()
     with devguard.guard("cpu"):
         data = pickle.dumps(tensor)
     assert data == tagging.dumps(tensor)
 
 
-def test_while_the_door_is_closed_the_tag_would_be_lost() -> None:
+def test_the_tag_is_lost_while_the_door_is_closed() -> None:
     tensor = received()
     devguard.uninstall()
     assert sent_to(pickle.dumps(tensor)) == []
@@ -111,7 +113,7 @@ LOSE: dict[str, Callable[[torch.Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("how", KEEP)
-def test_what_shares_the_storage_keeps_the_tag(how: str) -> None:
+def test_a_value_that_shares_the_storage_keeps_the_tag(how: str) -> None:
     value = KEEP[how](received())
     with devguard.guard("cpu"):
         assert sent_to(pickle.dumps(value)) == [TAG]
@@ -119,7 +121,7 @@ def test_what_shares_the_storage_keeps_the_tag(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", LOSE)
-def test_what_has_a_storage_of_its_own_loses_the_tag(how: str) -> None:
+def test_a_value_with_a_new_storage_loses_the_tag(how: str) -> None:
     value = LOSE[how](received())
     with devguard.guard("cpu"):
         assert sent_to(pickle.dumps(value)) == []
@@ -144,7 +146,7 @@ def test_the_tag_does_not_pass_to_another_tensor_at_the_same_address() -> None:
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_torch_save_writes_what_is_true(legacy: bool) -> None:
+def test_torch_save_writes_the_actual_device(legacy: bool) -> None:
     tensor = received()
     buffer = io.BytesIO()
     with devguard.guard("cpu"):
@@ -156,7 +158,7 @@ def test_torch_save_writes_what_is_true(legacy: bool) -> None:
     assert b"cuda" not in buffer.getvalue()
 
 
-def test_torch_save_of_an_object_that_pickles_a_relayed_tensor_writes_both_truths() -> None:
+def test_torch_save_writes_the_actual_device_and_a_nested_pickle_the_old_tag() -> None:
     tensor = received()
 
     class Holder:
@@ -174,7 +176,7 @@ def test_torch_save_of_an_object_that_pickles_a_relayed_tensor_writes_both_truth
     assert len(names) == 1
 
 
-def test_what_torch_load_gave_a_cpu_owner_is_relayed_too() -> None:
+def test_data_from_torch_load_is_relayed_too() -> None:
     with devguard.guard("cpu"):
         value = torch.load(io.BytesIO(tagging.save(torch.ones(2))))
         assert sent_to(pickle.dumps(value)) == [TAG]
@@ -216,7 +218,7 @@ def test_a_subclass_is_relayed_whole() -> None:
 
 def test_threads_that_relay_at_once_do_not_mix_their_tags() -> None:
     with devguard.guard("cpu"):
-        mine = [pickle.loads(tagging.dumps(torch.ones(8), f"cuda:{index}")) for index in range(4)]
+        relayed = [pickle.loads(tagging.dumps(torch.ones(8), f"cuda:{index}")) for index in range(4)]
     plain = torch.ones(8)
     wrong: list[Any] = []
     barrier = threading.Barrier(4)
@@ -225,7 +227,7 @@ def test_threads_that_relay_at_once_do_not_mix_their_tags() -> None:
         barrier.wait()
         with devguard.guard("cpu"):
             for _ in range(50):
-                if f"cuda:{index}".encode() not in pickle.dumps(mine[index]) or b"cuda" in pickle.dumps(plain):
+                if f"cuda:{index}".encode() not in pickle.dumps(relayed[index]) or b"cuda" in pickle.dumps(plain):
                     wrong.append(index)
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
@@ -248,7 +250,7 @@ def test_a_pickle_that_fails_leaves_no_tag_behind(monkeypatch: pytest.MonkeyPatc
     assert b"cuda" not in buffer.getvalue()
 
 
-def test_the_status_counts_what_was_kept_and_what_was_relayed() -> None:
+def test_the_status_counts_kept_and_relayed_storages() -> None:
     before = relayed_tags.status()
     tensor = received()
     with devguard.guard("cpu"):
@@ -258,7 +260,7 @@ def test_the_status_counts_what_was_kept_and_what_was_relayed() -> None:
     assert now["relayed"] == before["relayed"] + 2
 
 
-def test_only_what_strayed_is_marked() -> None:
+def test_only_repaired_strays_are_marked() -> None:
     with devguard.guard("cpu"):
         value = pickle.loads(pickle.dumps(torch.ones(1)))
         assert not hasattr(value.untyped_storage(), relayed_tags._ATTRIBUTE)
@@ -267,7 +269,25 @@ def test_only_what_strayed_is_marked() -> None:
         assert not hasattr(value.untyped_storage(), relayed_tags._ATTRIBUTE)
 
 
-def test_relayed_values_compare_as_before() -> None:
+def test_a_received_value_equals_the_value_that_was_sent() -> None:
     value = {"a": torch.arange(3), "b": torch.ones(2, dtype=torch.bool)}
     with devguard.guard("cpu"):
         assert tensors.describe(received(value)) == tensors.describe(value)
+
+
+# patched at the first relay, not before
+PATCHED_FOR_RELAYS = {"TypedStorage.__reduce__", "_StorageBase.__reduce__"}
+
+
+def test_pickling_is_not_patched_before_the_first_relay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relayed_tags, "_state", relayed_tags._State())
+    before = everything_in_torch()
+    registry = list(torch.serialization._package_registry)
+    devguard.install("repair", "cpu")
+    assert not changed(before, everything_in_torch()) & PATCHED_FOR_RELAYS
+    assert torch.serialization._package_registry == registry
+    relay_something()
+    devguard.uninstall()
+    devguard.install("repair", "cpu")  # storages received earlier keep their tags
+    assert changed(before, everything_in_torch()) >= PATCHED_FOR_RELAYS
+    devguard.uninstall()

@@ -1,4 +1,4 @@
-"""Claims of physical GPUs: who is alive, who clashes with whom, and what may go wrong with the files."""
+"""Claims of physical GPUs: which claims are alive, which clash, and how damaged files are handled."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UUID = "64657667-0000-0000-0000-000000000001"
 
 @pytest.fixture(autouse=True)
 def runtime(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A runtime directory of its own, and an environment without a launcher."""
+    """A runtime directory for this test alone, and an environment without a launcher."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     named = {name for row in gpu_claims.JOBS for name in row} | {launcher.rank for launcher in LAUNCHERS}
     for name in (*named, "CUDA_VISIBLE_DEVICES", gpu_claims.VARIABLE):
@@ -37,7 +37,7 @@ def runtime(tmp_path, monkeypatch) -> Iterator[Path]:
 def other() -> Iterator[Claim]:
     """The claim of another living process, written to the file."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        started = gpu_claims._started(process.pid)
+        started = gpu_claims._start_time(process.pid)
         assert started
         claim = Claim(process.pid, started, "", "", "", 3, None)
         write(claim)
@@ -54,7 +54,7 @@ def written() -> list[int]:
 
 
 class TestClaims:
-    def test_the_first_finds_nobody_and_the_living_find_each_other(self, other):
+    def test_a_claim_returns_the_claims_of_other_living_processes(self, other):
         assert gpu_claims.claim(UUID, 1) == [other]
         assert gpu_claims.others(UUID) == [other]
         assert sorted(written()) == sorted([other.pid, os.getpid()])
@@ -63,30 +63,31 @@ class TestClaims:
         assert gpu_claims.claim(UUID, 1) == gpu_claims.claim(UUID, 1) == []
         assert written() == [os.getpid()]
 
-    def test_the_dead_are_dropped(self, other):
+    def test_the_claims_of_dead_processes_are_dropped(self, other):
         process = subprocess.Popen([sys.executable, "-c", ""])
         process.wait()
         write(other, replace(other, pid=process.pid))
         assert gpu_claims.claim(UUID, 1) == [other]
         assert process.pid not in written()
 
-    def test_a_pid_that_was_used_again_is_dead(self, other):
+    def test_a_claim_with_a_reused_pid_is_dropped(self, other):
         write(replace(other, started=other.started + 1))
         assert gpu_claims.claim(UUID, 1) == []
 
-    def test_a_zombie_is_dead(self, other):
+    def test_the_claim_of_a_zombie_is_dropped(self, other):
         process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-        write(replace(other, pid=process.pid, started=gpu_claims._started(process.pid) or 0))
+        write(replace(other, pid=process.pid, started=gpu_claims._start_time(process.pid) or 0))
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and not reaped
         assert gpu_claims.claim(UUID, 1) == []
         process.communicate()
 
-    def test_release_takes_back_what_is_ours_only(self, other):
+    def test_release_removes_only_the_claims_of_this_process(self, other):
         gpu_claims.claim(UUID, 1)
         gpu_claims.release()
         assert written() == [other.pid]
         gpu_claims.release()
+        assert written() == [other.pid]
 
     def test_release_in_a_fork_leaves_the_parents_claim(self):
         gpu_claims.claim(UUID, 1)
@@ -96,12 +97,12 @@ class TestClaims:
         assert written() == [os.getpid()]
 
     @pytest.mark.parametrize("text", ["", "[{", "{}", "[1]", '[{"pid": 1}]', "null"])
-    def test_a_file_that_makes_no_sense_is_empty(self, text):
+    def test_a_malformed_file_is_read_as_empty(self, text):
         (gpu_claims.folder() / f"{UUID}.json").write_text(text)
         assert gpu_claims.claim(UUID, 1) == []
         assert written() == [os.getpid()]
 
-    def test_many_at_once_lose_none(self):
+    def test_no_claim_is_lost_when_many_processes_claim_at_the_same_time(self):
         code = (
             f"from devguard.doors.contexts import gpu_claims; gpu_claims.claim({UUID!r}, 0); print(flush=True); input()"
         )
@@ -119,7 +120,7 @@ class TestClaims:
 
 
 class TestFolder:
-    def test_is_private(self, runtime):
+    def test_the_folder_is_private(self, runtime):
         assert gpu_claims.folder() == runtime / "devguard"
         assert gpu_claims.folder().stat().st_mode & 0o777 == 0o700
 
@@ -146,63 +147,66 @@ class TestFolder:
             gpu_claims.claim(UUID, 1)
         assert (tmp_path / "precious").read_text() == "x"
 
-    def test_a_folder_that_is_gone_does_not_stop_the_release(self, runtime):
+    def test_release_succeeds_after_the_folder_is_gone(self, runtime):
         gpu_claims.claim(UUID, 1)
         (gpu_claims.folder() / f"{UUID}.json").unlink()
         gpu_claims.folder().rmdir()
         (runtime / "devguard").write_text("in the way")
         gpu_claims.release()
+        assert gpu_claims._claimed == {}
+        (runtime / "devguard").unlink()
+        assert gpu_claims.others(UUID) == []
 
 
 @pytest.mark.parametrize(("value", "expected"), [("off", False), ("0", False), ("OFF ", False), ("on", True)])
-def test_the_switch(monkeypatch, value, expected):
-    assert gpu_claims.enabled()
+def test_the_environment_variable_switches_claims_off(monkeypatch, value, expected):
+    assert gpu_claims.is_enabled()
     monkeypatch.setenv(gpu_claims.VARIABLE, value)
-    assert gpu_claims.enabled() is expected
+    assert gpu_claims.is_enabled() is expected
 
 
 class TestClash:
     @pytest.mark.parametrize("names", gpu_claims.JOBS)
-    def test_two_local_ranks_of_one_job(self, names, monkeypatch):
+    def test_two_local_ranks_of_one_job_clash(self, names, monkeypatch):
         for name in names:
             monkeypatch.setenv(name, "x1")
         monkeypatch.setenv("LOCAL_RANK", "1")
-        mine = gpu_claims._mine(0)
-        other = replace(mine, pid=1, local_rank="0")
-        assert "local rank 0 of the same job" in (gpu_claims.clash(other, 0) or "")
-        assert gpu_claims.clash(replace(other, local_rank="1"), 0) is None  # a helper process of this rank
-        assert gpu_claims.clash(replace(other, local_rank=""), 0) is None
-        assert gpu_claims.clash(replace(other, job="another"), 0) is None
-        assert gpu_claims.clash(replace(other, job=""), 0) is None
+        own = gpu_claims._make_claim(0)
+        other = replace(own, pid=1, local_rank="0")
+        assert "local rank 0 of the same job" in (gpu_claims.describe_clash(other, 0) or "")
+        assert gpu_claims.describe_clash(replace(other, local_rank="1"), 0) is None  # a helper process of this rank
+        assert gpu_claims.describe_clash(replace(other, local_rank=""), 0) is None
+        assert gpu_claims.describe_clash(replace(other, job="another"), 0) is None
+        assert gpu_claims.describe_clash(replace(other, job=""), 0) is None
 
-    def test_without_a_launcher_the_local_rank_alone_says_nothing(self, monkeypatch):
+    def test_without_a_launcher_two_local_ranks_do_not_clash(self, monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", "1")
-        assert gpu_claims.clash(replace(gpu_claims._mine(0), pid=1, local_rank="0"), 0) is None
+        assert gpu_claims.describe_clash(replace(gpu_claims._make_claim(0), pid=1, local_rank="0"), 0) is None
 
-    def test_a_rank_of_minus_one_is_none(self, monkeypatch):
+    def test_a_local_rank_of_minus_one_is_ignored(self, monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", "-1")
-        assert gpu_claims._mine(0).local_rank == ""
+        assert gpu_claims._make_claim(0).local_rank == ""
 
-    def test_processes_that_nobody_relates_may_share(self, other):
-        assert gpu_claims.clash(other, 0) is None
+    def test_unrelated_processes_do_not_clash(self, other):
+        assert gpu_claims.describe_clash(other, 0) is None
 
-    def test_children_of_one_parent(self, monkeypatch):
+    def test_children_of_one_parent_clash_if_they_were_configured_differently(self, monkeypatch):
         class Parent:
             pid = os.getpid()
 
         monkeypatch.setattr(multiprocessing.process, "parent_process", Parent)
-        mine = gpu_claims._mine(0)
-        assert mine.parent
-        same = replace(mine, pid=1)
-        assert gpu_claims.clash(same, 0) is None  # a pool, whose workers share a GPU on purpose
-        for told in ({"index": 1}, {"visible": "1,0"}, {"local_rank": "1"}):
-            assert "another child of the same parent" in (gpu_claims.clash(replace(same, **told), 0) or "")
-        assert gpu_claims.clash(replace(same, parent="1 1", index=1), 0) is None
+        own = gpu_claims._make_claim(0)
+        assert own.parent
+        same = replace(own, pid=1)
+        assert gpu_claims.describe_clash(same, 0) is None  # the workers of a pool, which share a GPU on purpose
+        for change in ({"index": 1}, {"visible": "1,0"}, {"local_rank": "1"}):
+            assert "another child of the same parent" in (gpu_claims.describe_clash(replace(same, **change), 0) or "")
+        assert gpu_claims.describe_clash(replace(same, parent="1 1", index=1), 0) is None
 
-    def test_a_claim_in_words(self, monkeypatch):
+    def test_the_text_of_a_claim_names_the_process_and_its_devices(self, monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", "1")
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
         expected = f"pid {os.getpid()} (local rank 1, cuda:0 there, CUDA_VISIBLE_DEVICES '1,0')"
-        assert str(gpu_claims._mine(0)) == expected
+        assert str(gpu_claims._make_claim(0)) == expected
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-        assert "CUDA_VISIBLE_DEVICES unset" in str(gpu_claims._mine(0))
+        assert "CUDA_VISIBLE_DEVICES unset" in str(gpu_claims._make_claim(0))

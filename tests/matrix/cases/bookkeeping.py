@@ -1,4 +1,4 @@
-"""BOOKKEEPING: ``mem_get_info`` and its like, on a thread that has chosen no device, open device 0."""
+"""BOOKKEEPING: ``mem_get_info`` and similar calls open device 0 on a thread that has selected no device."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""CHILD-PROC: a loader worker loads a sample that was saved on a GPU, and opens a context of its own for it."""
+"""CHILD-PROC: a loader worker loads a sample that was saved on a GPU, and opens its own context for it."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""CHILD-PROC (opens CUDA itself): a loader worker makes a tensor on a GPU."""
+"""CHILD-PROC (opens CUDA itself): a loader worker allocates a tensor on a GPU."""
 
 import os
 

@@ -1,18 +1,18 @@
-"""CLOBBER: a library changes the current device and does not put it back."""
+"""CLOBBER: a library changes the current device and does not restore it."""
 
 import sys
 from pathlib import Path
 
 import torch
 
-# a package of its own, as an installed library is
+# A separate folder, as of an installed library.
 sys.path.insert(0, str(Path(__file__).parents[1] / "libraries"))
 import some_library
 
 
 def stray():
     some_library.setup()
-    torch.cuda.synchronize()  # a door: here the change is settled
+    torch.cuda.synchronize()  # A door: it judges the change of device.
     return torch.empty(4, device="cuda")
 
 
@@ -21,7 +21,7 @@ def behaves():
     return torch.empty(4, device="cuda")
 
 
-OPENS = (0,)  # by the library's set_device itself: no repair gives a context back
+OPENS = (0,)  # The library's set_device opens it, and no repair closes a context.
 
 
 def REPAIRED(result):

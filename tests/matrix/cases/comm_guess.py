@@ -1,4 +1,4 @@
-"""COMM-GUESS: ``barrier()`` on NCCL guesses a device by the rank."""
+"""COMM-GUESS: ``barrier()`` on NCCL guesses the device from the rank."""
 
 import os
 import tempfile
@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 
 def before(mode):
-    os.environ["TORCH_DIST_USE_NCCL2"] = "0"  # torch 2.15: the group that does without NCCL until it is used
+    os.environ["TORCH_DIST_USE_NCCL2"] = "0"  # torch 2.15's other group does not load NCCL before use.
     store = os.path.join(tempfile.mkdtemp(), "store")
     dist.init_process_group("nccl", init_method=f"file://{store}", rank=0, world_size=1)
 

@@ -1,4 +1,4 @@
-"""EXT-NOGUARD: a hand-written operator without a device guard works on device 0, wherever its argument lies."""
+"""EXT-NOGUARD: a custom operator without a device guard works on device 0, wherever its argument lies."""
 
 import ctypes
 
@@ -11,7 +11,7 @@ LIBRARY.define("scale(Tensor x, int device) -> Tensor")
 
 
 def _scale(x, device):
-    """What such an operator's C++ does: take a workspace on a device of its own choice."""
+    """Allocate a workspace on a device of its own choice, as the C++ of such an operator does."""
     driver = ctypes.CDLL("libcuda.so.1")
     context, workspace = ctypes.c_void_p(), ctypes.c_uint64()
     steps = (

@@ -1,4 +1,4 @@
-"""INIT-ORDER: CUDA touched before the process chose its device."""
+"""INIT-ORDER: CUDA is initialised before the process selects its device."""
 
 import torch
 
@@ -8,7 +8,7 @@ TOUCHED = []
 
 
 def before(mode):
-    with devguard.guard("cpu"):  # opens the doors; activation by environment will do so on `import torch`
+    with devguard.guard("cpu"):  # Opens the doors, as activation by environment does on `import torch`.
         pass
     if mode != "behaves":
         TOUCHED.append(torch.ones(1, device="cuda"))  # STRAY

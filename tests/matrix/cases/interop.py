@@ -1,4 +1,4 @@
-"""INTEROP: DLPack brings a tensor that lies on another device."""
+"""INTEROP: DLPack imports a tensor that lies on another device."""
 
 import torch
 

@@ -12,7 +12,7 @@ def _send(queue, done, index):
 
 
 def before(mode):
-    context = mp.get_context("fork")  # quickly: nobody has initialised CUDA yet
+    context = mp.get_context("fork")  # Fork is fast, and CUDA is not initialised yet.
     for index in (0, 1):
         queue, done = context.Queue(), context.Event()
         process = context.Process(target=_send, args=(queue, done, index), daemon=True)

@@ -1,4 +1,4 @@
-"""NO-INDEX: a bare "cuda" means GPU 0 to safetensors, whatever the current device is."""
+"""NO-INDEX: a bare "cuda" means GPU 0 in safetensors, whatever the current device is."""
 
 import os
 import tempfile

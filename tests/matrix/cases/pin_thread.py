@@ -1,6 +1,6 @@
 """PIN-THREAD: the DataLoader's pin thread gets the device of the thread that iterates.
 
-Pinning alone opens nothing in today's torch (2.13): the harm is done when a batch is sent to "the" device.
+Pinning alone opens no context in torch 2.13; the stray occurs when a batch is sent to the current device.
 """
 
 import threading

@@ -1,4 +1,4 @@
-"""RANK-INDEX: rank r of a job takes ``cuda:r``, although the ranks see their GPUs in another order: two own one GPU."""
+"""RANK-INDEX: rank r takes ``cuda:r``, but the ranks see their GPUs in another order, so two ranks own one GPU."""
 
 import os
 import tempfile
@@ -13,19 +13,19 @@ HELD = []
 
 def before(mode):
     os.environ.update(JOB, XDG_RUNTIME_DIR=tempfile.mkdtemp())
-    HELD.append(_rank_0())
+    HELD.append(_start_rank_0())
     os.environ.update(LOCAL_RANK="1", CUDA_VISIBLE_DEVICES="0,1" if mode == "behaves" else "1,0")
 
 
-def _rank_0():
-    """Start the other rank; it ends with this process. The pipe by which it does."""
-    ready, said = os.pipe()
+def _start_rank_0():
+    """Start the other rank; it ends when the returned end of a pipe closes, with this process."""
+    ready, started = os.pipe()
     end, held = os.pipe()
     if os.fork() == 0:
         os.close(held)
         os.environ.update(LOCAL_RANK="0", CUDA_VISIBLE_DEVICES="0,1")
         with devguard.guard(0):
-            os.write(said, b".")
+            os.write(started, b".")
             os.read(end, 1)
         os._exit(0)
     os.read(ready, 1)

@@ -1,4 +1,4 @@
-"""STREAM-EVENT: a stream and an event made on a thread that has chosen no device."""
+"""STREAM-EVENT: a stream and an event are made on a thread that has selected no device."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""STREAM-EVENT (device named): a stream that the program makes on another device than the owner's; it stays there."""
+"""STREAM-EVENT (device named): a stream on another device that the program named; it stays there."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""THREAD-NATIVE: a C++ thread opens a context on the device that it finds current, which is 0."""
+"""THREAD-NATIVE: a C++ thread opens a context on its current device, which is 0."""
 
 import ctypes
 
@@ -6,7 +6,7 @@ import devguard
 
 
 def _native_thread(device):
-    """Run cuDevicePrimaryCtxRetain on a thread that Python does not know."""
+    """Run cuDevicePrimaryCtxRetain on a thread that Python did not start."""
     driver, libc = ctypes.CDLL("libcuda.so.1"), ctypes.CDLL(None)
     context, thread = ctypes.c_void_p(), ctypes.c_ulong()
     entry = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(

@@ -1,4 +1,4 @@
-"""TRITON-CUR: Triton launches on the current device, not on its arguments' (a stand-in of Triton's shape)."""
+"""TRITON-CUR: Triton launches on the current device, not on that of its arguments (with a stand-in for Triton)."""
 
 import sys
 import tempfile
@@ -12,7 +12,7 @@ KERNELS = []
 
 
 def _kernel(x):
-    """What a kernel's launcher does: scratch memory on the device that is current."""
+    """Allocate scratch memory on the current device, as the launcher of a kernel does."""
     return torch.empty(1, device="cuda").get_device()
 
 
@@ -25,7 +25,7 @@ def before(mode):
 
 def stray():
     x = torch.empty(4, device="cuda:1")
-    torch._C._cuda_maybeExchangeDevice(0)  # a library that leaves another device current
+    torch._C._cuda_maybeExchangeDevice(0)  # As a library that leaves another device current.
     return KERNELS[0][(1,)](x)  # STRAY
 
 

@@ -1,4 +1,4 @@
-"""VISIBILITY: CUDA_VISIBLE_DEVICES is changed after CUDA looked."""
+"""VISIBILITY: CUDA_VISIBLE_DEVICES is changed after CUDA has read it."""
 
 import os
 

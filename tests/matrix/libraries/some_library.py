@@ -1,4 +1,4 @@
-"""A library that is not careful with the current device."""
+"""A library that does not restore the current device."""
 
 import torch
 
@@ -9,6 +9,6 @@ def setup():
 
 
 def careful():
-    """Visit a device and come back."""
+    """Set the device that is already current."""
     previous = torch.cuda.current_device()
     torch.cuda.set_device(previous)

@@ -1,4 +1,4 @@
-"""The guard on real devices: which device is current, where tensors land, and what comes back."""
+"""The guard on simulated GPUs: the current device inside and after it, and where tensors land."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def current() -> int:
 
 
 class TestContextManager:
-    def test_makes_the_owner_current_and_gives_back(self):
+    def test_the_owner_is_current_inside_and_the_device_is_given_back(self):
         with guard("cuda:1") as device:
             assert device == torch.device("cuda:1")
             assert devguard.owner() == device
@@ -29,7 +29,7 @@ class TestContextManager:
         assert current() == 0
         assert devguard.owner() is None
 
-    def test_nests_and_reenters_the_same_object(self):
+    def test_guards_nest_and_one_guard_can_be_entered_again(self):
         outer = guard(1)
         with outer, guard(2), outer, guard(2):
             assert current() == 2
@@ -39,14 +39,14 @@ class TestContextManager:
             assert current() == 1
         assert current() == 0
 
-    def test_gives_back_after_an_exception(self):
+    def test_the_device_is_given_back_after_an_exception(self):
         with pytest.raises(ZeroDivisionError), guard(1), guard(2):
             1 / 0  # noqa: B018
         assert current() == 0
         assert devguard.owner() is None
 
     @pytest.mark.parametrize("before", [0, 1])
-    def test_gives_back_what_set_device_changed_inside(self, before):
+    def test_the_device_is_given_back_after_set_device_inside(self, before):
         torch.cuda.set_device(before)
         with guard(1):
             torch.cuda.set_device(3)
@@ -64,9 +64,9 @@ class TestContextManager:
             ),
         ],
     )
-    def test_gives_back_where_the_owner_was_current_already(self, move):
+    def test_the_device_is_given_back_if_the_owner_was_current_already(self, move):
         torch.cuda.set_device(1)
-        for _ in range(2):  # the first exit of a thread takes another path than later ones
+        for _ in range(2):  # the first exit on a thread takes another path than later ones
             with guard(1):
                 with guard(1):
                     move()
@@ -88,7 +88,7 @@ class TestContextManager:
             torch.cuda.set_device(3)
         assert current() == 3
 
-    def test_unguarded_inside_has_no_owner_and_keeps_the_device(self):
+    def test_unguarded_inside_a_guard_has_no_owner_and_keeps_the_device(self):
         with guard(1):
             with devguard.unguarded():
                 assert devguard.owner() is None
@@ -100,7 +100,7 @@ class TestContextManager:
             guard(7).__enter__()
         assert devguard.owner() is None
 
-    def test_shared_between_threads(self):
+    def test_threads_can_share_a_guard(self):
         shared = guard(2)
         seen = []
         barrier = threading.Barrier(3)
@@ -122,7 +122,7 @@ class TestContextManager:
 
 
 class TestResolution:
-    def test_local_rank_then_enclosing(self, monkeypatch):
+    def test_the_owner_comes_from_the_local_rank_or_else_from_the_enclosing_scope(self, monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", "2")
         with guard():
             assert current() == 2
@@ -132,14 +132,14 @@ class TestResolution:
         with pytest.raises(devguard.DeviceResolutionError, match="LOCAL_RANK"):
             guard().__enter__()
 
-    def test_remap_prefers_the_scope_around_it(self, monkeypatch):
+    def test_remap_takes_the_owner_of_the_enclosing_scope_first(self, monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", "2")
         with guard(1), devguard.remap():
             assert current() == 1
         with devguard.remap():
             assert current() == 2
 
-    def test_argument_by_position_keyword_and_default(self):
+    def test_the_argument_is_found_by_position_keyword_and_default(self):
         @guard(argument="gpu_id")
         def work(config, gpu_id=3, *, other=None):
             return current()
@@ -149,7 +149,7 @@ class TestResolution:
         assert work({}) == 3
         assert current() == 0
 
-    def test_argument_that_is_none_falls_through_to_the_environment(self, monkeypatch):
+    def test_an_argument_that_is_none_leaves_the_choice_to_the_environment(self, monkeypatch):
         @guard(argument="gpu_id")
         def work(gpu_id=None):
             return current()
@@ -159,7 +159,7 @@ class TestResolution:
 
 
 class TestDecorator:
-    def test_methods_of_every_kind(self):
+    def test_methods_of_every_kind_run_inside(self):
         class Worker:
             @guard(1)
             def method(self):
@@ -185,7 +185,7 @@ class TestDecorator:
         assert Worker.of_class() == (Worker, 3)
         assert Worker.of_class_outside() == (Worker, 2)
 
-    def test_generator_holds_the_device_only_while_it_runs(self):
+    def test_a_generator_holds_the_device_only_while_it_runs(self):
         ends = []
 
         @guard(1)
@@ -212,7 +212,7 @@ class TestDecorator:
         assert ends == [1, 1]
         assert current() == 0
 
-    def test_generator_exceptions_run_inside(self):
+    def test_exceptions_thrown_into_a_generator_are_handled_inside(self):
         @guard(2)
         def generate():
             while True:
@@ -296,8 +296,9 @@ class TestDecorator:
         assert ends == [1]
         assert current() == 0
 
-    def test_async_generator_steps_throws_and_closes_inside(self):
+    def test_an_async_generator_steps_throws_and_closes_inside(self):
         ends = []
+        closed = asyncio.Event()
 
         @guard(1)
         async def generate():
@@ -311,6 +312,7 @@ class TestDecorator:
             finally:
                 await asyncio.sleep(0)
                 ends.append(current())
+                closed.set()
 
         async def main():
             steps = generate()
@@ -320,18 +322,18 @@ class TestDecorator:
             assert await steps.athrow(KeyError("x")) == ("caught", 1)
             await steps.aclose()
             assert ends == [1]
+            closed.clear()
             async for value in generate():
                 assert value == 1
                 break
-            while len(ends) < 2:  # the event loop closes what was left in the middle
-                await asyncio.sleep(0)
+            await closed.wait()  # the event loop closes the abandoned generator
             assert current() == 0
 
         asyncio.run(main())
         assert ends == [1, 1]
         assert current() == 0
 
-    def test_a_plain_with_inside_a_decorated_coroutine_sleeps_with_it(self):
+    def test_a_plain_with_inside_a_decorated_coroutine_is_suspended_with_it(self):
         @guard(1)
         async def work():
             with guard(2):
@@ -353,7 +355,7 @@ class TestDecorator:
             asyncio.run(main())
         assert current() == 0
 
-    def test_run_guards_any_awaitable_but_a_task(self):
+    def test_run_guards_every_awaitable_but_a_task(self):
         class Awaitable:
             def __await__(self):
                 yield from asyncio.sleep(0).__await__()
@@ -372,7 +374,7 @@ class TestDecorator:
 
 
 class TestMisuse:
-    def test_async_with_names_run(self):
+    def test_the_error_of_async_with_names_run(self):
         async def main():
             async with guard(1):
                 raise AssertionError("unreachable")
@@ -381,7 +383,7 @@ class TestMisuse:
             asyncio.run(main())
         assert current() == 0
 
-    def test_a_plain_with_held_across_an_await_is_reported_and_gives_back_in_the_end(self):
+    def test_a_plain_with_held_across_an_await_warns_and_the_device_is_given_back(self):
         async def work(index):
             with guard(index):
                 await asyncio.sleep(0)

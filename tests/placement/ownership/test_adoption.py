@@ -1,7 +1,7 @@
-"""Activation by environment: whose device a process gets that never names one, and what is done with a wrong guess.
+"""Activation by environment: the owner of a process that names no device, and the handling of a wrong guess.
 
-Each test runs in a process of its own in which CUDA is not initialised, and activates devguard there with an
-environment of its own, as ``import torch`` would have done it.
+Each test activates devguard in a fresh process with its own environment, before CUDA is initialised, as ``import
+torch`` does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SEVERAL = {"LOCAL_WORLD_SIZE": "4"}
 
 
 def run(code: str, **environ: str) -> dict[str, Any]:
-    """Run `code` after an activation with these variables; ``loads(tag)`` unpickles a tensor tagged so."""
+    """Run `code` after an activation with these variables; ``loads(tag)`` unpickles a tensor with that tag."""
     before = f"""
 import os, pickle, warnings
 from devguard.activation.activate import activate
@@ -31,7 +31,7 @@ activate({{"DEVGUARD": "repair", **{environ!r}}})
 
 @pytest.fixture(autouse=True, scope="module")
 def _server() -> Iterator[None]:
-    """One server of forks for all tests here."""
+    """Use one server of forks for all tests here."""
     yield
     fresh.stop()
 
@@ -51,7 +51,7 @@ def test_activation_initialises_no_cuda_and_opens_no_context() -> None:
     assert out(code, LOCAL_RANK="2", **SEVERAL) == "False () cuda:2"
 
 
-def test_before_there_is_an_owner_nothing_is_moved_and_nothing_recorded() -> None:
+def test_without_an_owner_nothing_is_moved_or_recorded() -> None:
     answer = run("print(loads('cuda:3'), ctx())", **SEVERAL)
     assert answer["out"] == "cuda:3 [3]"
     assert actions(answer) == []
@@ -64,13 +64,13 @@ def test_the_device_that_the_main_thread_chose_becomes_the_owner_in_one_of_sever
 
 
 @pytest.mark.parametrize("mode", ["repair", "error", "warn"])
-def test_a_process_by_itself_only_observes(mode: str) -> None:
+def test_a_single_process_only_observes(mode: str) -> None:
     answer = run("torch.cuda.set_device(1); print(loads('cuda:0'))", DEVGUARD=mode)
     assert answer["out"] == "cuda:0"
     assert actions(answer) == ["observed"]
 
 
-def test_error_mode_refuses_in_one_of_several() -> None:
+def test_error_mode_refuses_in_one_of_several_processes() -> None:
     code = """
 torch.cuda.set_device(1)
 try: loads('cuda:0')
@@ -79,7 +79,7 @@ except devguard.StrayDeviceError as error: print(ctx(), "load" in str(error))
     assert out(code, DEVGUARD="error", **SEVERAL) == "[1] True"
 
 
-def test_the_local_rank_owns_and_is_current_from_the_first_touch() -> None:
+def test_the_device_of_the_local_rank_is_owner_and_current_from_the_first_touch() -> None:
     code = "print(torch.ones(1).to('cuda').device, loads('cuda:0'), ctx())"
     assert out(code, LOCAL_RANK="2", **SEVERAL) == "cuda:2 cuda:2 [2]"
 
@@ -93,17 +93,17 @@ print(Layer.scale.device, ctx())
     assert out(code, LOCAL_RANK="2", **SEVERAL) == "cuda:2 [2]"
 
 
-def test_a_program_that_chooses_another_device_than_its_local_rank_is_followed() -> None:
+def test_a_program_can_choose_another_device_than_its_local_rank() -> None:
     code = "torch.cuda.set_device(3); print(loads('cuda:0'), devguard.owner(), ctx())"
     assert out(code, LOCAL_RANK="2", **SEVERAL) == "cuda:3 cuda:3 [3]"
 
 
-def test_a_local_rank_alone_says_nothing_of_several_processes() -> None:
+def test_a_local_rank_in_a_job_of_one_process_only_observes() -> None:
     answer = run("torch.cuda.set_device(1); print(loads('cuda:0'))", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     assert answer["out"] == "cuda:0"
 
 
-def test_a_stream_of_another_device_is_entered_for_a_while_and_is_no_choice() -> None:
+def test_entering_a_stream_of_another_device_does_not_choose_it() -> None:
     code = """
 torch.cuda.set_device(1)
 with torch.cuda.stream(torch.cuda.Stream(2)):
@@ -116,7 +116,7 @@ print(devguard.owner(), torch.cuda.current_device())
     assert out(code, **SEVERAL) == "cuda:2"
 
 
-def test_a_loop_over_the_devices_is_followed_to_its_end() -> None:
+def test_after_a_loop_over_the_devices_the_last_one_is_the_owner() -> None:
     code = """
 for index in range(4):
     torch.cuda.set_device(index)
@@ -129,7 +129,7 @@ print(loads('cuda:0'), devguard.owner())
     assert actions(answer, "set_device") == []
 
 
-def test_code_that_saves_and_restores_the_device_changes_nothing() -> None:
+def test_code_that_saves_and_restores_the_device_does_not_change_the_owner() -> None:
     code = """
 torch.cuda.set_device(1)
 def elsewhere():
@@ -145,7 +145,7 @@ print(loads('cuda:0'), devguard.owner(), devguard.status()["adoption"]["demoted"
     assert answer["out"].split("\n") == ["cuda:1 cuda:1", "cuda:1 cuda:1 False"]
 
 
-def test_only_the_main_thread_chooses() -> None:
+def test_only_the_main_thread_chooses_the_owner() -> None:
     code = """
 import threading
 torch.cuda.set_device(1)
@@ -163,15 +163,15 @@ print(loads('cuda:0'))
 with warnings.catch_warnings(record=True) as caught:
     torch.cuda.set_device(3)
     print(loads('cuda:0'), loads('cuda:0'))
-(warning,) = [w for w in caught if "devguard took" in str(w.message)]
-print(warning.lineno == 13, str(warning.message).split(";")[0])
+(warning,) = [w for w in caught if "devguard assumed" in str(w.message)]
+print(warning.lineno == 13, str(warning.message).split(", but")[0], "only observes" in str(warning.message))
 print(devguard.status()["adoption"]["demoted"], torch.cuda.current_device())
 """
     answer = run(code, **SEVERAL)
     assert answer["out"].split("\n") == [
         "cuda:1",
         "cuda:0 cuda:0",
-        "True devguard took cuda:1 for the device of this process, because set_device said so",
+        "True devguard assumed that this process owns cuda:1 (from set_device) True",
         "True 3",
     ]
     assert sorted(actions(answer)) == ["observed", "repaired"]
@@ -224,7 +224,7 @@ print(any(row["open"] for row in devguard.status()["doors"].values()), torch._C.
     assert out(code).split("\n")[2].startswith("False")
 
 
-def test_what_the_program_installs_and_guards_has_precedence() -> None:
+def test_install_and_guards_take_precedence_over_the_environment() -> None:
     code = """
 with devguard.guard("cuda:3"):
     print(loads('cuda:0'), devguard.status()["mode"])
@@ -270,7 +270,7 @@ def test_a_touch_before_the_device_was_chosen_is_recorded_with_its_line() -> Non
     assert (stray["source"], stray["owner"], stray["site"]["line"]) == ("cuda:0", "cuda:1", 8)
 
 
-def test_a_forked_child_has_no_owner_until_it_chooses_whatever_the_launcher_said_to_its_parent() -> None:
+def test_a_forked_child_does_not_take_over_the_local_rank_and_has_no_owner_until_it_chooses() -> None:
     code = """
 import multiprocessing
 def child(answers):
@@ -285,16 +285,16 @@ print(*answers.get(), devguard.owner())
     assert out(code, LOCAL_RANK="2", **SEVERAL) == "None cuda:1 cuda:1 cuda:2"
 
 
-def test_a_local_rank_above_0_is_one_of_several_though_no_size_is_said() -> None:
+def test_a_local_rank_above_0_without_a_local_size_is_one_of_several_processes() -> None:
     assert out("print(loads('cuda:0'), ctx())", LOCAL_RANK="2", WORLD_SIZE="4") == "cuda:2 [2]"
 
 
-def test_uninstall_ends_what_the_environment_asked_for() -> None:
+def test_uninstall_ends_an_activation_by_the_environment() -> None:
     code = "torch.cuda.set_device(1); devguard.uninstall(); print(loads('cuda:0'), devguard.owner())"
     assert out(code, **SEVERAL) == "cuda:0 None"
 
 
-def test_a_guards_own_entry_is_no_choice_of_the_programs() -> None:
+def test_entering_a_guard_does_not_choose_the_owner() -> None:
     code = """
 with devguard.guard("cuda:2"):
     pass
@@ -313,7 +313,7 @@ thread.start(); thread.join()
     assert actions(run(code, DEVGUARD="observe", **SEVERAL), "threads") == []
 
 
-def test_calls_that_do_nothing_before_cuda_is_initialised_initialise_nothing() -> None:
+def test_calls_without_effect_before_cuda_is_initialised_do_not_initialise_it() -> None:
     code = """
 torch.cuda.empty_cache(); torch.cuda.memory_allocated(); torch.cuda.memory_stats(); torch.cuda.Event()
 print(torch.cuda.is_initialized(), ctx())
@@ -321,7 +321,7 @@ print(torch.cuda.is_initialized(), ctx())
     assert out(code, DEVGUARD_DEVICE="cuda:1") == "False []"
 
 
-def test_an_exported_program_lands_on_an_owner_that_nothing_has_entered_yet() -> None:
+def test_an_exported_program_lands_on_an_owner_that_was_never_entered() -> None:
     code = """
 import io, torch.export
 class Model(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Which line allocated memory on a device, from torch's own history."""
+"""The line that allocated memory on a device, from torch's own history."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make(index: int) -> torch.Tensor:
 LINE = make.__code__.co_firstlineno + 1
 
 
-def test_the_newest_allocations_of_a_device_are_found_with_their_line_and_bytes() -> None:
+def test_the_newest_allocations_of_a_device_have_their_line_and_bytes() -> None:
     allocation_history.record()
     before = allocation_history.count(2)
     kept = [torch.empty(8, device="cuda:3"), make(2), make(2), torch.empty(8, device="cuda:3")]
@@ -36,28 +36,28 @@ def test_the_newest_allocations_of_a_device_are_found_with_their_line_and_bytes(
     assert origin is not None
     assert origin.code is not None
     assert (origin.code.co_filename, origin.code.co_name, origin.line) == (__file__, "make", LINE)
-    assert origin.stack[1].code.co_name == "test_the_newest_allocations_of_a_device_are_found_with_their_line_and_bytes"
+    assert origin.stack[1].code.co_name == "test_the_newest_allocations_of_a_device_have_their_line_and_bytes"
     assert nbytes == 2000
     del kept
 
 
-def test_the_line_is_the_users_where_a_library_allocates() -> None:
-    bytes_of_it = pickle.dumps(make(2))
+def test_if_a_library_allocates_the_line_is_the_users() -> None:
+    payload = pickle.dumps(make(2))
     allocation_history.record()
-    pickle.loads(bytes_of_it)
+    pickle.loads(payload)
     origin, _ = allocation_history.newest(2, 1)
     assert origin is not None
-    assert origin.line == test_the_line_is_the_users_where_a_library_allocates.__code__.co_firstlineno + 3
+    assert origin.line == test_if_a_library_allocates_the_line_is_the_users.__code__.co_firstlineno + 3
 
 
-def test_without_a_history_there_is_no_line_and_the_count_is_there() -> None:
+def test_without_a_history_there_is_a_count_but_no_line() -> None:
     before = allocation_history.count(2)
     make(2)
     assert allocation_history.count(2) == before + 1
     assert allocation_history.newest(2, 1) == (None, 0)
 
 
-def test_a_history_that_somebody_else_records_is_left_to_them() -> None:
+def test_a_history_that_the_program_records_is_not_stopped() -> None:
     torch.cuda.memory._record_memory_history(max_entries=10)
     allocation_history.record()
     allocation_history.stop()
@@ -65,7 +65,7 @@ def test_a_history_that_somebody_else_records_is_left_to_them() -> None:
     torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def test_nothing_is_asked_before_cuda_is_initialised() -> None:
+def test_before_cuda_is_initialised_there_is_no_history_and_cuda_stays_uninitialised() -> None:
     code = (
         "from devguard.support import allocation_history\n"
         "allocation_history.record(); print(allocation_history.count(0), allocation_history.newest(0, 1))\n"

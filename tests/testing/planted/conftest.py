@@ -1,4 +1,4 @@
-"""What the tests here receive: work that another process did on a GPU of its own."""
+"""Fixtures with data as another process would send it, made on a GPU of its own."""
 
 import asyncio
 import inspect
@@ -13,7 +13,7 @@ import devguard
 
 @pytest.fixture(scope="session")
 def received():
-    """The pickle of a tensor on cuda:3."""
+    """A pickle of a tensor on cuda:3."""
     with devguard.unguarded():
         return pickle.dumps(torch.ones(8).to("cuda:3"))
 
@@ -28,14 +28,14 @@ def checkpoint():
 
 @pytest.fixture(scope="session")
 def foreign():
-    """A tensor that somebody else has made on cuda:3."""
+    """A tensor on cuda:3, made outside every guard."""
     with devguard.unguarded():
         return torch.ones(8).to("cuda:3")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Run the tests that are coroutines, as plugins for it do."""
+    """Run tests that are coroutines, as plugins for asyncio do."""
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
     names = pyfuncitem._fixtureinfo.argnames

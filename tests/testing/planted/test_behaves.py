@@ -1,4 +1,4 @@
-"""Tests that keep to their GPU, and that say so where they do not."""
+"""Tests that keep to their GPU, or declare that they use another."""
 
 import io
 import pickle
@@ -19,12 +19,12 @@ def test_it_works_on_the_device_that_it_owns(gpu_owner):
     assert torch.zeros(8, device=gpu_owner).device == gpu_owner
 
 
-def test_it_says_where_a_checkpoint_goes(checkpoint, gpu_owner):
+def test_a_checkpoint_is_loaded_to_a_named_device(checkpoint, gpu_owner):
     assert torch.load(io.BytesIO(checkpoint), map_location=gpu_owner)["weight"].device == gpu_owner
     assert torch.load(io.BytesIO(checkpoint), map_location="cpu")["weight"].device.type == "cpu"
 
 
-def test_a_library_that_puts_the_device_back():
+def test_a_library_that_restores_the_device():
     sloppy.tidy()
 
 
@@ -59,7 +59,7 @@ def test_a_tag_that_is_allowed(received):
 
 
 @pytest.mark.devguard(mode="observe")
-def test_its_own_mode(received, devguard_strays, gpu_owner):
+def test_a_mode_in_the_marker(received, devguard_strays, gpu_owner):
     assert not devguard_strays
     pickle.loads(received)
     (stray,) = devguard_strays
@@ -77,12 +77,12 @@ def test_not_guarded():
     torch.zeros(8, device="cuda:2")
 
 
-def test_on_purpose():
+def test_an_intended_use_of_another_device():
     with devguard.unguarded():
         torch.zeros(8, device="cuda:2")
 
 
-def test_a_guard_of_its_own():
+def test_a_guard_in_the_test():
     with devguard.guard("cuda:2") as device:
         assert torch.zeros(8, device="cuda").device == device
 

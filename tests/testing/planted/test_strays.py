@@ -1,4 +1,4 @@
-"""Each test here does something on a GPU that it does not own, and knows nothing of it."""
+"""Each test here uses a GPU that it does not own, without declaring it."""
 
 import asyncio
 import contextlib
@@ -79,7 +79,7 @@ def test_it_names_another_gpu_again():
     torch.zeros(8, device="cuda:2")  # strays: test_it_names_another_gpu_again
 
 
-def test_it_fails_by_itself_and_strays():
+def test_it_fails_anyway_and_strays():
     sloppy.warm_up()
     assert torch.cuda.device_count() == 5
 
@@ -109,7 +109,7 @@ class AsyncTestCase(unittest.IsolatedAsyncioTestCase):
 
 
 class Tagged:
-    """Pickles as a tensor of cuda:3 does, without one."""
+    """Pickles in the form of a tensor on cuda:3, but holds no tensor."""
 
     def __reduce__(self):
         with devguard.unguarded():

@@ -1,10 +1,10 @@
-"""A stand-in for vLLM: workers in processes of their own, to which a function can be sent. It has no model."""
+"""A stand-in for vLLM without a model: it sends a function to workers in separate processes."""
 
 import multiprocessing
 
 
 class LLM:
-    """As vllm.LLM, for `collective_rpc` alone."""
+    """Like vllm.LLM, but only with `collective_rpc`."""
 
     def __init__(self, model, tensor_parallel_size=1):
         self.size = tensor_parallel_size

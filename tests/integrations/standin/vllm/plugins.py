@@ -1,4 +1,4 @@
-"""A stand-in for vLLM's plugin contract (vllm/plugins): what it promises to a plugin, and nothing else."""
+"""A stand-in for vLLM's plugin contract (vllm/plugins), without anything that the contract does not promise."""
 
 import os
 from importlib.metadata import entry_points
@@ -7,7 +7,7 @@ loaded = False
 
 
 def load_general_plugins():
-    """Call every plugin once in a process; ``VLLM_PLUGINS`` is a whitelist; what fails to load is left out."""
+    """Call every plugin once in a process; ``VLLM_PLUGINS`` is a whitelist."""
     global loaded
     if loaded:
         return

@@ -1,9 +1,8 @@
-"""The door ``artefacts`` on real devices: exported, traced and scripted programs with a baked index."""
+"""The door ``artefacts`` on simulated GPUs: exported, traced and scripted programs with a baked index."""
 
 from __future__ import annotations
 
 import io
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from devguard import guard
 from devguard.doors.arrivals import artefacts
 from devguard.ownership.owner import owner_of_index
 from devguard.reporting.journal import journal
-from tests.helpers.simulated import ROOT
+from tests.helpers.programs import run_child
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:`torch\.jit\."),
@@ -84,7 +83,7 @@ def found() -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("make", [exported, traced, scripted])
 class TestBakedIndex:
-    def test_unguarded_nobody_says_a_word_and_the_index_is_there(self, make, tmp_path):
+    def test_unguarded_the_baked_index_stays_and_is_not_recorded(self, make, tmp_path):
         load = make("cuda:0", tmp_path / "x.pt2")
         torch.cuda.set_device(1)
         program = load()
@@ -93,7 +92,7 @@ class TestBakedIndex:
         assert found() == []
 
     @pytest.mark.parametrize("mode", ["repair", "observe"])
-    def test_is_detected(self, make, mode, tmp_path):
+    def test_a_baked_index_is_recorded_and_an_exported_one_repaired(self, make, mode, tmp_path):
         load = make("cuda:0", tmp_path / "x.pt2")
         with guard(1, mode=mode):
             load()
@@ -103,7 +102,7 @@ class TestBakedIndex:
         assert stray.site.file == __file__
         assert ("x in the program" if repaired else "x, first in") in stray.note
 
-    def test_warn_and_error(self, make, tmp_path):
+    def test_warn_warns_and_error_refuses(self, make, tmp_path):
         load = make("cuda:0", tmp_path / "x.pt2")
         with guard(1, mode="warn"), pytest.warns(devguard.StrayDeviceWarning, match="cuda:0"):
             load()
@@ -111,7 +110,7 @@ class TestBakedIndex:
             load()
         assert [row[2] for row in found()] == ["warned", "refused"]
 
-    def test_off_unguarded_allowed_and_uninstalled(self, make, tmp_path):
+    def test_off_unguarded_allowed_and_uninstall_record_nothing(self, make, tmp_path):
         load = make("cuda:0", tmp_path / "x.pt2")
         with guard(1), devguard.unguarded():
             load()
@@ -134,21 +133,21 @@ class TestBakedIndex:
             load()
         assert found() == []
 
-    def test_the_cpu_owner(self, make, tmp_path):
+    def test_the_cpu_owner_refuses_a_baked_gpu_in_mode_error(self, make, tmp_path):
         load = make("cuda:1", tmp_path / "x.pt2")
         with guard("cpu", mode="error"), pytest.raises(devguard.StrayDeviceError, match="owns cpu"):
             load()
 
 
 @pytest.mark.parametrize("make", [traced, scripted])
-def test_map_location_does_not_touch_the_constants(make, tmp_path):
+def test_map_location_does_not_change_the_constants(make, tmp_path):
     load = make("cuda:0", tmp_path / "x.pt")
     with guard(1):
         load(map_location="cuda:1")
     assert found() == [("artefacts", "cuda:0", "observed")]
 
 
-def test_a_bare_cuda_is_the_current_device_and_no_stray(tmp_path):
+def test_a_bare_cuda_means_the_current_device_and_is_no_stray(tmp_path):
     class Bare(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + torch.zeros(4, device="cuda").to(x.device)
@@ -181,7 +180,7 @@ class Mixed(Weighted):
 
 
 def devices_in(program: Any) -> set[str]:
-    """Every device that a loaded program names or lies on."""
+    """Return every device that a loaded program names or lies on."""
     named = {tag for tag, _, _ in artefacts._constants_of_export(program)}
     for node in program.graph.nodes:
         value = node.meta.get("val")
@@ -202,8 +201,8 @@ def program(request, tmp_path) -> Any:
 
 class TestExportedPrograms:
     @pytest.mark.parametrize("program", [Weighted], indirect=True)
-    def test_are_read_onto_the_owner_whole(self, program):
-        assert devices_in(torch.export.load(program)) == {"cuda:0"}  # the disease
+    def test_a_whole_program_is_read_onto_the_owner(self, program):
+        assert devices_in(torch.export.load(program)) == {"cuda:0"}  # unguarded
         with guard(2):
             loaded = torch.export.load(program)
         assert devices_in(loaded) == {"cuda:2"}
@@ -216,21 +215,20 @@ class TestExportedPrograms:
 
     @pytest.mark.parametrize("program", [Weighted], indirect=True)
     @pytest.mark.parametrize("mode", ["repair", "error"])
-    def test_nothing_lands_elsewhere_on_the_way(self, program, mode):
+    def test_reading_opens_no_context_on_another_device(self, program, mode):
         code = (
-            "import sys, torch, torch.export, devguard\n"
+            "import torch.export\n"
             f"with devguard.guard(2, mode={mode!r}):\n"
             "    try: torch.export.load(sys.argv[1])\n"
             "    except devguard.StrayDeviceError as error: print(error)\n"
-            "    print([d.index for d in devguard.contexts()])"
+            "    print(ctx())"
         )
-        done = subprocess.run([sys.executable, "-c", code, program], capture_output=True, cwd=ROOT, check=False)
-        *refusal, contexts = done.stdout.decode().splitlines() or [done.stderr.decode()]
+        *refusal, contexts = run_child(code, arguments=[str(program)]).splitlines()
         assert contexts == "[2]"
         assert bool(refusal) == (mode == "error")
 
     @pytest.mark.parametrize("program", [Weighted], indirect=True)
-    def test_come_from_a_buffer_too_and_each_thread_reads_for_itself(self, program):
+    def test_a_buffer_is_read_too_and_other_threads_are_not_affected(self, program):
         with guard(3):
             place = sys.modules[artefacts.READERS[0]].deserialize_device
             artefacts._thread.reading = artefacts._Reading(owner_of_index(3), refuse=False)
@@ -243,7 +241,7 @@ class TestExportedPrograms:
 
     @pytest.mark.parametrize("program", [Mixed], indirect=True)
     @pytest.mark.parametrize("owner", [1, 2])
-    def test_that_name_several_gpus_are_left_and_recorded(self, program, owner):
+    def test_a_program_that_names_several_gpus_is_left_and_recorded(self, program, owner):
         with guard(owner, doors={"load": "off"}):
             loaded = torch.export.load(io.BytesIO(program.read_bytes()))
         assert devices_in(loaded) == {"cuda:0", "cuda:1"}
@@ -254,25 +252,25 @@ class TestExportedPrograms:
 
     @pytest.mark.parametrize("program", [Weighted], indirect=True)
     @pytest.mark.parametrize("mode", ["repair", "error"])
-    def test_that_are_allowed_stay(self, program, mode):
+    def test_a_program_on_an_allowed_device_stays_there(self, program, mode):
         devguard.allow("cuda:0")
         with guard(1, mode=mode):
             assert devices_in(torch.export.load(program)) >= {"cuda:0"}
         assert [row for row in found() if row[0] == "artefacts"] == []
 
     @pytest.mark.parametrize("program", [Weighted], indirect=True)
-    def test_for_the_owner_cpu_stay_and_are_recorded(self, program):
+    def test_the_cpu_owner_leaves_and_records_a_program_on_a_gpu(self, program):
         with guard("cpu", doors={"load": "off"}):
             assert devices_in(torch.export.load(program)) == {"cuda:0"}
         assert ("artefacts", "cuda:0", "observed") in found()
 
-    def test_torchs_own_errors_stay(self, tmp_path):
+    def test_torchs_own_errors_are_raised(self, tmp_path):
         with guard(1), pytest.raises((OSError, RuntimeError, ValueError)):
             torch.export.load(tmp_path / "nothing.pt2")
         assert artefacts._thread.reading is None
 
-    def test_the_reader_is_put_back_in_both_places(self, tmp_path):
-        torch.export.load(io.BytesIO(_bytes_of("cpu", tmp_path)))  # imports them
+    def test_uninstall_restores_the_reader_in_both_modules(self, tmp_path):
+        torch.export.load(io.BytesIO(_bytes_of("cpu", tmp_path)))  # imports the modules of the reader
         modules = [sys.modules[name] for name in artefacts.READERS if hasattr(sys.modules.get(name), artefacts.READER)]
         before = [getattr(module, artefacts.READER) for module in modules]
         with guard(1):
@@ -280,7 +278,7 @@ class TestExportedPrograms:
         assert devguard.uninstall() == []
         assert [getattr(module, artefacts.READER) for module in modules] == before
 
-    def test_a_reader_that_was_copied_while_it_was_replaced_is_put_back(self):
+    def test_uninstall_restores_a_copy_of_the_replaced_reader(self):
         import torch._export.serde.serialize as serialize
 
         original = serialize.deserialize_device
@@ -291,7 +289,7 @@ class TestExportedPrograms:
         assert devguard.uninstall() == []
         assert late.deserialize_device is serialize.deserialize_device is original  # type: ignore[attr-defined]
 
-    def test_a_torch_without_the_reader_is_named(self):
+    def test_a_torch_without_the_reader_is_a_problem_in_the_status(self):
         with guard(1):
             artefacts._patch_reader(ModuleType("torch._export.serde.serialize"))
             assert "deserialize_device" in devguard.status()["doors"]["artefacts"]["problem"]
@@ -302,9 +300,9 @@ def _bytes_of(device: str, folder: Path) -> bytes:
     return (folder / "some.pt2").read_bytes()
 
 
-def test_a_program_of_another_make_is_counted_and_breaks_nothing():
+def test_a_program_of_unknown_structure_is_counted_and_skipped():
     with guard(1):
-        artefacts._look(artefacts._constants_of_export(object()), owner_of_index(1))
+        artefacts._judge_constants(artefacts._constants_of_export(object()), owner_of_index(1))
         assert devguard.status()["doors"]["artefacts"]["unread_programs"] == 1
     assert found() == []
 

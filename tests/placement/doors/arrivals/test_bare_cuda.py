@@ -1,9 +1,8 @@
-"""The door ``bare_cuda`` on real devices: what safetensors makes of ``"cuda"``."""
+"""The door ``bare_cuda`` on simulated GPUs: the device that ``"cuda"`` means to safetensors."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +18,7 @@ import devguard
 from devguard import guard
 from devguard.doors.arrivals import bare_cuda
 from devguard.reporting.journal import journal
-from tests.helpers.simulated import ROOT
+from tests.helpers.programs import PRELUDE, run_child
 
 ORIGINAL = safetensors.safe_open
 
@@ -53,11 +52,11 @@ def found() -> list[tuple[str, str, str, str]]:
 
 @pytest.mark.parametrize("load", WAYS)
 class TestBareCuda:
-    def test_unguarded_it_is_gpu_0_whatever_is_current(self, load, path):
+    def test_unguarded_bare_cuda_means_gpu_0_even_if_another_is_current(self, load, path):
         torch.cuda.set_device(2)
         assert load(path, "cuda").device.index == 0
 
-    def test_is_the_owner(self, load, path):
+    def test_guarded_bare_cuda_means_the_owner(self, load, path):
         with guard(1):
             tensor = load(path, "cuda")
         assert tensor.device.index == 1
@@ -67,16 +66,16 @@ class TestBareCuda:
         assert (stray.site.file, stray.site.function) == (__file__, load.__name__)
         assert stray.via == ("safetensors" if load is by_load_file else None)
 
-    def test_observe_and_warn_leave_it_and_error_refuses(self, load, path):
+    def test_observe_and_warn_record_and_error_refuses(self, load, path):
         with guard(1, mode="observe"):
             assert load(path, "cuda").device.index == 0
         with guard(1, doors={"bare_cuda": "warn"}), pytest.warns(devguard.StrayDeviceWarning, match="cuda:0"):
             assert load(path, "cuda").device.index == 0
-        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match="safetensors 'cuda' is GPU 0"):
+        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match="treats 'cuda' as GPU 0"):
             load(path, "cuda")
         assert [row[3] for row in found()] == ["observed", "warned", "refused"]
 
-    def test_off_unguarded_and_uninstalled_leave_it(self, load, path):
+    def test_off_unguarded_and_uninstall_change_nothing(self, load, path):
         with guard(1), devguard.unguarded():
             assert load(path, "cuda").device.index == 0
         with guard(1, mode="off"):
@@ -86,13 +85,13 @@ class TestBareCuda:
             assert load(path, "cuda").device.index == 0
         assert found() == []
 
-    def test_allowed_is_no_stray(self, load, path):
+    def test_an_allowed_device_is_no_stray(self, load, path):
         devguard.allow("cuda:0")
         with guard(1, mode="error"):
             assert load(path, "cuda").device.index == 0
         assert found() == []
 
-    def test_of_owner_0_is_no_stray(self, load, path):
+    def test_bare_cuda_is_no_stray_if_gpu_0_is_the_owner(self, load, path):
         with guard(0, mode="error"):
             assert load(path, "cuda").device.index == 0
         assert found() == []
@@ -114,20 +113,20 @@ class TestBareCuda:
             assert load(path, device).device in (torch.device("cuda:1"), torch.device("cpu"))
         assert found() == []
 
-    def test_where_the_owner_is_cpu_it_is_explicit(self, load, path):
+    def test_the_cpu_owner_takes_bare_cuda_as_an_explicit_device(self, load, path):
         with guard("cpu"):
             assert load(path, "cuda").device.index == 0
         assert found() == [("bare_cuda", "cuda:0", "cuda:0", "kept")]
         with guard("cpu", mode="error"), pytest.raises(devguard.StrayDeviceError, match="owns cpu"):
             load(path, "cuda")
 
-    def test_safetensors_own_errors_stay(self, load, path):
+    def test_safetensors_own_errors_are_raised(self, load, path):
         with guard(1, mode="error"), pytest.raises(safetensors.SafetensorError, match="invalid"):
             load(path, "nonsense")
         assert found() == []
 
 
-def test_load_model(path):
+def test_load_model_loads_onto_the_owner(path):
     model = torch.nn.Linear(8, 1, bias=False)
     model.weight = torch.nn.Parameter(torch.zeros(8))
     with guard(1):
@@ -135,8 +134,8 @@ def test_load_model(path):
     assert found() == [("bare_cuda", "cuda:0", "cuda:1", "repaired")]
 
 
-class TestTheClass:
-    def test_looks_like_the_original(self, path):
+class TestReplacedClass:
+    def test_the_replacement_looks_like_the_original(self, path):
         with guard(1):
             ours = safetensors.safe_open
             assert ours is not ORIGINAL
@@ -155,14 +154,14 @@ class TestTheClass:
             with pytest.raises(TypeError, match="not an acceptable base type"):
                 type("Sub", (ours,), {})
 
-    def test_is_restored_exactly(self):
+    def test_uninstall_restores_the_original(self):
         torch_module = sys.modules["safetensors.torch"]
         with guard(1):
             assert torch_module.safe_open is safetensors.safe_open is not ORIGINAL
         assert devguard.uninstall() == []
         assert torch_module.safe_open is safetensors.safe_open is ORIGINAL
 
-    def test_a_copy_made_while_the_door_was_open_does_nothing_when_it_is_closed(self, path):
+    def test_a_copy_of_the_replacement_does_nothing_after_uninstall(self, path):
         with guard(1):
             copy = safetensors.safe_open
             devguard.uninstall()
@@ -170,14 +169,14 @@ class TestTheClass:
                 assert file.get_tensor("weight").device.index == 0
         assert found() == []
 
-    def test_copies_of_the_original_are_named(self):
+    def test_the_status_names_early_copies_of_the_original(self):
         with guard(1):
             row = devguard.status()["doors"]["bare_cuda"]
         assert f"{__name__}.ORIGINAL" in row["early_copies"]
         assert not any(copy.startswith("safetensors.") for copy in row["early_copies"])
         assert row["watched"] == ["safetensors.safe_open", "safetensors.torch.safe_open"]
 
-    def test_patched_over_stays_and_is_told(self, monkeypatch):
+    def test_a_later_patch_stays_and_uninstall_names_it(self, monkeypatch):
         with guard(1):
             pass
         monkeypatch.setattr(safetensors, "safe_open", print)
@@ -185,28 +184,23 @@ class TestTheClass:
         monkeypatch.undo()
         safetensors.safe_open = ORIGINAL
 
-    def test_a_safetensors_without_it_is_a_problem_in_the_status(self):
+    def test_a_safetensors_without_safe_open_is_a_problem_in_the_status(self):
         with guard(1):
-            bare_cuda._patch(ModuleType("safetensors"))
+            bare_cuda._patch_module(ModuleType("safetensors"))
             assert "safetensors.safe_open" in devguard.status()["doors"]["bare_cuda"]["problem"]
 
 
 def child(code: str, *arguments: str) -> Any:
-    """Run `code` in a fresh process on the same simulated GPUs; what it prints."""
-    prelude = "import json, sys, torch, devguard\nctx = lambda: [d.index for d in devguard.contexts()]\n"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", prelude + code, *arguments], capture_output=True, cwd=ROOT, check=False
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    return json.loads(done.stdout)
+    """Run `code` in a fresh process; return the JSON that it prints."""
+    return json.loads(run_child(code, prelude=PRELUDE + "import json\n", arguments=arguments, options=["-W", "error"]))
 
 
-def test_the_disease_opens_a_context_on_gpu_0(path):
+def test_unguarded_bare_cuda_opens_a_context_on_gpu_0(path):
     code = "from safetensors.torch import load_file\ntorch.cuda.set_device(1); load_file(sys.argv[1], device='cuda')\n"
     assert child(code + "print(ctx())", str(path)) == [0, 1]
 
 
-def test_imported_after_the_door_opened_it_is_watched_and_opens_no_other_context(path):
+def test_safetensors_imported_after_the_door_opened_is_watched_and_opens_no_other_context(path):
     code = """
 with devguard.guard(1):
     assert "safetensors" not in sys.modules
@@ -225,7 +219,7 @@ print(json.dumps([devices, ctx(), left, same, again]))
     assert child(code, str(path)) == [[1, 1], [1], [], True, 1]
 
 
-def test_imported_while_the_door_is_closed_it_is_watched_when_it_opens_again(path):
+def test_safetensors_imported_while_the_door_is_closed_is_watched_once_it_opens_again(path):
     code = """
 with devguard.guard(1): pass
 devguard.uninstall()
@@ -239,7 +233,7 @@ print(json.dumps([same, device]))
     assert child(code, str(path)) == [True, 1]
 
 
-def test_a_copy_that_safetensors_made_by_itself_goes_with_the_door(path):
+def test_a_copy_that_safetensors_makes_on_import_is_replaced_and_restored(path):
     code = """
 import safetensors
 with devguard.guard(1):

@@ -1,4 +1,4 @@
-"""The door ``buffers`` on real devices: ``torch.frombuffer`` inside and outside ``remap()``."""
+"""The door ``buffers`` on simulated GPUs: ``torch.frombuffer`` inside and outside ``remap()``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers import tensors
 
 @settings(max_examples=80, deadline=None)
 @given(st.sampled_from(tensors.ZIP_DTYPES), st.integers(1, 6), st.integers(0, 3), st.data())
-def test_inside_remap_it_is_a_copy_on_the_owner_with_equal_values(dtype, numel, skip, data):
+def test_inside_remap_frombuffer_returns_a_copy_on_the_owner_with_equal_values(dtype, numel, skip, data):
     size = torch.empty(0, dtype=dtype).element_size()
     buffer = bytearray(data.draw(st.binary(min_size=(numel + skip) * size, max_size=(numel + skip) * size)))
     if dtype is torch.bool:
@@ -34,7 +34,7 @@ def test_inside_remap_it_is_a_copy_on_the_owner_with_equal_values(dtype, numel, 
     assert not any(expected.detach().view(torch.uint8).tolist())  # the original does
 
 
-def test_outside_remap_it_aliases_the_buffer_on_the_host():
+def test_outside_remap_frombuffer_aliases_the_buffer_on_the_host():
     buffer = bytearray(8)
     with guard(1):
         tensor = torch.frombuffer(buffer, dtype=torch.uint8)
@@ -44,7 +44,7 @@ def test_outside_remap_it_aliases_the_buffer_on_the_host():
     assert devguard.strays() == ()
 
 
-def test_named_in_doors_it_acts_without_remap():
+def test_a_door_named_in_doors_acts_without_remap():
     with guard(2, doors={"buffers": "repair"}):
         assert torch.frombuffer(bytearray(8), dtype=torch.float32).device.index == 2
     (stray,) = devguard.strays()
@@ -52,7 +52,7 @@ def test_named_in_doors_it_acts_without_remap():
     assert (stray.dtype, stray.shape) == ("torch.float32", (2,))
 
 
-def test_inherits_owner_and_mode_from_the_scope_around():
+def test_remap_inherits_owner_and_mode_from_the_enclosing_scope():
     with guard(2, mode="error"), remap(), pytest.raises(devguard.StrayDeviceError, match="8 bytes"):
         torch.frombuffer(bytearray(8), dtype=torch.float32)
     with guard(2, mode="observe"), remap():
@@ -63,7 +63,7 @@ def test_inherits_owner_and_mode_from_the_scope_around():
         assert torch.frombuffer(bytearray(8), dtype=torch.float32).device.type == "cpu"
 
 
-def test_remap_decorates():
+def test_remap_works_as_a_decorator():
     @remap(argument="gpu_id")
     def receive(data, gpu_id):
         return torch.frombuffer(data, dtype=torch.uint8)
@@ -84,7 +84,7 @@ def test_bad_arguments_raise_torchs_own_error():
         torch.frombuffer(bytearray(2), dtype=torch.uint8, offset=5)
 
 
-def test_closed_door_leaves_it():
+def test_a_closed_door_changes_nothing():
     with remap(1):
         devguard.uninstall()
         assert torch.frombuffer(bytearray(2), dtype=torch.uint8).device.type == "cpu"

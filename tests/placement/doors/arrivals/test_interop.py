@@ -1,4 +1,4 @@
-"""The door ``interop`` on real devices: tensors that arrive by DLPack."""
+"""The door ``interop`` on simulated GPUs: tensors that arrive by DLPack."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Foreign:
     def __dlpack__(self, **options: Any) -> Any:
         if self.tensor.is_cpu:
             return self.tensor.__dlpack__(**options)
-        with torch.cuda.device(self.tensor.device):  # newer torch does not export from a device that is not current
+        with torch.cuda.device(self.tensor.device):  # newer torch exports from the current device only
             return self.tensor.__dlpack__(**options)
 
     def __dlpack_device__(self) -> Any:
@@ -46,30 +46,30 @@ def found() -> list[tuple[str, str, str, int]]:
 @pytest.mark.parametrize("take", [lambda x: torch.from_dlpack(x), lambda x: torch.utils.dlpack.from_dlpack(x)])
 @pytest.mark.parametrize("make", [Foreign, capsule])
 class TestFromDlpack:
-    def test_unguarded_nobody_says_a_word(self, make, take):
+    def test_unguarded_the_tensor_stays_and_is_not_recorded(self, make, take):
         external = make("cuda:0")
         torch.cuda.set_device(1)
         assert take(external).device.index == 0
         assert found() == []
 
     @pytest.mark.parametrize("mode", ["repair", "observe"])
-    def test_elsewhere_it_is_recorded_and_stays(self, make, take, mode):
+    def test_a_tensor_on_another_device_is_recorded_and_stays(self, make, take, mode):
         external = make("cuda:0")
         with guard(1, mode=mode):
             assert take(external).device.index == 0
         assert found() == [("interop", "cuda:0", "observed", 32)]
         assert journal.strays()[0].site.file == __file__
 
-    def test_warn_and_error(self, make, take):
+    def test_warn_warns_and_error_refuses(self, make, take):
         external = make("cuda:0")
         with guard(1, mode="warn"), pytest.warns(devguard.StrayDeviceWarning, match="32 bytes went to cuda:0"):
             take(external)
         external = make("cuda:0")
-        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match="The memory lies there"):
+        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match="The memory is on that device"):
             take(external)
         assert [row[2] for row in found()] == ["warned", "refused"]
 
-    def test_off_unguarded_allowed_and_uninstalled(self, make, take):
+    def test_off_unguarded_allowed_and_uninstall_record_nothing(self, make, take):
         with guard(1), devguard.unguarded():
             take(make("cuda:0"))
         with guard(1, mode="off"):
@@ -86,13 +86,13 @@ class TestFromDlpack:
         assert found() == []
 
     @pytest.mark.parametrize("device", ["cuda:1", "cpu"])
-    def test_on_the_owner_or_the_host_it_is_no_stray(self, make, take, device):
+    def test_a_tensor_on_the_owner_or_the_host_is_no_stray(self, make, take, device):
         external = make(device)
         with guard(1, mode="error"):
             assert str(take(external).device) == device
         assert found() == []
 
-    def test_the_cpu_owner_takes_nothing_from_a_gpu(self, make, take):
+    def test_the_cpu_owner_refuses_gpu_memory_in_mode_error(self, make, take):
         external = make("cuda:0")
         with guard("cpu", mode="error"), pytest.raises(devguard.StrayDeviceError, match="owns cpu"):
             take(external)
@@ -103,12 +103,12 @@ def test_a_torch_tensor_on_the_owner_is_no_stray():
         assert torch.from_dlpack(torch.empty(8, device="cuda")).device.index == 1
 
 
-def test_numpy_is_no_stray():
+def test_a_numpy_array_is_no_stray():
     with guard(1, mode="error"):
         assert torch.from_dlpack(np.arange(4)).tolist() == [0, 1, 2, 3]
 
 
-def test_error_refuses_before_the_tensor_is_made():
+def test_error_mode_refuses_before_the_tensor_is_made():
     taken = []
 
     class Watched(Foreign):
@@ -144,21 +144,21 @@ def test_an_explicit_device_wins(device, expected):
             torch.from_dlpack(external, device=device)
 
 
-def test_torchs_own_errors_stay():
+def test_torchs_own_errors_are_raised():
     with guard(1, mode="error"), pytest.raises((TypeError, RuntimeError, AttributeError)):
         torch.from_dlpack(object())
     with guard(1, mode="error"), pytest.raises(TypeError):
         torch.from_dlpack()
 
 
-def test_the_status_names_what_cannot_be_watched_and_early_copies():
+def test_the_status_names_unwatched_protocols_and_early_copies():
     with guard(1):
         row = devguard.status()["doors"]["interop"]
     assert any("__cuda_array_interface__" in what for what in row["not_watched"])
     assert f"{__name__}.ORIGINAL" in row["early_copies"]
 
 
-def test_as_tensor_and_tensor_are_torchs_own():
+def test_as_tensor_and_tensor_are_not_patched():
     before = torch.as_tensor, torch.tensor
     with guard(1):
         assert (torch.as_tensor, torch.tensor) == before

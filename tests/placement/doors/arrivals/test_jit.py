@@ -1,4 +1,4 @@
-"""The door ``jit`` on real devices: archives of TorchScript loaded without a ``map_location``."""
+"""The door ``jit`` on simulated GPUs: archives of TorchScript loaded without a ``map_location``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import devguard
 from devguard import guard
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.")  # deprecated, and still what checkpoints are made of
+pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.")  # deprecated, but many checkpoints are archives
 
 
 class Model(torch.nn.Module):
@@ -42,12 +42,12 @@ def load(request, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:'torch.load' received a zip file:UserWarning")
 class TestLoad:
-    def test_unguarded_it_lands_where_the_archive_says(self, load):
+    def test_unguarded_the_model_lands_on_the_device_in_the_archive(self, load):
         model = load(Model())
         torch.cuda.set_device(1)
         assert model().weight.device.index == 0
 
-    def test_is_repaired(self, load):
+    def test_guarded_the_model_lands_on_the_owner(self, load):
         read = load(Model())
         with guard(1):
             model = read()
@@ -58,7 +58,7 @@ class TestLoad:
         assert stray.bytes == 4 * 4 + 3 * 8
         assert stray.site.file == __file__
 
-    def test_an_archive_with_host_tensors_is_only_detected(self, load):
+    def test_an_archive_with_host_tensors_is_only_recorded(self, load):
         read = load(Model(mixed=True))
         with guard(1):
             model = read()
@@ -75,19 +75,19 @@ class TestLoad:
         with guard(1):
             assert read(map_location="cuda:2").weight.device.index == 2
 
-    def test_error_refuses(self, load):
+    def test_error_mode_refuses(self, load):
         read = load(Model())
         with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match=r"torch\.jit\.load"):
             read()
 
-    def test_on_its_owner_it_is_no_stray(self, load):
+    def test_an_archive_of_the_owners_device_is_no_stray(self, load):
         read = load(Model())
         with guard(0, mode="error"):
             assert read().weight.device.index == 0
         assert devguard.strays() == ()
 
 
-def test_torchs_own_error_for_what_is_no_archive(tmp_path):
+def test_a_file_that_is_no_archive_raises_torchs_own_error(tmp_path):
     path = tmp_path / "x.pt"
     path.write_bytes(b"nothing")
     with guard(1), pytest.raises(RuntimeError, match=r"PytorchStreamReader"):

@@ -1,10 +1,9 @@
-"""The door ``load`` on real devices: where storages land, what is kept, and that no other device is touched."""
+"""The door ``load`` on simulated GPUs: where storages land, what a load keeps, and which contexts it opens."""
 
 from __future__ import annotations
 
 import io
 import pickle
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -18,11 +17,11 @@ from hypothesis import strategies as st
 import devguard
 from devguard import guard
 from tests.helpers import tensors
-from tests.helpers.simulated import ROOT
+from tests.helpers.programs import run_child
 
 
 def loads(value: Any, how: str, path: Path) -> Any:
-    """Write `value` and return a function that reads it back, in one of the ways there are."""
+    """Write `value` and return a function that reads it back; `how` names the way."""
     if how == "pickle":
         data = pickle.dumps(value)
         return lambda **options: pickle.loads(data)
@@ -44,12 +43,12 @@ EXPLICIT_WAYS = ["buffer", "file", "legacy", "weights_only", "mmap"]
 
 @pytest.mark.parametrize("how", WAYS)
 class TestEveryWay:
-    def test_unguarded_it_lands_on_the_senders_device(self, how, tmp_path):
+    def test_unguarded_the_tensor_lands_on_the_senders_device(self, how, tmp_path):
         load = loads({"x": torch.arange(8.0).to("cuda:0")}, how, tmp_path / "x.pt")
         torch.cuda.set_device(1)
         assert load()["x"].device.index == 0
 
-    def test_guarded_it_lands_on_the_owner(self, how, tmp_path):
+    def test_guarded_the_tensor_lands_on_the_owner(self, how, tmp_path):
         value = {"x": torch.arange(8.0).to("cuda:0"), "host": torch.arange(3), "own": torch.arange(4).to("cuda:1")}
         load = loads(value, how, tmp_path / "x.pt")
         with guard(1):
@@ -62,9 +61,9 @@ class TestEveryWay:
         assert (stray.door, stray.source, stray.target, stray.action) == ("load", "cuda:0", "cuda:1", "repaired")
         assert (stray.bytes, stray.count) == (32, 1)
         assert stray.site.file == __file__
-        assert line - 40 < stray.site.line <= line  # in `loads` above or here: both are the user's
+        assert line - 40 < stray.site.line <= line  # in `loads` above or here: both are user code
 
-    def test_a_tag_of_a_device_that_is_not_here_is_repaired(self, how, tmp_path):
+    def test_a_tag_of_a_missing_device_is_repaired(self, how, tmp_path):
         with tensors.tagged("cuda:5"):
             load = loads([torch.arange(8.0)], how, tmp_path / "x.pt")
         with pytest.raises(RuntimeError, match="CUDA device 5"):
@@ -79,7 +78,7 @@ class TestEveryWay:
         assert got.device.type == "cpu"
         assert got.tolist() == list(range(8))
 
-    def test_observe_and_warn_leave_it_and_error_refuses(self, how, tmp_path):
+    def test_observe_and_warn_record_and_error_refuses(self, how, tmp_path):
         load = loads([torch.arange(8.0).to("cuda:3")], how, tmp_path / "x.pt")
         with guard(1, mode="observe"):
             assert load()[0].device.index == 3
@@ -91,7 +90,7 @@ class TestEveryWay:
         assert torch.cuda.memory_stats(3).get("allocation.all.allocated", 0) == before
         assert [stray.action for stray in devguard.strays()] == ["observed", "warned", "refused"]
 
-    def test_off_and_unguarded_leave_it(self, how, tmp_path):
+    def test_off_and_unguarded_change_nothing(self, how, tmp_path):
         load = loads([torch.arange(8.0).to("cuda:3")], how, tmp_path / "x.pt")
         with guard(1), devguard.unguarded():
             assert load()[0].device.index == 3
@@ -99,7 +98,7 @@ class TestEveryWay:
             assert load()[0].device.index == 3
         assert devguard.strays() == ()
 
-    def test_closed_after_uninstall(self, how, tmp_path):
+    def test_after_uninstall_the_tensor_lands_on_the_senders_device(self, how, tmp_path):
         load = loads([torch.arange(8.0).to("cuda:3")], how, tmp_path / "x.pt")
         with guard(1):
             devguard.uninstall()
@@ -113,16 +112,16 @@ class TestExplicitMapLocation:
         ["cuda:2", torch.device("cuda:2"), {"cuda:0": "cuda:2"}, lambda storage, tag: storage.cuda(2)],
         ids=["string", "device", "dictionary", "callable"],
     )
-    def test_wins_and_is_recorded(self, how, location, tmp_path):
+    def test_an_explicit_map_location_wins_and_is_recorded(self, how, location, tmp_path):
         load = loads([torch.arange(8.0).to("cuda:0")], how, tmp_path / "x.pt")
         with guard(1):
             assert load(map_location=location)[0].device.index == 2
         assert [(stray.source, stray.action) for stray in devguard.strays()] == [("cuda:2", "kept")]
-        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match="map_location"):
+        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match="names that device itself"):
             load(map_location=location)
 
     @pytest.mark.parametrize("location", ["cpu", "cuda:1", "cuda", {"cuda:0": "cpu"}], ids=str)
-    def test_to_the_owner_or_the_host_is_no_stray(self, how, location, tmp_path):
+    def test_a_map_location_on_the_owner_or_the_host_is_no_stray(self, how, location, tmp_path):
         load = loads([torch.arange(8.0).to("cuda:0")], how, tmp_path / "x.pt")
         with guard(1, mode="error"):
             assert load(map_location=location)[0].device in (torch.device("cpu"), torch.device("cuda:1"))
@@ -134,7 +133,7 @@ class TestExplicitMapLocation:
             assert load(map_location={"cuda:3": "cpu"})[0].device.index == 0
         assert [stray.action for stray in devguard.strays()] == ["kept"]
 
-    def test_holds_for_the_outer_load_only_and_not_after_a_load_that_raised(self, how, tmp_path):
+    def test_a_map_location_holds_for_its_own_load_only_even_if_that_load_raises(self, how, tmp_path):
         inner = pickle.dumps(torch.arange(4.0).to("cuda:0"))
         value = [torch.arange(8.0).to("cuda:0"), tensors.Nested(inner)]
         load = loads(value, how, tmp_path / "x.pt")
@@ -153,7 +152,7 @@ class TestExplicitMapLocation:
 class TestWhatIsKept:
     @settings(max_examples=60, deadline=None)
     @given(tensors.containers())
-    def test_everything_but_the_device(self, case):
+    def test_unpickling_keeps_everything_but_the_device(self, case):
         devguard.uninstall()
         value = tensors.to(case, "cuda:0")
         data = pickle.dumps(value)
@@ -164,7 +163,7 @@ class TestWhatIsKept:
 
     @settings(max_examples=60, deadline=None)
     @given(st.sampled_from(EXPLICIT_WAYS), st.data())
-    def test_everything_but_the_device_through_torch_load(self, tmp_path_factory, how, data):
+    def test_torch_load_keeps_everything_but_the_device(self, tmp_path_factory, how, data):
         dtypes = tensors.DTYPES if how == "legacy" else tensors.ZIP_DTYPES
         case = data.draw(tensors.containers(dtypes))
         value = tensors.to(case, "cuda:0")
@@ -176,7 +175,7 @@ class TestWhatIsKept:
 
     @pytest.mark.filterwarnings("ignore:(Sparse|The PyTorch API of nested):UserWarning")
     @pytest.mark.parametrize("name", sorted(tensors.SPECIAL))
-    def test_special_tensors(self, name):
+    def test_special_tensors_land_on_the_owner_whole(self, name):
         tensor = tensors.SPECIAL[name]("cuda:0")
         data = pickle.dumps(tensor)
         with guard(1):
@@ -184,25 +183,11 @@ class TestWhatIsKept:
         assert tensors.devices(got) == {torch.device("cuda:1")}
         assert tensors.describe(got) == tensors.describe(tensors.SPECIAL[name]("cuda:1"))
 
-    def test_the_bytes_of_a_pickle(self):
+    def test_a_guard_does_not_change_what_is_pickled(self):
         value = {"x": torch.arange(8.0).to("cuda:0"), "y": torch.arange(3)}
         plain = pickle.dumps(value)
         with guard(1):
             assert pickle.dumps(value) == plain
-
-
-def child(code: str, data: bytes = b"") -> str:
-    """Run `code` in a fresh process on the same simulated GPUs."""
-    prelude = (
-        "import pickle, sys, torch, devguard\n"
-        "ctx = lambda: [d.index for d in devguard.contexts()]\n"
-        "data = sys.stdin.buffer.read()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", prelude + code], input=data, capture_output=True, cwd=ROOT, check=False
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode().strip()
 
 
 class TestContexts:
@@ -211,37 +196,37 @@ class TestContexts:
     def data(self) -> bytes:
         return pickle.dumps(torch.arange(8.0).to("cuda:0"))
 
-    def test_the_disease(self):
-        assert child("torch.cuda.set_device(1); pickle.loads(data); print(ctx())", self.data()) == "[0, 1]"
+    def test_unguarded_unpickling_opens_a_context_on_the_senders_device(self):
+        assert run_child("torch.cuda.set_device(1); pickle.loads(data); print(ctx())", self.data()) == "[0, 1]"
 
-    def test_the_cure_opens_no_context_on_the_senders_device(self):
+    def test_guarded_unpickling_opens_no_context_on_the_senders_device(self):
         code = (
             "with devguard.guard(1):\n"
             "    x = pickle.loads(data); print(x.device, x.tolist() == list(range(8)), ctx())\n"
             "torch.cuda.synchronize(1)\n"
             "print(ctx(), torch.cuda.memory_stats(0).get('allocation.all.peak', 0))\n"
         )
-        assert child(code, self.data()) == "cuda:1 True [1]\n[1] 0"
+        assert run_child(code, self.data()) == "cuda:1 True [1]\n[1] 0"
 
-    def test_the_cpu_owner_touches_no_cuda(self):
+    def test_unpickling_under_the_cpu_owner_does_not_initialise_cuda(self):
         code = (
             "with devguard.guard('cpu', mode='repair'):\n"
             "    x = pickle.loads(data)\n"
             "    print(x.device, devguard.status()['contexts'], torch.cuda.is_initialized())\n"
-            "from devguard.support import accelerator; print(accelerator.initialized())"
+            "from devguard.support import accelerator; print(accelerator.driver_is_initialized())"
         )
-        assert child(code, self.data()) == "cpu [] False\nFalse"
+        assert run_child(code, self.data()) == "cpu [] False\nFalse"
 
-    def test_building_guards_and_asking_touches_no_cuda(self):
+    def test_building_guards_and_reading_the_status_does_not_initialise_cuda(self):
         code = (
             "g = devguard.guard('cuda:1'); h = devguard.guard(argument='x')(lambda x: x)\n"
             "from devguard.support import accelerator\n"
             "print(ctx(), devguard.status()['contexts'], devguard.strays(), devguard.owner(),"
-            " torch.cuda.is_initialized(), accelerator.initialized())"
+            " torch.cuda.is_initialized(), accelerator.driver_is_initialized())"
         )
-        assert child(code) == "[] [] () None False False"
+        assert run_child(code) == "[] [] () None False False"
 
-    def test_a_fresh_thread_gets_a_context_bound(self):
+    def test_entering_a_guard_binds_a_context_to_a_new_thread(self):
         code = (
             "import ctypes, threading\n"
             "def work():\n"
@@ -251,20 +236,20 @@ class TestContexts:
             "        print(bool(context.value), ctx())\n"
             "t = threading.Thread(target=work); t.start(); t.join()"
         )
-        assert child(code) == "True [1]"
+        assert run_child(code) == "True [1]"
 
-    def test_error_mode_refuses_before_any_context(self):
+    def test_error_mode_refuses_before_a_context_is_opened(self):
         code = (
             "with devguard.guard(1, mode='error'):\n"
             "    try: pickle.loads(data)\n"
             "    except devguard.StrayDeviceError: print(ctx())\n"
         )
-        assert child(code, self.data()) == "[1]"
+        assert run_child(code, self.data()) == "[1]"
 
-    def test_one_visible_device_is_index_0_whatever_the_rank(self, monkeypatch):
+    def test_a_single_visible_device_has_index_0_whatever_the_rank(self, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
         monkeypatch.setenv("LOCAL_RANK", "3")
-        assert child("with devguard.guard() as device: print(device)") == "cuda:0"
+        assert run_child("with devguard.guard() as device: print(device)") == "cuda:0"
 
 
 def test_each_thread_has_its_own_owner(tmp_path):
@@ -284,7 +269,7 @@ def test_each_thread_has_its_own_owner(tmp_path):
     assert landed == {1: {1}, 2: {2}, 3: {3}}
 
 
-def test_install_owns_the_threads_without_a_guard(tmp_path):
+def test_install_sets_the_owner_of_threads_without_a_guard(tmp_path):
     data = pickle.dumps(torch.arange(8.0).to("cuda:0"))
     devguard.install(device=2)
     landed = []

@@ -1,4 +1,4 @@
-"""Several processes on real devices: object collectives, and a router between a sender and its receiver."""
+"""Several processes on simulated GPUs: object collectives, and a router between a sender and its receiver."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def collect(rank: int, size: int, store: str, guarded: bool, results: mp.SimpleQ
 
 
 @pytest.mark.parametrize("guarded", [False, True])
-def test_object_collectives(guarded, tmp_path):
+def test_object_collectives_land_on_each_receivers_owner_if_guarded(guarded, tmp_path):
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
     args = (2, str(tmp_path / "store"), guarded, results)
@@ -52,7 +52,7 @@ def test_object_collectives(guarded, tmp_path):
 
 @guard("cpu")
 def route(source, target) -> None:
-    """Unpickle and pickle again, as a data-parallel controller does; then say what it did to this process."""
+    """Unpickle and pickle again, as a data-parallel controller does; then send the state of CUDA in this process."""
     target.send_bytes(pickle.dumps(pickle.loads(source.recv_bytes())))
     target.send((devguard.status()["contexts"], torch.cuda.is_initialized()))
 

@@ -1,4 +1,4 @@
-"""The door ``children``: what spawned, forked and loader processes take over, and that loader workers own no GPU."""
+"""The door ``children``: the settings that child processes take over, and loader workers, which own no GPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _server() -> Iterator[None]:
 
 
 def out(code: str) -> Any:
-    """Run `code` in a process without CUDA; what its expression on the last line is."""
+    """Run `code` in a process without CUDA; return the value of the expression on its last line."""
     *lines, last = code.splitlines()
     indent = last[: len(last) - len(last.lstrip())]
     code = "\n".join(["from tests.helpers import offspring", *lines, f"{indent}print(json.dumps({last.strip()}))"])
@@ -38,27 +38,27 @@ def out(code: str) -> Any:
 
 @pytest.mark.parametrize("method", METHODS)
 class TestLoaderWorkers:
-    def test_unguarded_they_open_a_context_and_nobody_says_so(self, method):
+    def test_unguarded_workers_open_a_context_and_nothing_is_recorded(self, method):
         row = out(f"offspring.load({method!r})")
         assert (row["contexts"], row["strays"], row["owner"]) == ([0], [], None)
 
-    def test_guarded_they_own_cpu_and_opening_cuda_is_recorded(self, method):
+    def test_guarded_workers_own_cpu_and_opening_cuda_is_recorded(self, method):
         row = out(f"with devguard.guard('cpu', {SETTINGS}):\n  offspring.load({method!r})")
         assert (row["owner"], row["mode"], row["error"], row["contexts"]) == ("cpu", "observe", None, [0])
         (stray,) = row["strays"]
         assert (stray["door"], stray["source"], stray["action"]) == ("children", "cuda", "observed")
         assert (stray["site"]["file"], stray["site"]["line"]) == (offspring.__file__, offspring.TOUCH_LINE)
 
-    def test_error_refuses_before_the_context_exists(self, method):
+    def test_error_mode_refuses_before_a_context_is_opened(self, method):
         row = out(f"with devguard.guard('cpu', mode='error'):\n  offspring.load({method!r})")
         assert (row["error"], row["contexts"]) == ("StrayDeviceError", [])
         assert [stray["action"] for stray in row["strays"]] == ["refused"]
 
-    def test_on_the_host_nothing_strays(self, method):
-        row = out(f"with devguard.guard('cpu', mode='error'):\n  offspring.load({method!r}, offspring.Harmless)")
+    def test_a_worker_that_stays_on_the_host_is_no_stray(self, method):
+        row = out(f"with devguard.guard('cpu', mode='error'):\n  offspring.load({method!r}, offspring.StaysOnHost)")
         assert (row["owner"], row["strays"], row["failures"]) == ("cpu", [], [])
 
-    def test_off_and_unguarded_leave_them_alone(self, method):
+    def test_off_and_unguarded_leave_workers_alone(self, method):
         row = out(f"with devguard.guard('cpu', doors={{'children': 'off'}}):\n  offspring.load({method!r})")
         assert (row["owner"], row["strays"]) == (None, [])
         row = out(f"with devguard.guard('cpu'), devguard.unguarded():\n  offspring.load({method!r})")
@@ -67,19 +67,19 @@ class TestLoaderWorkers:
 
 @pytest.mark.parametrize("method", METHODS)
 class TestSettings:
-    def test_a_child_takes_over_modes_and_no_owner(self, method):
-        row = out(f"with devguard.guard('cpu', {SETTINGS}):\n  offspring.ask({method!r})")
+    def test_a_child_takes_over_the_modes_but_no_owner(self, method):
+        row = out(f"with devguard.guard('cpu', {SETTINGS}):\n  offspring.run_in_child({method!r})")
         assert (row["owner"], row["owned"], row["mode"]) == (None, [], "observe")
         assert row["guarded"]["taken"] == {"mode": "observe", "doors": {"load": "warn"}, "loader_worker": False}
         assert (row["guarded"]["owner"], row["guarded"]["mode"], row["guarded"]["failures"]) == ("cpu", "observe", [])
 
-    def test_what_was_installed_counts_too(self, method):
-        row = out(f"devguard.install('error', 'cpu', doors={{'buffers': 'warn'}})\noffspring.ask({method!r})")
+    def test_a_child_takes_over_installed_modes_too(self, method):
+        row = out(f"devguard.install('error', 'cpu', doors={{'buffers': 'warn'}})\noffspring.run_in_child({method!r})")
         assert (row["owner"], row["mode"]) == (None, "error")
         assert row["guarded"]["taken"]["doors"] == {"buffers": "warn"}
 
-    def test_a_child_takes_over_what_is_allowed(self, method):
-        """Or a program that allows a device would have strays in its loader workers."""
+    def test_a_child_takes_over_the_allowed_devices(self, method):
+        """Otherwise a program that allows a device would have strays in its loader workers."""
         code = f"with devguard.guard('cpu', mode='error'):\n  offspring.load({method!r})"
         allowed = "devguard.allow('cuda:0', modules='tests.helpers.*')\n"
         row = out(allowed + code)
@@ -87,28 +87,29 @@ class TestSettings:
         row = out(allowed.replace("tests.helpers", "offload") + code)
         assert (row["error"], row["contexts"]) == ("StrayDeviceError", [])
 
-    def test_a_plain_guard_says_nothing_that_a_child_would_not_do_anyway(self, method):
-        row = out(f"with devguard.guard('cpu'), devguard.remap():\n  offspring.ask({method!r})")
+    def test_a_guard_with_default_settings_hands_nothing_on(self, method):
+        row = out(f"with devguard.guard('cpu'), devguard.remap():\n  offspring.run_in_child({method!r})")
         assert (row["owner"], row["mode"], row["guarded"]["taken"]) == (None, "repair", None)
 
-    def test_unguarded_is_said_of_the_parents_code_only(self, method):
-        code = f"devguard.install('warn', 'cpu')\nwith devguard.unguarded():\n  offspring.ask({method!r})"
+    def test_unguarded_in_the_parent_does_not_apply_to_the_child(self, method):
+        code = f"devguard.install('warn', 'cpu')\nwith devguard.unguarded():\n  offspring.run_in_child({method!r})"
         assert out(code)["guarded"]["mode"] == "warn"
 
-    def test_grandchildren_take_over_too(self, method):
+    def test_grandchildren_take_over_the_modes_too(self, method):
         code = (
             f"import multiprocessing\nmultiprocessing.set_start_method({method!r})\n"
-            f"with devguard.guard('cpu', {SETTINGS}):\n  offspring.ask({method!r}, offspring.tell_through)"
+            f"with devguard.guard('cpu', {SETTINGS}):\n"
+            f"  offspring.run_in_child({method!r}, offspring.send_report_of_child)"
         )
         assert out(code)["guarded"]["mode"] == "observe"
 
-    def test_the_parent_goes_on_as_before(self, method):
-        code = f"with devguard.guard('cpu', {SETTINGS}):\n  offspring.ask({method!r})\n  offspring.report()"
+    def test_the_parent_keeps_its_owner_and_modes(self, method):
+        code = f"with devguard.guard('cpu', {SETTINGS}):\n  offspring.run_in_child({method!r})\n  offspring.report()"
         row = out(code)
         assert (row["owner"], row["mode"], row["taken"]) == ("cpu", "observe", None)
 
     def test_a_parent_that_owns_a_gpu_does_not_hand_it_on(self, method):
-        row = out(f"with devguard.guard(1, {SETTINGS}):\n  offspring.ask({method!r})")
+        row = out(f"with devguard.guard(1, {SETTINGS}):\n  offspring.run_in_child({method!r})")
         assert (row["owner"], row["owned"], row["contexts"], row["mode"]) == (None, [], [], "observe")
 
 
@@ -117,24 +118,32 @@ class TestForkServer:
         row = out("with devguard.guard('cpu', mode='error'):\n  offspring.load('forkserver')")
         assert (row["owner"], row["error"], row["contexts"]) == ("cpu", "StrayDeviceError", [])
 
-    def test_a_child_takes_over_modes_and_no_owner(self):
-        row = out(f"with devguard.guard(1, {SETTINGS}):\n  offspring.ask('forkserver')")
+    def test_a_child_takes_over_the_modes_but_no_owner(self):
+        row = out(f"with devguard.guard(1, {SETTINGS}):\n  offspring.run_in_child('forkserver')")
         assert (row["owner"], row["owned"], row["mode"]) == (None, [], "observe")
 
 
 class TestForkedAfterCuda:
     def test_unguarded_torch_names_no_line(self):
-        code = "torch.ones(1, device='cuda')\noffspring.ask('fork', offspring.try_cuda)"
+        code = "torch.ones(1, device='cuda')\noffspring.run_in_child('fork', offspring.try_cuda)"
         assert "devguard" not in out(code)
 
     def test_the_refusal_names_the_line_that_initialised_cuda(self):
-        code = "with devguard.guard(1):\n  torch.ones(1, device='cuda')\n  offspring.ask('fork', offspring.try_cuda)"
+        code = (
+            "with devguard.guard(1):\n"
+            "  torch.ones(1, device='cuda')\n"
+            "  offspring.run_in_child('fork', offspring.try_cuda)"
+        )
         message = out(code)
         assert message.startswith("Cannot re-initialize CUDA in forked subprocess")
-        assert "at <string>:2 in <module>" in message  # entering the guard did it
+        assert "at <string>:2 in <module>" in message  # entering the guard initialised CUDA
 
-    def test_it_says_when_nobody_watched(self):
-        code = "torch.ones(1, device='cuda')\nwith devguard.guard(1):\n  offspring.ask('fork', offspring.try_cuda)"
+    def test_the_refusal_states_that_cuda_was_initialised_before_the_doors_opened(self):
+        code = (
+            "torch.ones(1, device='cuda')\n"
+            "with devguard.guard(1):\n"
+            "  offspring.run_in_child('fork', offspring.try_cuda)"
+        )
         assert "before devguard's doors were opened" in out(code)
 
     def test_a_bare_fork_continues_the_program_with_its_owner(self):
@@ -150,7 +159,7 @@ class TestForkedAfterCuda:
 
 
 def pickled(process: Any) -> bytes:
-    """The bytes in which a start method sends a process object."""
+    """Return the bytes in which a start method sends a process object."""
     file = io.BytesIO()
     popen = multiprocessing.context
     popen.set_spawning_popen(object())
@@ -172,7 +181,7 @@ class TestInstalling:
             assert devguard.uninstall() == []
         assert all(now is then for now, then in zip(self.hooked(), found, strict=True))
 
-    def test_the_bytes_of_a_process_change_only_where_something_is_handed_on(self, monkeypatch):
+    def test_the_pickle_of_a_process_changes_only_if_settings_are_handed_on(self, monkeypatch):
         process = multiprocessing.get_context("spawn").Process(target=offspring.report)
         plain = pickled(process)
         with guard(1):
@@ -182,13 +191,13 @@ class TestInstalling:
                 monkeypatch.setattr(multiprocessing.spawn, "_python_exe", "/another/python")
                 assert pickled(process) == plain
 
-    def test_a_failure_of_devguard_costs_no_process_its_life(self, monkeypatch):
+    def test_an_error_inside_devguard_does_not_end_the_child(self, monkeypatch):
         with guard(1, mode="observe"):
             monkeypatch.setattr(children, "_settings", lambda process: 1 / 0)
-            assert offspring.ask("spawn")["mode"] == "repair"
+            assert offspring.run_in_child("spawn")["mode"] == "repair"
             assert devguard.status()["doors"]["children"]["failures"] == ["ZeroDivisionError: division by zero"]
 
-    def test_settings_of_its_own_win(self):
+    def test_the_childs_own_settings_take_precedence(self):
         devguard.install("warn", 1)
         children._arrive("observe", {}, False, {})
         assert (process.mode, devguard.status()["doors"]["children"]["taken_over"]) == ("warn", None)

@@ -1,4 +1,4 @@
-"""The door ``first_touch``: who initialised CUDA, in fresh processes where nobody has yet."""
+"""The door ``first_touch``: the line that initialised CUDA, in fresh processes where CUDA is not initialised."""
 
 from __future__ import annotations
 
@@ -51,23 +51,23 @@ class TestUnderACpuOwner:
         assert (stray["source"], stray["owner"], stray["action"], stray["count"]) == ("cuda", "cpu", "observed", 1)
         assert (stray["site"]["file"], stray["site"]["line"]) == ("<string>", 3)
 
-    def test_error_refuses_before_cuda_is_initialised(self, way):
+    def test_error_mode_refuses_before_cuda_is_initialised(self, way):
         code = (
             "with devguard.guard('cpu', mode='error'):\n"
             f"    try: {WAYS[way]}\n"
             "    except devguard.StrayDeviceError as error: print('owns cpu' in str(error))\n"
             "from devguard.support import accelerator\n"
-            "print(ctx(), torch.cuda.is_initialized(), accelerator.initialized())\n"
+            "print(ctx(), torch.cuda.is_initialized(), accelerator.driver_is_initialized())\n"
             "with devguard.guard(1): print(torch.ones(1, device='cuda').device, ctx())"
         )
         assert child(code).splitlines() == ["True", "[] False False", "cuda:1 [1]"]
 
 
 class TestModes:
-    def test_closed_it_says_nothing(self):
+    def test_a_closed_door_records_nothing(self):
         assert strays(f"with devguard.guard('cpu'):\n    devguard.uninstall()\n    {TOUCH}") == []
 
-    def test_repair_cannot_repair_and_records(self):
+    def test_repair_only_records(self):
         (stray,) = strays(f"with devguard.guard('cpu'):\n    {TOUCH}")
         assert stray["action"] == "observed"
 
@@ -85,17 +85,17 @@ class TestModes:
         ["devguard.guard('cpu', mode='off')", "devguard.guard('cpu', doors={'first_touch': 'off'})",
          "devguard.guard('cpu'), devguard.unguarded()", "devguard.guard(0)", "devguard.guard(1)"],
     )  # fmt: skip
-    def test_what_is_meant_is_no_stray(self, scope):
+    def test_opening_cuda_is_no_stray_if_the_door_is_off_or_unguarded_or_a_gpu_is_owned(self, scope):
         assert strays(f"with {scope}:\n    {TOUCH}") == []
 
-    def test_what_is_allowed_is_no_stray(self):
+    def test_opening_an_allowed_device_is_no_stray(self):
         assert strays(f"devguard.allow('cuda:0')\nwith devguard.guard('cpu', mode='error'):\n    {TOUCH}") == []
 
-    def test_the_owner_of_the_process_counts(self):
+    def test_the_owner_of_the_process_applies_outside_every_scope(self):
         (stray,) = strays(f"devguard.install('observe', 'cpu')\n{TOUCH}")
         assert stray["owner"] == "cpu"
 
-    def test_looking_at_cuda_is_no_touch(self):
+    def test_calls_that_do_not_initialise_cuda_are_no_strays(self):
         code = (
             "with devguard.guard('cpu', mode='error'):\n"
             "    torch.cuda.is_available(), torch.cuda.device_count(), devguard.status(), devguard.contexts()\n"
@@ -104,12 +104,12 @@ class TestModes:
 
 
 class TestBeforeTheOwnerWasKnown:
-    def test_a_context_elsewhere_is_recorded_with_the_line_that_opened_it(self):
+    def test_a_context_on_another_device_is_recorded_with_the_line_that_opened_it(self):
         (stray,) = strays(f"{WATCH}{TOUCH}with devguard.guard(1):\n    pass\nwith devguard.guard(2): pass")
         assert (stray["source"], stray["owner"], stray["action"]) == ("cuda:0", "cuda:1", "observed")
         assert stray["site"]["line"] == 2
 
-    def test_install_makes_an_owner_known_too(self):
+    def test_install_records_an_earlier_context_too(self):
         (stray,) = strays(f"{WATCH}{TOUCH}devguard.install('observe', 1)")
         assert stray["source"] == "cuda:0"
 
@@ -123,15 +123,15 @@ class TestBeforeTheOwnerWasKnown:
             "devguard.allow('cuda:0'); torch.ones(1, device='cuda')",
         ],
     )
-    def test_what_does_no_harm_is_no_stray(self, before):
+    def test_earlier_calls_are_no_strays_if_they_opened_no_other_context_or_it_was_permitted(self, before):
         assert strays(f"{WATCH}{before}\nwith devguard.guard(1, mode='error'):\n    pass") == []
 
     @pytest.mark.parametrize(("modules", "expected"), [("__main__", 0), ("offload.*", 1)])
-    def test_by_module_the_one_that_touched_it_counts(self, modules, expected):
+    def test_allow_by_module_applies_to_the_module_that_opened_the_context(self, modules, expected):
         later = "exec('with devguard.guard(1): pass', {'__name__': 'other', 'devguard': devguard})"
         assert len(strays(f"{WATCH}{TOUCH}devguard.allow('cuda:0', modules={modules!r})\n{later}")) == expected
 
-    def test_off_says_nothing(self):
+    def test_off_records_nothing(self):
         assert strays(f"{WATCH}{TOUCH}with devguard.guard(1, doors={{'first_touch': 'off'}}):\n    pass") == []
 
     def test_contexts_of_several_owners_are_no_strays(self):
@@ -139,14 +139,14 @@ class TestBeforeTheOwnerWasKnown:
 
 
 class TestStatus:
-    def test_it_names_the_line(self):
+    def test_the_status_names_the_line_that_initialised_cuda(self):
         code = f"with devguard.guard(1):\n    {TOUCH}print(json.dumps(devguard.status()['doors']['first_touch']))"
         row = json.loads(child(code))
-        assert row["first"]["site"] == "<string>:1 in <module>"  # entering the guard did it
+        assert row["first"]["site"] == "<string>:1 in <module>"  # entering the guard initialised CUDA
         assert row["first"]["thread"] == "MainThread"
         assert not row["before_the_door_opened"]
 
-    def test_it_says_that_cuda_was_initialised_before(self):
+    def test_the_status_reports_that_cuda_was_initialised_before_the_door_opened(self):
         torch.ones(1, device="cuda:0")
         with guard(1):
             row = devguard.status()["doors"]["first_touch"]
@@ -163,10 +163,10 @@ class TestInstalling:
         assert devguard.uninstall() == []
         assert vars(torch._C)["_cuda_init"] is found
 
-    def test_a_torch_that_lacks_the_function_is_told(self, monkeypatch):
+    def test_a_torch_without_the_function_is_a_problem_in_the_status(self, monkeypatch):
         monkeypatch.delattr(torch._C, "_cuda_init")
         table.open_all()
-        assert "_cuda_init is not in" in devguard.status()["doors"]["first_touch"]["problem"]
+        assert "cannot watch torch._C._cuda_init: " in devguard.status()["doors"]["first_touch"]["problem"]
 
     def test_a_build_without_cuda_has_nothing_to_watch(self, monkeypatch):
         monkeypatch.delattr(torch._C, "_cuda_init")

@@ -1,4 +1,4 @@
-"""The door ``native`` on real devices: contexts that no other door explains; in processes that held none before."""
+"""The door ``native`` on simulated GPUs: contexts that no other door explains, in fresh processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from tests.placement.doors.arrivals.test_load import child
+from tests.helpers.programs import run_child
 
 SHOW = """
 def show():
@@ -26,7 +26,7 @@ def test_a_device_named_by_hand_in_a_decorated_function_is_found_after_the_call(
         "note = journal.strays()[0].note\n"
         "print('after work had returned' in note, 'allocator was used' in note)\n"
     )
-    assert child(code) == "[('cuda:0', 'observed')]\nTrue True"
+    assert run_child(code) == "[('cuda:0', 'observed')]\nTrue True"
 
 
 def test_a_context_of_a_native_thread_is_found_on_request_with_evidence():
@@ -39,11 +39,11 @@ def test_a_context_of_a_native_thread_is_found_on_request_with_evidence():
         "print('allocator was not used' in devguard.strays()[-1].note)\n"
         "show()\n"
     )
-    assert child(code) == "[('native', 'cuda:0', 'observed')]\nTrue\n[('native', 'cuda:0', 'observed')]"
+    assert run_child(code) == "[('native', 'cuda:0', 'observed')]\nTrue\n[('native', 'cuda:0', 'observed')]"
 
 
-def test_memory_that_comes_by_cuda_array_interface_from_a_device_that_is_not_owned_is_found_by_its_context():
-    """The door ``interop`` cannot watch ``torch.as_tensor``: see there."""
+def test_memory_from_the_cuda_array_interface_of_another_device_is_found_by_its_context():
+    """The door ``interop`` cannot watch ``torch.as_tensor``; docs/doors.md gives the reason."""
     code = SHOW + (
         "class Array:\n"
         "    def __init__(self):\n"
@@ -55,17 +55,17 @@ def test_memory_that_comes_by_cuda_array_interface_from_a_device_that_is_not_own
         "import sys; line = sys._getframe().f_lineno; x = work(); print(x.device)\n"
         "show(); print(devguard.strays()[-1].site.line == line)"
     )
-    assert child(code) == "cuda:0\n[('native', 'cuda:0', 'observed')]\nTrue"
+    assert run_child(code) == "cuda:0\n[('native', 'cuda:0', 'observed')]\nTrue"
 
 
-def test_no_strays_raises():
+def test_no_strays_raises_for_an_unexplained_context():
     code = (
         "try:\n"
         "    with devguard.guard(1), devguard.no_strays():\n"
         "        torch.empty(4, device='cuda:0')\n"
         "except devguard.StrayDeviceError as error: print('native: cuda:0' in str(error))\n"
     )
-    assert child(code) == "True"
+    assert run_child(code) == "True"
 
 
 @pytest.mark.parametrize(
@@ -91,20 +91,20 @@ def test_no_strays_raises():
         "no guard at all",
     ],
 )
-def test_what_is_owned_allowed_or_older_is_no_stray(code):
-    assert child(SHOW + code + "show()") == "[]"
+def test_a_context_that_is_owned_allowed_or_older_is_no_stray(code):
+    assert run_child(SHOW + code + "show()") == "[]"
 
 
-def test_a_stray_that_another_door_left_explains_its_context():
+def test_a_stray_of_another_door_explains_its_context():
     code = SHOW + (
         "with devguard.guard(1, mode='observe'): pickle.loads(data)\nshow()\nprint([s.door for s in devguard.strays()])"
     )
-    assert child(code, pickle.dumps(torch.ones(4).to("cuda:0"))) == "[]\n['load']"
+    assert run_child(code, pickle.dumps(torch.ones(4).to("cuda:0"))) == "[]\n['load']"
 
 
-def test_closed_it_sees_nothing():
+def test_a_closed_door_records_nothing():
     code = SHOW + "with devguard.guard(1):\n    devguard.uninstall()\n    torch.empty(4, device='cuda:0')\nshow()"
-    assert child(code) == "[]"
+    assert run_child(code) == "[]"
 
 
 @pytest.mark.parametrize("mode", ["warn", "error"])
@@ -114,16 +114,16 @@ def test_torchs_own_check_of_contexts_follows_the_process_mode_where_torch_has_o
         "name = 'TORCH_CUDA_CHECK_STRAY_CONTEXT'\n"
         f"devguard.install(mode={mode!r}, device=1)\n"
         "has = hasattr(torch.cuda, '_check_stray_context')\n"
-        "with devguard.guard(0), devguard.guard(1): pass\n"  # our own exchanges are no business of it
+        "with devguard.guard(0), devguard.guard(1): pass\n"  # devguard's own exchanges must not fail the check
         f"print(os.environ.get(name) == ({mode!r} if has else None))\n"
         "devguard.uninstall()\n"
         "print(name in os.environ)\n"
         f"os.environ[name] = 'off'; devguard.install(mode={mode!r}, device=1); print(os.environ[name])\n"
     )
-    assert child(code) == "True\nFalse\noff"
+    assert run_child(code) == "True\nFalse\noff"
 
 
-def test_contexts_that_are_accepted_are_nobodys_stray():
+def test_accepted_contexts_are_no_strays():
     code = SHOW + (
         "from devguard.doors import table\n"
         "with devguard.guard(1):\n"
@@ -132,10 +132,10 @@ def test_contexts_that_are_accepted_are_nobodys_stray():
         "    torch.empty(4, device='cuda:2')\n"
         "show()\n"
     )
-    assert child(code) == "[('native', 'cuda:2', 'observed')]"
+    assert run_child(code) == "[('native', 'cuda:2', 'observed')]"
 
 
-def test_where_torch_keeps_a_history_the_line_is_known_and_the_bytes():
+def test_with_torchs_allocation_history_the_stray_has_its_line_and_bytes():
     code = (
         "from devguard.support import allocation_history\n"
         "with devguard.guard(1):\n"
@@ -145,10 +145,10 @@ def test_where_torch_keeps_a_history_the_line_is_known_and_the_bytes():
         "    x, y = first(), second()\n"
         "print([(s.site.function, s.bytes) for s in devguard.strays()])\n"
     )
-    assert child(code) == "[('first', 32)]"
+    assert run_child(code) == "[('first', 32)]"
 
 
-def test_an_owner_that_is_in_force_nowhere_can_be_forgotten():
+def test_forget_past_owners_keeps_only_owners_in_force():
     code = SHOW + (
         "from devguard.ownership.process import forget_past_owners\n"
         "with devguard.guard(0): pass\n"
@@ -159,5 +159,5 @@ def test_an_owner_that_is_in_force_nowhere_can_be_forgotten():
         "show()\n"
         "with devguard.guard(0) as device: print(device)\n"
     )
-    lines = child(code).splitlines()
+    lines = run_child(code).splitlines()
     assert lines == ["['cuda:0', 'cuda:1']", "['cuda:1']", "[('native', 'cuda:0', 'observed')]", "cuda:0"]

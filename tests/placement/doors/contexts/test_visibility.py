@@ -1,4 +1,4 @@
-"""The door ``visibility`` on real devices: CUDA_VISIBLE_DEVICES changed too late, and ranks that own one GPU."""
+"""The door ``visibility`` on simulated GPUs: CUDA_VISIBLE_DEVICES changed too late, and ranks that share a GPU."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ import torch.multiprocessing as mp
 
 import devguard
 from devguard import guard
-from devguard.doors.contexts import gpu_claims, visibility
+from devguard.doors.contexts import visibility
 from devguard.ownership.prepare import on_prepare
 from devguard.reporting.journal import journal
+from tests.helpers.programs import run_child
 from tests.helpers.simulated import ROOT
 
-UUID = "64657667-7561-7264-0000-00000000000"  # and the number of the simulated GPU
+UUID = "64657667-7561-7264-0000-00000000000"  # followed by the number of the simulated GPU
 
 
 @pytest.fixture(autouse=True)
 def runtime(tmp_path, monkeypatch) -> Path:
-    """A runtime directory of its own: what a test claims is nobody else's."""
+    """Give each test a runtime directory, so that it shares its claims with no other test."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     return tmp_path
 
@@ -43,12 +44,8 @@ def door():
 
 
 def child(code: str, **variables: str) -> Any:
-    """Run `code` in a fresh process on the same simulated GPUs; what it prints."""
-    environment = {**os.environ, **variables}
-    command = [sys.executable, "-W", "error", "-c", PRELUDE + code]
-    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    return json.loads(done.stdout)
+    """Run `code` in a fresh process; return the JSON that it prints."""
+    return json.loads(run_child(code, prelude=PRELUDE, options=["-W", "error"], environment=variables))
 
 
 class TestChangedVariable:
@@ -62,10 +59,10 @@ class TestChangedVariable:
             (None, "'1,1'", 0, "would be no device at all"),
             (None, "''", 0, "would be no device at all"),
             ("2,3", "'3,2'", 0, f"cuda:0 is GPU {UUID}2, NVML index 2, and would be GPU {UUID}3"),
-            ("2,3", None, 0, f"CUDA_VISIBLE_DEVICES was unset after CUDA had looked: cuda:0 is GPU {UUID}2"),
+            ("2,3", None, 0, f"CUDA_VISIBLE_DEVICES was unset after CUDA had read it: cuda:0 is GPU {UUID}2"),
         ],
     )
-    def test_is_detected_where_the_owners_index_means_another_gpu(self, start, value, index, words):
+    def test_a_change_that_gives_the_owners_index_another_gpu_is_recorded(self, start, value, index, words):
         change = f"os.environ['CUDA_VISIBLE_DEVICES'] = {value}" if value else "del os.environ['CUDA_VISIBLE_DEVICES']"
         code = f"""
 torch.cuda.init()
@@ -83,14 +80,14 @@ print(json.dumps([device, rows(), note()[0]]))
     @pytest.mark.parametrize(
         ("start", "value", "index"),
         [
-            (None, "'0,1,2,3'", 1),  # the same in other words
-            (None, "'0,1'", 1),  # others are hidden, the owner's is not
+            (None, "'0,1,2,3'", 1),  # the same list in full
+            (None, "'0,1'", 1),  # hides other GPUs only
             ("2,3", "'2'", 0),
             ("2", f"'GPU-{UUID}2'", 0),
-            (None, "'MIG-x'", 0),  # nobody can tell
+            (None, "'MIG-x'", 0),  # NVML cannot match it
         ],
     )
-    def test_is_no_stray_where_the_owner_keeps_its_gpu(self, start, value, index):
+    def test_a_change_that_leaves_the_owner_its_gpu_is_no_stray(self, start, value, index):
         code = f"""
 torch.cuda.init()
 os.environ['CUDA_VISIBLE_DEVICES'] = {value}
@@ -99,7 +96,7 @@ print(json.dumps(rows()))
 """
         assert child(code, **({"CUDA_VISIBLE_DEVICES": start} if start else {})) == []
 
-    def test_before_cuda_looked_it_is_no_stray(self):
+    def test_a_change_before_cuda_reads_the_variable_is_no_stray(self):
         code = """
 os.environ["CUDA_VISIBLE_DEVICES"] = "3"
 with devguard.guard(0, mode="error"): pass
@@ -111,7 +108,7 @@ print(json.dumps([rows(), door()]))
         assert (row["visible_at_start"], row["visible_now"]) == (None, "3")
         assert "changed" not in row
 
-    def test_error_refuses_the_guard_every_time_and_leaves_nothing_entered(self):
+    def test_error_mode_refuses_every_entry_and_leaves_no_scope_entered(self):
         code = """
 torch.cuda.init()
 os.environ["CUDA_VISIBLE_DEVICES"] = "1"
@@ -130,10 +127,10 @@ print(json.dumps([errors, str(devguard.owner())]))
 """
         errors, owner = child(code)
         assert len(errors) == 4
-        assert all("before anything touches CUDA" in error and "Call site: <string>" in error for error in errors)
+        assert all("before CUDA is initialised" in error and "Call site: <string>" in error for error in errors)
         assert owner == "None"
 
-    def test_warn_says_it_once_and_off_unguarded_and_allowed_say_nothing(self):
+    def test_warn_warns_once_and_off_and_allowed_record_nothing(self):
         code = """
 import warnings
 torch.cuda.init()
@@ -155,7 +152,7 @@ print(json.dumps([off, rows(), enter(mode="warn"), len(rows())]))
         assert len(warned) == 1
         assert "CUDA_VISIBLE_DEVICES was set to '1'" in warned[0]
 
-    def test_the_status_tells_of_a_later_change(self):
+    def test_the_status_reports_a_change_after_the_entry(self):
         code = """
 with devguard.guard(0):
     os.environ["CUDA_VISIBLE_DEVICES"] = "1"
@@ -165,13 +162,13 @@ with devguard.guard(0):
         assert rows == []
         assert "means other devices" in changed
 
-    def test_looking_is_over_with_uninstall(self):
+    def test_uninstall_ends_the_check(self):
         with guard(0):
-            assert visibility._look in on_prepare
+            assert visibility._check in on_prepare
         devguard.uninstall()
-        assert visibility._look not in on_prepare
+        assert visibility._check not in on_prepare
 
-    def test_what_cannot_be_looked_at_keeps_nobody_from_working(self, monkeypatch):
+    def test_a_check_that_fails_is_a_problem_in_the_status_and_the_guard_is_entered(self, monkeypatch):
         def broken(index: int) -> str:
             raise RuntimeError("no properties")
 
@@ -180,16 +177,16 @@ with devguard.guard(0):
             assert torch.cuda.current_device() == 1
             assert "no properties" in devguard.status()["doors"]["visibility"]["problem"]
 
-    def test_the_status_initialises_nothing(self):
+    def test_the_status_does_not_initialise_cuda(self):
         code = """
 with devguard.guard("cpu"):
     row = door()
 from devguard.support import accelerator
-print(json.dumps([torch.cuda.is_initialized(), accelerator.initialized(), "devices" in row]))
+print(json.dumps([torch.cuda.is_initialized(), accelerator.driver_is_initialized(), "devices" in row]))
 """
         assert child(code) == [False, False, False]
 
-    def test_the_look_opens_no_context(self):
+    def test_the_check_opens_no_context_on_another_device(self):
         code = """
 with devguard.guard(2): pass
 print(json.dumps([d.index for d in devguard.contexts()]))
@@ -207,7 +204,7 @@ with devguard.guard(int(sys.argv[1]) if len(sys.argv) > 1 else None):
 
 
 class Rank:
-    """A process that enters a guard, says what it found, and stays in it until the end of the block."""
+    """A process that enters a guard, reports what it found, and stays in the guard until the end of the block."""
 
     def __init__(self, *arguments: str, code: str = RANK, **variables: str) -> None:
         command = [sys.executable, "-W", "error", "-c", PRELUDE + code, *arguments]
@@ -227,8 +224,8 @@ JOB = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "localhost", "MASTER_PORT":
 
 
 class TestRanksThatOwnOneGpu:
-    def test_two_ranks_of_one_job_with_other_visible_lists(self):
-        """RANK-INDEX of the table of doors: each rank r takes ``cuda:r`` of its own list."""
+    def test_two_ranks_of_one_job_on_one_gpu_are_recorded(self):
+        """RANK-INDEX in README.md: each rank r takes ``cuda:r`` of its own list."""
         with Rank(LOCAL_RANK="0", CUDA_VISIBLE_DEVICES="0,1", **JOB) as first:
             assert first == [[], [], 0]
             with Rank(LOCAL_RANK="1", CUDA_VISIBLE_DEVICES="1,0", **JOB) as second:
@@ -253,11 +250,11 @@ class TestRanksThatOwnOneGpu:
         [{}, {"LOCAL_RANK": "1"}, {**JOB, "MASTER_PORT": "1", "LOCAL_RANK": "1"}, {**JOB, "LOCAL_RANK": "0"}],
         ids=["alone", "no job", "another job", "the same rank"],
     )
-    def test_everybody_else_may_share_and_is_information(self, variables):
+    def test_other_processes_may_share_a_gpu_and_are_listed_in_the_status(self, variables):
         with Rank("1", LOCAL_RANK="0", **JOB), Rank("1", **variables) as second:
             assert second == [[], [], 1]
 
-    def test_error_refuses_and_the_switches_switch_it_off(self):
+    def test_error_mode_refuses_and_two_switches_turn_the_check_off(self):
         refusing = """
 try:
     with devguard.guard(1, mode="error"): pass
@@ -272,15 +269,20 @@ with devguard.guard(1, mode="error"): print(json.dumps([rows(), door()["claims"]
             assert child(off, LOCAL_RANK="1", **JOB) == []
             assert child(locked, LOCAL_RANK="1", DEVGUARD_RANK_LOCK="off", **JOB) == [[], "off", False]
 
-    def test_uninstall_takes_the_claim_back(self, runtime):
+    def test_the_status_names_the_folder_that_holds_the_claims(self, runtime):
         with guard(1):
-            assert [row["pid"] for row in json.loads((runtime / "devguard" / f"{UUID}1.json").read_text())] == [
-                os.getpid()
-            ]
-        devguard.uninstall()
-        assert json.loads((runtime / "devguard" / f"{UUID}1.json").read_text()) == []
+            folder = Path(devguard.status()["doors"]["visibility"]["claims"])
+            assert folder == runtime / "devguard"
+            assert [path.name for path in folder.iterdir()] == [f"{UUID}1.json"]
 
-    def test_a_folder_that_cannot_be_used_keeps_nobody_from_working(self, runtime):
+    def test_uninstall_releases_the_claim(self, runtime):
+        claims = runtime / "devguard" / f"{UUID}1.json"
+        with guard(1):
+            assert [row["pid"] for row in json.loads(claims.read_text())] == [os.getpid()]
+        devguard.uninstall()
+        assert json.loads(claims.read_text()) == []
+
+    def test_an_unusable_folder_is_a_problem_in_the_status_and_the_guard_is_entered(self, runtime):
         (runtime / "devguard").write_text("in the way")
         with guard(1, mode="error"):
             assert "Error" in devguard.status()["doors"]["visibility"]["problem"]
@@ -297,14 +299,14 @@ def own(index: int, visible: str, results: mp.SimpleQueue, done: Any) -> None:
 @pytest.mark.parametrize(
     ("first", "second", "strays"),
     [((0, "0,1"), (1, "1,0"), True), ((0, "0,1"), (0, "0,1"), False), ((0, "0,1"), (1, "0,1"), False)],
-    ids=["told different things", "a pool", "each its own"],
+    ids=["different lists", "a pool", "different GPUs"],
 )
-def test_two_children_of_one_parent(first, second, strays):
+def test_two_children_of_one_parent_are_recorded_if_different_lists_give_them_one_gpu(first, second, strays):
     context = mp.get_context("spawn")
     results, done = context.SimpleQueue(), context.Event()
     processes, got = [], []
-    for told in (first, second):
-        processes.append(context.Process(target=own, args=(*told, results, done)))
+    for settings in (first, second):
+        processes.append(context.Process(target=own, args=(*settings, results, done)))
         processes[-1].start()
         got.append(results.get())
     done.set()
@@ -313,7 +315,3 @@ def test_two_children_of_one_parent(first, second, strays):
     assert got[0] == []
     assert [row[:2] for row in got[1]] == ([("visibility", f"GPU-{UUID}0")] if strays else [])
     assert all("another child of the same parent" in row[2] for row in got[1])
-
-
-def test_the_claims_are_those_of_ranks():
-    assert visibility.gpu_claims is gpu_claims

@@ -1,10 +1,8 @@
-"""The door ``bookkeeping`` on real devices: who answers where no device is named, and which contexts that opens."""
+"""The door ``bookkeeping`` on simulated GPUs: the device of calls that name none, and the contexts they open."""
 
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +13,7 @@ import torch
 import devguard
 from devguard import guard
 from devguard.doors.current_device import bookkeeping
-from tests.helpers.simulated import ROOT
+from tests.helpers.programs import run_child
 
 PRELUDE = """
 import threading, torch, devguard
@@ -23,7 +21,7 @@ from devguard.reporting.journal import journal
 ctx = lambda: [d.index for d in devguard.contexts()]
 rows = lambda: [(s.door, s.source, s.target, s.action, s.count) for s in journal.strays()]
 def fresh(work):
-    # on a thread that has chosen no device, below every door that gives a thread its starter's
+    # Runs on a thread that has chosen no device: `_thread` does not pass the door `threads`.
     import _thread
     out, done = [], _thread.allocate_lock()
     def run():
@@ -54,15 +52,13 @@ COUNTING = [
 
 
 def child(code: str) -> str:
-    """Run `code` in a fresh process on the same simulated GPUs."""
-    done = subprocess.run([sys.executable, "-c", PRELUDE + code], capture_output=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode().strip()
+    """Run `code` in a fresh process."""
+    return run_child(code, prelude=PRELUDE)
 
 
 class TestOnAThreadThatChoseNoDevice:
     def test_unguarded_each_call_opens_device_0(self):
-        code = (  # a child for each, forked before CUDA is touched
+        code = (  # forks a child for each call, before CUDA is initialised
             "import os, sys\n"
             f"for call in {OPENING!r}:\n"
             "    if not os.fork():\n"
@@ -72,14 +68,14 @@ class TestOnAThreadThatChoseNoDevice:
         )
         assert child(code).splitlines() == [f"[0, 1] {call}" for call in OPENING]
 
-    def test_guarded_no_call_does(self):
+    def test_guarded_no_call_opens_device_0(self):
         code = "devguard.install(device=1); torch.empty(1, device='cuda:1')\n"
         code += "".join(f"fresh(lambda: {call}); assert ctx() == [1], {call!r}\n" for call in OPENING + COUNTING)
         code += "print(sum(s[-1] for s in rows()), {s[:-1] for s in rows()})"
         expected = ("bookkeeping", "cuda:0", "cuda:1", "repaired")
         assert child(code) == f"{len(OPENING + COUNTING)} {{{expected!r}}}"
 
-    def test_the_answers_are_the_owners(self):
+    def test_guarded_calls_return_the_owners_values(self):
         code = (
             "devguard.install(device=1); keep = torch.empty(1 << 20, dtype=torch.uint8, device='cuda:1')\n"
             "assert fresh(lambda: torch.cuda.memory_allocated()) == torch.cuda.memory_allocated(1) > 0\n"
@@ -95,10 +91,10 @@ class TestOnAThreadThatChoseNoDevice:
         )
         if not hasattr(torch.cuda, "get_per_process_memory_fraction"):
             code = "\n".join(line for line in code.splitlines() if "fraction" not in line)
-        # asking cuda:2 for its free memory opens it: the program named it
+        # mem_get_info(2) opens cuda:2, because the program named it
         assert child(code) in ("0 [1, 2]", "0 [1]")
 
-    def test_the_other_modes(self):
+    def test_error_refuses_and_the_other_modes_open_device_0(self):
         code = (
             "devguard.install(device=1, mode='error')\n"
             "print(fresh(lambda: torch.cuda.synchronize()), ctx())\n"
@@ -111,7 +107,7 @@ class TestOnAThreadThatChoseNoDevice:
                 "import warnings; warnings.simplefilter('ignore')\n"
                 f"devguard.install(device=1, mode={mode!r})\n"
                 "fresh(lambda: torch.cuda.memory_allocated()); fresh(lambda: torch.cuda.synchronize())\n"
-                "fresh(lambda: torch.cuda.synchronize())\n"  # device 0 is open now: nothing can stray there any more
+                "fresh(lambda: torch.cuda.synchronize())\n"  # device 0 has a context now: no stray
                 "print(ctx(), [s for s in rows() if s[0] == 'bookkeeping'])"
             )
             one = ("bookkeeping", "cuda:0", "cuda:0", action, 1)
@@ -122,7 +118,7 @@ class TestOnAThreadThatChoseNoDevice:
         )
         assert child(code) == "[0, 1] []"
 
-    def test_a_device_that_is_named_is_obeyed(self):
+    def test_a_named_device_is_used(self):
         code = (
             "devguard.install(device=1)\n"
             "fresh(lambda: torch.cuda.mem_get_info(2)); fresh(lambda: torch.cuda.synchronize(torch.device('cuda:3')))\n"
@@ -147,7 +143,7 @@ class TestOnAThreadThatChoseNoDevice:
 
 
 class TestTheCpuOwner:
-    def test_neither_waits_nor_frees(self):
+    def test_before_cuda_is_initialised_calls_do_nothing(self):
         code = (
             "with devguard.guard('cpu'):\n"
             "    torch.cuda.synchronize(); torch.cuda.empty_cache(); torch.cuda.memory_allocated()\n"
@@ -155,7 +151,7 @@ class TestTheCpuOwner:
         )
         assert child(code) == f"[] False {[('bookkeeping', 'cuda:0', 'cpu', 'repaired', 1)]}"
 
-    def test_frees_the_memory_of_a_device_that_is_open(self):
+    def test_empty_cache_frees_the_memory_of_an_open_device(self):
         code = (
             "torch.cuda.set_device(2); torch.empty(1 << 20, device='cuda:2')\n"
             "def work():\n"
@@ -165,7 +161,7 @@ class TestTheCpuOwner:
         )
         assert child(code) == "[2] 0"
 
-    def test_a_question_is_let_through_or_refused(self):
+    def test_a_memory_query_is_recorded_or_refused(self):
         code = (
             "with devguard.guard('cpu', mode='error'):\n"
             "    try: torch.cuda.mem_get_info()\n"
@@ -191,10 +187,10 @@ class TestTheCpuOwner:
         assert child(code) == "True\nTrue"
 
 
-class TestADeviceThatSomebodyChose:
+class TestADeviceThatTheProgramChose:
     @pytest.mark.parametrize("how", ["guard", "install"])
-    def test_with_device_answers_for_that_device(self, how):
-        # in a fresh process: device 2 holds no context before
+    def test_inside_with_device_calls_mean_that_device(self, how):
+        # In a fresh process, so that device 2 has no context before.
         code = (
             "def work():\n"
             "    with torch.cuda.device(2):\n"
@@ -209,8 +205,8 @@ class TestADeviceThatSomebodyChose:
         code += "print([s for s in rows() if s[0] == 'bookkeeping'])"
         assert child(code) == "[1, 2] cuda:2 2\n[]"
 
-    def test_synchronize_waits_for_the_device_of_the_with_not_for_the_owner(self, monkeypatch):
-        # the race that a blind redirect would make: the launch on cuda:2 would still run while its result is read
+    def test_inside_with_device_synchronize_waits_for_that_device_and_not_for_the_owner(self, monkeypatch):
+        # Redirected to the owner, synchronize() would return while the copy to cuda:2 still runs.
         waited = []
         original = torch._C._cuda_synchronize
         monkeypatch.setattr(
@@ -224,7 +220,7 @@ class TestADeviceThatSomebodyChose:
             torch.cuda.synchronize(3)
         assert waited == [2, 1, 3]
 
-    def test_with_device_0_inside_a_guard_is_obeyed_even_where_it_is_closed(self):
+    def test_with_device_0_inside_a_guard_is_used_even_without_a_context(self):
         code = (
             "def work():\n"
             "    with devguard.guard(1): pass\n"
@@ -234,7 +230,7 @@ class TestADeviceThatSomebodyChose:
         )
         assert child(code) == "0\n[0, 1] []"
 
-    def test_a_device_with_a_context_is_obeyed(self):
+    def test_device_0_is_used_if_it_has_a_context(self):
         code = (
             "torch.empty(1, device='cuda:0'); devguard.install(device=1)\n"
             "assert fresh(lambda: torch.cuda.memory_allocated()) == torch.cuda.memory_allocated(0)\n"
@@ -282,7 +278,7 @@ class TestWellBehavedPrograms:
             assert compiled(torch.zeros(8)).shape == (8,)
 
 
-def test_uninstall_puts_back_exactly_what_was_there():
+def test_uninstall_restores_exactly_the_originals():
     modules = [
         torch.cuda,
         torch.cuda.memory,
@@ -297,9 +293,9 @@ def test_uninstall_puts_back_exactly_what_was_there():
     assert [dict(vars(module)) for module in modules] == before
 
 
-def test_a_torch_without_the_function_is_named(monkeypatch):
+def test_a_torch_without_the_function_is_a_problem_in_the_status(monkeypatch):
     monkeypatch.delattr(torch.cuda, "mem_get_info")
     with guard(1):
         row = devguard.status()["doors"]["bookkeeping"]
     assert not row["open"]
-    assert "torch.cuda.mem_get_info is not in torch" in row["problem"]
+    assert "cannot watch torch.cuda.mem_get_info: torch" in row["problem"]

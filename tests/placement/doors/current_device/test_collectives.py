@@ -6,9 +6,6 @@ On simulated GPUs an NCCL group of one process runs as far as the choice of its 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +18,7 @@ from torch.distributed import distributed_c10d as c10d
 import devguard
 from devguard import guard
 from devguard.doors.current_device import collectives
-from tests.helpers.simulated import ROOT
+from tests.helpers.programs import run_child
 
 PRELUDE = """
 import json, os, sys, tempfile, warnings, _thread, threading
@@ -29,7 +26,7 @@ import torch, torch.distributed as dist, devguard
 from devguard import guard
 warnings.filterwarnings("ignore", "barrier..: using the device|No device id is provided")
 def ctx(): return [device.index for device in devguard.contexts()]
-def said():
+def rows():
     ours = [s for s in devguard.strays() if s.door == "collectives"]
     return [[s.door, s.source, s.target, s.action, s.count] for s in ours]
 def join(backend="nccl", **options):
@@ -37,39 +34,34 @@ def join(backend="nccl", **options):
     dist.init_process_group(backend, init_method=store, rank=0, world_size=1, **options)
 def done(value):
     print(json.dumps(value), flush=True)
-    os._exit(0)  # NCCL's threads have nothing to wait for here
+    os._exit(0)  # does not wait for NCCL's threads
 """
 
 
 def child(code: str) -> Any:
     """Run `code` in a fresh process that is the only rank of its job."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PRELUDE + code],
-        capture_output=True,
-        cwd=ROOT,
-        env={**os.environ, "TORCH_DIST_USE_NCCL2": "0"},  # torch 2.15: the NCCL group that does without NCCL until used
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    return json.loads(done.stdout.decode().splitlines()[-1])
+    # torch 2.15: 0 selects the NCCL group that does not use NCCL until it communicates.
+    environment = {"TORCH_DIST_USE_NCCL2": "0"}
+    output = run_child(code, prelude=PRELUDE, options=["-W", "error"], environment=environment)
+    return json.loads(output.splitlines()[-1])
 
 
 class TestBarrier:
-    """Rank 0 of one: the guess is cuda:0."""
+    """torch guesses cuda:0 for the only rank, 0."""
 
-    def test_the_disease(self):
+    def test_unguarded_a_barrier_opens_device_0(self):
         assert child("torch.cuda.set_device(1); join(); dist.barrier(); done(ctx())") == [0, 1]
 
-    def test_the_cure(self):
+    def test_guarded_a_barrier_uses_the_owner(self):
         code = (
-            "join()\nwith guard(1):\n    dist.barrier()\ndone([ctx(), said(), str(devguard.strays()[0].site.source)])"
+            "join()\nwith guard(1):\n    dist.barrier()\ndone([ctx(), rows(), str(devguard.strays()[0].site.source)])"
         )
         assert child(code)[:2] == [[1], [["collectives", "cuda:0", "cuda:1", "repaired", 1]]]
 
-    def test_a_closed_door_has_the_disease(self):
+    def test_with_a_closed_door_a_barrier_opens_device_0(self):
         assert child("join()\nwith guard(1):\n    devguard.uninstall(); dist.barrier()\ndone(ctx())") == [0, 1]
 
-    def test_every_other_mode_and_every_group(self):
+    def test_each_group_follows_the_mode(self):
         code = (
             "join(); contexts = []\n"
             "with guard(1):\n"
@@ -84,7 +76,7 @@ class TestBarrier:
             "    contexts.append([w.category.__name__ for w in seen if w.category is not UserWarning])\n"
             "with guard(1, mode='observe'): dist.barrier(dist.new_group([0]))\n"
             "contexts.append(ctx())\n"
-            "done([contexts, said()])"
+            "done([contexts, rows()])"
         )
         (created, (message, refused), warned, observed), strays = child(code)
         assert (created, refused, warned, observed) == ([1], [1], ["StrayDeviceWarning"], [0, 1])
@@ -98,13 +90,13 @@ class TestBarrier:
             ["observed", 1],
         ]
 
-    def test_no_stray_where_nothing_is_guessed_or_the_guess_is_right(self):
+    def test_a_barrier_is_no_stray_if_torch_guesses_nothing_or_guesses_right(self):
         code = (
             "join()\n"
             "with guard(0, mode='error'): dist.barrier()\n"
             "with guard(1, mode='error'):\n"
             "    group = dist.new_group([0]); dist.barrier(group, device_ids=[1])\n"
-            "    dist.barrier(group)\n"  # it has communicated
+            "    dist.barrier(group)\n"  # the group has communicated
             "    hosts = dist.new_group([0], backend='gloo'); dist.barrier(hosts)\n"
             "with guard(1):\n"
             "    dist.barrier(group)\n"
@@ -115,47 +107,47 @@ class TestBarrier:
             "dist.barrier(dist.new_group([0]))\n"
             "devguard.allow('cuda:0')\n"
             "with guard(1, mode='error'): dist.barrier(dist.new_group([0]))\n"
-            "done(said())"
+            "done(rows())"
         )
         assert child(code) == []
 
-    def test_a_group_that_was_given_its_device_keeps_it(self):
+    def test_a_group_that_is_bound_to_a_device_keeps_it(self):
         code = (
             "join('gloo'); dist.group.WORLD.bound_device_id = torch.device('cuda:2')\n"
             "from devguard.doors.current_device import collectives\n"
             "from torch.distributed import distributed_c10d as c10d\n"
-            "with guard(1): done(collectives._unconnected(c10d, dist.group.WORLD) is None)"
+            "with guard(1): done(collectives._find_unconnected(c10d, dist.group.WORLD) is None)"
         )
         assert child(code) is True
 
-    def test_a_device_that_the_program_names_is_obeyed_and_recorded(self):
+    def test_a_device_that_the_program_names_is_used_and_recorded(self):
         code = (
             "join()\n"
             "with guard(1):\n"
             "    group = dist.new_group([0]); dist.barrier(group, device_ids=[2]); found = ctx()\n"
             "with guard(1, mode='error'):\n"
             "    try: dist.barrier(device_ids=[2])\n"
-            "    except devguard.StrayDeviceError: done([found, said()])\n"
+            "    except devguard.StrayDeviceError: done([found, rows()])\n"
         )
         found, strays = child(code)
         assert 2 in found
         assert 0 not in found
         assert [row[1:4] for row in strays] == [["cuda:2", "cuda:2", "kept"], ["cuda:2", "cuda:2", "refused"]]
 
-    def test_the_cpu_owner_has_no_device_to_put_in(self):
+    def test_under_the_cpu_owner_a_barrier_is_recorded_or_refused(self):
         code = (
             "join()\n"
             "with guard('cpu', mode='error'):\n"
             "    try: dist.barrier()\n"
             "    except devguard.StrayDeviceError: found = ctx()\n"
             "with guard('cpu'): dist.barrier()\n"
-            "done([found, said()])"
+            "done([found, rows()])"
         )
         found, strays = child(code)
         assert found == []
         assert [row[3] for row in strays] == ["refused", "observed"]
 
-    def test_what_torch_refuses_it_refuses_in_its_own_words(self):
+    def test_torchs_own_errors_are_raised(self):
         with guard(1):
             with pytest.raises(ValueError, match=r"[Dd]efault process group"):
                 dist.barrier()
@@ -178,7 +170,7 @@ class TestHostGroups:
     @pytest.mark.usefixtures("_group")
     @pytest.mark.filterwarnings("ignore:.*using the device under current:UserWarning")
     @pytest.mark.filterwarnings("ignore:No device id is provided:UserWarning")
-    def test_are_left_alone(self):
+    def test_barriers_of_host_groups_are_left_alone(self):
         with guard(2, mode="error"), devguard.no_strays():
             dist.barrier()
             dist.barrier(dist.new_group([0, 1]) if dist.get_world_size() > 1 else None)
@@ -189,8 +181,8 @@ class TestObjectCollectives:
         "join()\n"
         "def gather():\n"
         "    try: dist.all_gather_object([None], 'object')\n"
-        "    except (EOFError, RuntimeError): pass\n"  # nothing is sent here
-        "def elsewhere():\n"  # a thread that nobody told its device
+        "    except (EOFError, RuntimeError): pass\n"  # the group has no peer to send to
+        "def elsewhere():\n"  # on a thread that has chosen no device
         "    ended = threading.Lock(); ended.acquire()\n"
         "    def work():\n"
         "        try: gather()\n"
@@ -198,43 +190,43 @@ class TestObjectCollectives:
         "    _thread.start_new_thread(work, ()); ended.acquire()\n"
     )
 
-    def test_the_disease_of_a_thread_that_chose_no_device(self):
+    def test_unguarded_a_thread_that_chose_no_device_opens_device_0(self):
         assert child(self.GATHER + "torch.cuda.set_device(1); elsewhere(); done(ctx())") == [0, 1]
 
-    def test_the_cure(self):
-        code = "devguard.install(device=1); elsewhere(); done([ctx(), said()])"
+    def test_under_install_such_a_thread_uses_the_owner(self):
+        code = "devguard.install(device=1); elsewhere(); done([ctx(), rows()])"
         found, strays = child(self.GATHER + code)
         assert found == [1]
         assert [row[:4] for row in strays] == [["collectives", "cuda:0", "cuda:1", "repaired"]]
 
-    def test_a_guarded_thread_needs_no_cure(self):
-        code = "\nwith guard(1, mode='error'): gather()\ndone([ctx(), said()])"
+    def test_inside_a_guard_nothing_is_repaired(self):
+        code = "\nwith guard(1, mode='error'): gather()\ndone([ctx(), rows()])"
         assert child(self.GATHER + code) == [[1], []]
 
-    def test_observe(self):
-        code = "devguard.install(device=1, mode='observe'); elsewhere(); done([ctx(), said()[0][:4]])"
+    def test_observe_records_and_opens_device_0(self):
+        code = "devguard.install(device=1, mode='observe'); elsewhere(); done([ctx(), rows()[0][:4]])"
         assert child(self.GATHER + code) == [[0, 1], ["collectives", "cuda:0", "cuda:0", "observed"]]
 
-    def test_error(self):
+    def test_error_mode_refuses_before_device_0_is_opened(self):
         code = (
             "devguard.install(device=1, mode='error')\n"
             "sys.unraisablehook = lambda raised: None\n"
-            "elsewhere(); done([ctx(), said()[0][:4]])"
+            "elsewhere(); done([ctx(), rows()[0][:4]])"
         )
         assert child(self.GATHER + code) == [[1], ["collectives", "cuda:0", "cuda:0", "refused"]]
 
-    def test_a_device_that_somebody_chose_is_not_overruled(self):
+    def test_a_device_that_the_program_chose_is_used(self):
         code = (
             "with guard(1), torch.cuda.device(2):\n"
             "    gather()\n"
             "from torch.distributed import distributed_c10d as c10d\n"
-            "with guard(1), torch.cuda.device(2): done([ctx(), said(), c10d._get_object_coll_device()])"
+            "with guard(1), torch.cuda.device(2): done([ctx(), rows(), c10d._get_object_coll_device()])"
         )
         assert child(self.GATHER + code) == [[1, 2], [], "cuda"]
 
 
 def guessed(opts: Any) -> Any:
-    """What torch 2.15 does."""
+    """Return the device that torch 2.15 guesses."""
     group = opts.process_group
     if group is not None and group.bound_device_id is not None:
         return group.bound_device_id
@@ -260,7 +252,7 @@ class TestGroupsThatConnectAtOnce:
             process_group=group, group_rank=rank, global_ranks_in_group=[], enable_reconfigure=False
         )
 
-    def test_get_the_owner(self):
+    def test_a_new_group_gets_the_owner(self):
         opts = self.opts()
         assert c10d._nccl2_device(opts).index == 2
         opts = self.opts()
@@ -269,14 +261,14 @@ class TestGroupsThatConnectAtOnce:
         (stray,) = devguard.strays()
         assert (stray.door, stray.source, stray.target, stray.action) == ("collectives", "cuda:2", "cuda:1", "repaired")
 
-    def test_keep_what_they_were_given_and_a_right_guess(self):
+    def test_a_group_keeps_a_bound_device_and_a_right_guess(self):
         with guard(2, mode="error"):
             assert c10d._nccl2_device(self.opts()).index == 2
         with guard(1, mode="error"):
             assert c10d._nccl2_device(self.opts(bound=torch.device("cuda:3"))).index == 3
         assert devguard.strays() == ()
 
-    def test_other_modes(self):
+    def test_observe_and_off_keep_the_guess_and_error_refuses(self):
         for mode in ("observe", "off"):
             opts = self.opts()
             with guard(1, mode=mode):
@@ -289,7 +281,7 @@ class TestGroupsThatConnectAtOnce:
 
 
 class TestPatches:
-    def test_everything_is_put_back(self):
+    def test_uninstall_restores_exactly_the_originals(self):
         names = ("barrier", "_get_object_coll_device", "_nccl2_device")
         before = [vars(c10d).get(name) for name in names]
         devguard.install(device=1)
@@ -300,7 +292,7 @@ class TestPatches:
         assert [vars(c10d).get(name) for name in names] == before
         assert dist.barrier is before[0]
 
-    def test_a_torch_with_another_barrier_keeps_the_door_closed_and_is_named(self, monkeypatch):
+    def test_a_torch_with_another_barrier_keeps_the_door_closed_and_is_a_problem_in_the_status(self, monkeypatch):
         def barrier(gpu): ...
 
         monkeypatch.setattr(c10d, "barrier", barrier)

@@ -1,4 +1,4 @@
-"""The door ``set_device`` on real devices: libraries that leave another device current, and code that does not."""
+"""The door ``set_device`` on simulated GPUs: libraries that leave another device current, and code that does not."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ LINE_OF_CLOBBER = 5
 
 @pytest.fixture
 def library(tmp_path: Path) -> Iterator[Any]:
-    """A package that is not this one."""
+    """A package other than the program."""
     yield from _module("somelib", tmp_path)
 
 
 @pytest.fixture
 def other(tmp_path: Path) -> Iterator[Any]:
-    """And one more."""
+    """A second package."""
     yield from _module("otherlib", tmp_path)
 
 
@@ -111,7 +111,7 @@ def current() -> int:
 
 
 def door() -> None:
-    """Some door that a program passes, with nothing astray."""
+    """Pass a door with a call that is no stray."""
     torch.frombuffer(bytearray(4), dtype=torch.uint8)
 
 
@@ -122,8 +122,8 @@ def found() -> list[tuple[str, str, str, int]]:
 REPAIRED = ("cuda:0", "cuda:1", "repaired", 1)
 
 
-class TestALibraryThatDoesNotPutItBack:
-    def test_unguarded_and_with_the_door_off_the_next_tensor_is_there(self, library):
+class TestALibraryThatLeavesAnotherDeviceCurrent:
+    def test_unguarded_and_with_the_door_off_the_next_tensor_lands_there(self, library):
         torch.cuda.set_device(1)
         library.clobber()
         assert torch.empty(1, device="cuda").device.index == 0
@@ -134,7 +134,7 @@ class TestALibraryThatDoesNotPutItBack:
         assert found() == []
 
     @pytest.mark.parametrize("how", ["clobber", "clobber_deep", "by_accelerator", "by_stream", "by_accelerator_stream"])
-    def test_is_repaired_at_the_next_door(self, library, how):
+    def test_the_device_is_repaired_at_the_next_door(self, library, how):
         with guard(1):
             getattr(library, how)()
             assert current() == 0
@@ -144,7 +144,7 @@ class TestALibraryThatDoesNotPutItBack:
         assert found() == [REPAIRED]
         assert current() == 0
 
-    def test_names_the_line_of_the_library(self, library):
+    def test_the_stray_names_the_line_of_the_library(self, library):
         with guard(1):
             library.clobber_deep()
             door()
@@ -154,7 +154,7 @@ class TestALibraryThatDoesNotPutItBack:
         assert stray.note == "it was cuda:1; found at the next door"
         assert any(site.file == __file__ for site in stray.stack)
 
-    def test_is_found_when_the_guard_is_left(self, library):
+    def test_the_change_is_found_when_the_guard_is_left(self, library):
         with guard(1):
             library.clobber()
         assert found() == [REPAIRED]
@@ -164,7 +164,7 @@ class TestALibraryThatDoesNotPutItBack:
         assert found() == [(*REPAIRED[:3], 2)]
         assert current() == 1
 
-    def test_is_found_when_a_task_ends(self, library):
+    def test_the_change_is_found_when_a_task_ends(self, library):
         @guard(1)
         async def work():
             library.clobber()
@@ -172,7 +172,7 @@ class TestALibraryThatDoesNotPutItBack:
         asyncio.run(work())
         assert found() == [REPAIRED]
 
-    def test_is_found_when_somebody_says_that_a_task_or_thread_ends(self, library):
+    def test_the_change_is_found_by_end_task(self, library):
         devguard.install(device=1)
 
         def task() -> None:
@@ -189,7 +189,7 @@ class TestALibraryThatDoesNotPutItBack:
         thread.join()
         assert found() == [REPAIRED]
 
-    def test_under_install_without_a_guard(self, library):
+    def test_the_device_is_repaired_under_install_without_a_guard(self, library):
         devguard.install(device=1)
         library.clobber()
         door()
@@ -204,14 +204,14 @@ class TestALibraryThatDoesNotPutItBack:
                 door()
         assert found() == [(*REPAIRED[:3], 3)]
 
-    def test_a_loop_that_does_not_come_back(self, library):
+    def test_a_loop_that_ends_on_another_device_is_repaired(self, library):
         with guard(1):
             library.loop_over_devices(back=False)
             door()
             assert current() == 1
         assert found() == [("cuda:3", "cuda:1", "repaired", 1)]
 
-    def test_the_other_modes(self, library):
+    def test_observe_and_warn_leave_the_device_and_error_refuses_the_next_call(self, library):
         with guard(1, mode="observe"):
             library.clobber()
             door()
@@ -238,11 +238,11 @@ class TestALibraryThatDoesNotPutItBack:
         assert current() == 2
         assert found() == [("cuda:0", "cuda:0", "refused", 2)]
 
-    def test_no_strays_sees_it(self, library):
+    def test_no_strays_raises_for_the_change(self, library):
         with pytest.raises(devguard.StrayDeviceError, match="set_device"), devguard.no_strays(), guard(1):
             library.clobber()
 
-    def test_two_libraries_each_for_itself(self, library, other):
+    def test_changes_of_two_libraries_are_judged_separately(self, library, other):
         with guard(1):
             library.clobber(0)
             other.save_and_restore(lambda: None, 2)
@@ -251,7 +251,7 @@ class TestALibraryThatDoesNotPutItBack:
             assert current() == 1
         assert found() == [REPAIRED]
 
-    def test_a_nested_guard_leaves_the_outer_ones_change_to_the_outer_one(self, library):
+    def test_a_nested_guard_leaves_the_change_to_the_outer_guard(self, library):
         with guard(1):
             library.clobber()
             with guard(2):
@@ -264,58 +264,72 @@ class TestALibraryThatDoesNotPutItBack:
 
 
 class TestCodeThatBehaves:
-    """None of it strays, in the mode that would say so."""
+    """Code that restores the device, or that may choose it, is no stray in mode ``error``."""
 
-    @pytest.fixture(autouse=True, params=["guard", "install"])
-    def _owned(self, request: pytest.FixtureRequest) -> Iterator[None]:
-        if request.param == "install":
-            devguard.install("off", 1, doors={"set_device": "error"})  # torch checks contexts in other modes
+    @pytest.fixture(params=["guard", "install"])
+    def assert_no_stray(self, request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+        """Make cuda:1 the owner. The function asserts that neither a door nor the end of the guard finds a stray."""
         only = {"set_device": "error"}
-        with guard(1, doors=only) if request.param == "guard" else contextlib.nullcontext():
-            yield
-            door()
-            assert current() == 1
-        assert found() == []
+        with contextlib.ExitStack() as scope:
+            if request.param == "install":
+                devguard.install("off", 1, doors=only)  # torch checks contexts in other modes
+            else:
+                scope.enter_context(guard(1, doors=only))
 
-    def test_a_loop_over_the_devices(self, library):
+            def check() -> None:
+                door()
+                assert current() == 1
+                scope.close()
+                assert found() == []
+
+            yield check
+
+    def test_a_loop_over_the_devices_that_restores_the_first(self, library, assert_no_stray):
         library.loop_over_devices()
         door()
+        assert_no_stray()
 
-    def test_a_loop_in_the_users_own_code(self):
+    def test_a_loop_in_the_users_own_code(self, assert_no_stray):
         for index in range(torch.cuda.device_count()):
             torch.cuda.set_device(index)
             door()
         torch.cuda.set_device(1)
+        assert_no_stray()
 
     @pytest.mark.parametrize("how", ["operator", "save_and_restore"])
-    def test_a_change_that_is_put_back_by_the_same_package(self, library, how):
+    def test_a_change_that_the_same_package_undoes(self, library, how, assert_no_stray):
         assert getattr(library, how)(lambda: (door(), current())[1]) == 0
+        assert_no_stray()
 
-    def test_a_pair_of_calls_that_the_user_makes(self, library):
+    def test_a_pair_of_calls_that_the_user_makes(self, library, assert_no_stray):
         before = library.pre_call(0)
         library.post_call(before)
         door()
+        assert_no_stray()
 
-    def test_a_change_that_the_user_puts_back(self, library):
+    def test_a_change_that_the_user_undoes(self, library, assert_no_stray):
         before = current()
         library.clobber()
         torch.cuda.set_device(before)
         door()
+        assert_no_stray()
 
-    def test_while_the_library_still_runs_it_may_have_its_device(self, library):
+    def test_a_change_by_a_library_that_still_runs(self, library, assert_no_stray):
         def work() -> None:
             door()
             assert current() == 0
             torch.cuda.set_device(1)
 
         library.clobber_then(work)
+        assert_no_stray()
 
-    def test_a_change_that_raises_on_the_way_is_put_back(self, library):
+    def test_a_change_that_is_undone_after_an_exception(self, library, assert_no_stray):
         with pytest.raises(ZeroDivisionError):
             library.save_and_restore(lambda: 1 / 0)
         door()
+        assert_no_stray()
 
-    def test_streams_of_another_device_as_contexts(self):
+    def test_streams_of_another_device_as_contexts(self, assert_no_stray):
         with torch.cuda.stream(torch.cuda.default_stream(2)):
             assert current() == 2
             door()
@@ -326,19 +340,22 @@ class TestCodeThatBehaves:
         with torch.cuda.device(3):
             door()
             assert current() == 3
+        assert_no_stray()
 
-    def test_the_owners_own_device_again_and_again(self, library):
+    def test_the_owners_own_device_set_repeatedly(self, library, assert_no_stray):
         for _ in range(3):
             library.clobber(1)
             door()
+        assert_no_stray()
 
-    def test_a_coroutine_of_a_library_that_sleeps_in_between(self, library):
+    def test_a_coroutine_that_sleeps_before_it_undoes_its_change(self, library, assert_no_stray):
         async def main() -> None:
             await asyncio.gather(*(guard(1).run(library.sleeps_between()) for _ in range(3)))
 
         asyncio.run(main())
+        assert_no_stray()
 
-    def test_inside_unguarded_and_with_an_allowed_device(self, library):
+    def test_inside_unguarded_and_with_an_allowed_device(self, library, assert_no_stray):
         with devguard.unguarded():
             library.clobber()
             door()
@@ -348,12 +365,14 @@ class TestCodeThatBehaves:
         door()
         assert current() == 2
         torch.cuda.set_device(1)
+        assert_no_stray()
 
-    def test_a_pool_whose_workers_choose_their_device(self):
+    def test_a_pool_whose_workers_choose_their_device(self, assert_no_stray):
         with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(3,)) as pool:
             pool.submit(lambda: None).result()
+        assert_no_stray()
 
-    def test_a_thread_chooses_for_itself(self):
+    def test_a_thread_that_chooses_its_device(self, assert_no_stray):
         seen = []
 
         def target() -> None:
@@ -368,10 +387,11 @@ class TestCodeThatBehaves:
         thread.start()
         thread.join()
         assert seen == [2]
+        assert_no_stray()
 
 
 class TestAnExplicitContext:
-    def test_is_not_disturbed_by_a_repair(self, library):
+    def test_a_repair_does_not_move_the_device_of_an_explicit_context(self, library):
         with guard(1):
             library.clobber(0)
             with torch.cuda.device(2):
@@ -383,7 +403,7 @@ class TestAnExplicitContext:
         assert found() == [REPAIRED]
 
 
-def test_asking_is_no_door(library):
+def test_reading_the_owner_and_the_status_repairs_nothing(library):
     with guard(1, mode="error"):
         library.clobber()
         assert devguard.owner() == torch.device("cuda:1")
@@ -393,7 +413,7 @@ def test_asking_is_no_door(library):
         assert devguard.status()["doors"]["set_device"]["pending"] == 0
 
 
-def test_the_program_itself_chooses_and_its_libraries_do_not(tmp_path):
+def test_the_program_may_change_the_device_and_its_libraries_may_not(tmp_path):
     (tmp_path / "somelib.py").write_text(textwrap.dedent(LIBRARY))
     program = tmp_path / "program.py"
     program.write_text(
@@ -472,7 +492,7 @@ def movers() -> dict[str, Callable[..., Any]]:
     return {name: getattr(torch._C, name) for name in set_device.MOVERS if hasattr(torch._C, name)}
 
 
-def test_uninstall_puts_back_exactly_what_was_there(library):
+def test_uninstall_restores_exactly_the_originals(library):
     before = movers()
     with guard(1):
         assert all(movers()[name] is not before[name] for name in before)
@@ -485,10 +505,10 @@ def test_uninstall_puts_back_exactly_what_was_there(library):
     assert found() == []
 
 
-def test_a_torch_without_the_function_is_named(monkeypatch):
+def test_a_torch_without_the_function_is_a_problem_in_the_status(monkeypatch):
     monkeypatch.delattr(torch._C, "_cuda_setDevice")
     devguard.install(device="cpu")
     row = devguard.status()["doors"]["set_device"]
     devguard.uninstall()
     assert not row["open"]
-    assert "_cuda_setDevice is not in torch" in row["problem"]
+    assert "_cuda_setDevice: torch" in row["problem"]

@@ -1,11 +1,9 @@
-"""The door ``streams`` on real devices: streams and events made for a device that is not the owner's."""
+"""The door ``streams`` on simulated GPUs: streams and events on a device other than the owner's."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 import devguard
 from devguard import guard
 from devguard.reporting.journal import journal
-from tests.helpers.simulated import ROOT
+from tests.helpers.programs import run_child
 
 KINDS = (torch.cuda.Stream, torch.cuda.ExternalStream, torch.cuda.Event)
 
@@ -41,23 +39,23 @@ class TestAStreamOfAnotherDevice:
     def make(self, how: str) -> Any:
         return WAYS[how]() if how in WAYS else under_device_2(torch.cuda.Stream)
 
-    def test_unguarded_nobody_says_a_word(self, how):
+    def test_unguarded_the_stream_is_made_there_and_not_recorded(self, how):
         assert self.make(how).device.index == 2
         assert devguard.strays() == ()
 
-    def test_is_recorded_and_stays_where_the_program_put_it(self, how):
+    def test_guarded_the_stream_is_made_there_and_recorded(self, how):
         with guard(1):
             assert self.make(how).device.index == 2
         assert found() == [("cuda:2", "observed" if how == "current" else "kept", 1)]
         (stray,) = (s for s in journal.strays() if s.door == "streams")
         assert stray.site.file == __file__
 
-    def test_is_refused_before_it_exists_in_mode_error(self, how):
+    def test_error_mode_refuses_before_the_stream_is_made(self, how):
         with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match="cuda:2, but this scope owns"):
             self.make(how)
         assert found() == [("cuda:2", "refused", 1)]
 
-    def test_is_silent_in_mode_off_unguarded_and_where_it_is_allowed(self, how):
+    def test_off_unguarded_and_allowed_record_nothing(self, how):
         with guard(1, mode="off"):
             self.make(how)
         with guard(1), devguard.unguarded():
@@ -69,7 +67,7 @@ class TestAStreamOfAnotherDevice:
         assert found() == []
 
 
-def test_a_chosen_current_device_warns_once_in_mode_warn():
+def test_warn_mode_warns_once_for_a_chosen_current_device():
     with guard(1, doors={"streams": "warn"}), pytest.warns(devguard.StrayDeviceWarning) as caught:
         for _ in range(2):
             under_device_2(torch.cuda.Stream)
@@ -81,7 +79,7 @@ def test_a_chosen_current_device_warns_once_in_mode_warn():
 LOST = """
 import json, _thread, threading, torch, devguard, sys
 ctx = lambda: [device.index for device in devguard.contexts()]
-said = lambda: [[s.source, s.target, s.action, s.count] for s in devguard.strays() if s.door == "streams"]
+rows = lambda: [[s.source, s.target, s.action, s.count] for s in devguard.strays() if s.door == "streams"]
 def lost(work):
     got, ended = [], threading.Lock()
     ended.acquire()
@@ -96,10 +94,8 @@ devguard.install(mode=sys.argv[1], device=1)
 
 
 def lost(code: str, mode: str = "repair", prelude: str = LOST) -> Any:
-    command = [sys.executable, "-W", "error::UserWarning", "-c", prelude + code, mode]
-    done = subprocess.run(command, capture_output=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    return json.loads(done.stdout)
+    """Run `code` in a fresh process that owns cuda:1; return the JSON that it prints."""
+    return json.loads(run_child(code, prelude=prelude, arguments=[mode], options=["-W", "error::UserWarning"]))
 
 
 MAKERS = {
@@ -113,17 +109,17 @@ MAKERS = {
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
 class TestOnAThreadThatHasChosenNoDevice:
-    CODE = "pointer = torch.cuda.Stream(1).cuda_stream\nprint(json.dumps([lost(lambda: {}), ctx(), said()]))"
+    CODE = "pointer = torch.cuda.Stream(1).cuda_stream\nprint(json.dumps([lost(lambda: {}), ctx(), rows()]))"
 
-    def test_unguarded_it_opens_device_0(self, make):
+    def test_unguarded_the_object_is_made_on_device_0(self, make):
         code = self.CODE.replace("ctx()", "0 in ctx()").format(make)
         unguarded = LOST.replace("devguard.install", "torch.cuda.set_device(1); (lambda **_: 0)")
-        assert lost(code, prelude=unguarded) == [0, "External" not in make, []]  # that one is only a name
+        assert lost(code, prelude=unguarded) == [0, "External" not in make, []]  # an external stream makes nothing
 
-    def test_it_is_made_on_the_owner(self, make):
+    def test_guarded_the_object_is_made_on_the_owner(self, make):
         assert lost(self.CODE.format(make)) == [1, [1], [["cuda:0", "cuda:1", "repaired", 1]]]
 
-    def test_the_other_modes(self, make):
+    def test_observe_records_error_refuses_and_off_ignores(self, make):
         index, contexts, strays = lost(self.CODE.format(make), "observe")
         assert (index, 0 in contexts) == (0, "External" not in make)
         assert strays == [["cuda:0", "cuda:0", "observed", 1]]
@@ -134,7 +130,7 @@ class TestOnAThreadThatHasChosenNoDevice:
         ]
         assert lost(self.CODE.format(make), "off")[::2] == [0, []]
 
-    def test_device_0_is_left_alone_once_it_holds_a_context(self, make):
+    def test_device_0_is_used_if_it_has_a_context(self, make):
         opened = (
             "import ctypes; ctypes.CDLL('libcuda.so.1').cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), 0)"
         )
@@ -143,24 +139,24 @@ class TestOnAThreadThatHasChosenNoDevice:
         assert strays == [["cuda:0", "cuda:0", "observed", 1]] or "Event" in make
 
 
-def test_the_first_stream_of_the_process_is_no_exception():
-    """torch then asks the current device for its range of priorities, which opens it."""
-    code = f"torch.cuda.init()\nprint(json.dumps([lost(lambda: {MAKERS['an event']}), ctx(), len(said())]))"
+def test_the_first_stream_of_the_process_is_made_on_the_owner_too():
+    """For the first stream torch queries the current device's range of priorities, which opens that device."""
+    code = f"torch.cuda.init()\nprint(json.dumps([lost(lambda: {MAKERS['an event']}), ctx(), len(rows())]))"
     assert lost(code) == [1, [1], 1]
 
 
-def test_an_event_that_goes_to_a_stream_of_the_owner_is_no_stray():
+def test_an_event_that_is_recorded_on_a_stream_of_the_owner_is_no_stray():
     code = (
         "stream = torch.cuda.Stream(1)\n"
         "def work():\n"
         "    event = torch.cuda.Event(); event.record(stream); return [event.device.index, event.query()]\n"
-        "print(json.dumps([lost(work), ctx(), said()]))"
+        "print(json.dumps([lost(work), ctx(), rows()]))"
     )
     assert lost(code, "error") == [[1, True], [1], []]
 
 
 class TestExternalStreams:
-    def test_are_seen_once_by_the_device_that_is_named_or_current(self):
+    def test_an_external_stream_is_recorded_once_with_the_named_or_current_device(self):
         pointer = torch.cuda.Stream(2).cuda_stream
         with guard(1):
             assert torch.cuda.ExternalStream(pointer, 2).device.index == 2
@@ -171,14 +167,14 @@ class TestExternalStreams:
 
 
 class TestEvents:
-    def test_made_while_another_device_is_current_are_recorded_or_refused(self):
+    def test_an_event_made_while_another_device_is_current_is_recorded_or_refused(self):
         with guard(1):
             under_device_2(lambda: torch.cuda.Event(enable_timing=True))
         with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError):
             under_device_2(torch.cuda.Event)
         assert [row[:2] for row in found()] == [("cuda:2", "observed"), ("cuda:2", "refused")]
 
-    def test_that_torch_makes_for_a_stream_of_the_owner_are_none(self):
+    def test_an_event_that_torch_makes_for_a_stream_of_the_owner_is_no_stray(self):
         with guard(1, doors={"streams": "error"}):
             stream, side = torch.cuda.Stream(), torch.cuda.Stream()
             with torch.cuda.device(2):
@@ -188,7 +184,7 @@ class TestEvents:
 
 
 class TestWellBehavedPrograms:
-    def test_on_the_owner_nothing_is_recorded(self):
+    def test_streams_and_events_on_the_owner_are_not_recorded(self):
         with guard(1, mode="error"):
             for device in (None, 1, -1, "cuda:1", "cuda", torch.device("cuda")):
                 assert torch.cuda.Stream(device).device.index == 1
@@ -199,14 +195,14 @@ class TestWellBehavedPrograms:
             event.synchronize()
         assert found() == []
 
-    def test_looking_at_streams_of_any_device_is_no_making(self):
+    def test_current_and_default_streams_of_any_device_are_no_strays(self):
         with guard(1, mode="error"):
             for index in range(torch.cuda.device_count()):
                 assert torch.cuda.current_stream(index).device.index == index
                 assert torch.cuda.default_stream(f"cuda:{index}").device.index == index
         assert found() == []
 
-    def test_torchs_own_errors_stay(self):
+    def test_torchs_own_errors_are_raised(self):
         with guard(1, mode="error"):
             with pytest.raises((RuntimeError, ValueError)):
                 torch.cuda.Stream("cpu")
@@ -217,7 +213,7 @@ class TestWellBehavedPrograms:
             with pytest.raises(RuntimeError):
                 torch.cuda.Stream("nonsense")
 
-    def test_subclasses_made_before_and_after(self):
+    def test_subclasses_from_before_and_after_the_door_opened_work(self):
         class Before(torch.cuda.Stream):
             def __new__(cls, tag: str, **options: Any) -> Any:
                 made = super().__new__(cls, **options)
@@ -254,17 +250,15 @@ class TestWellBehavedPrograms:
 
 
 class TestTheCpuOwner:
-    def test_is_refused_before_cuda_is_initialised(self):
+    def test_error_mode_refuses_a_stream_before_cuda_is_initialised(self):
         code = (
-            "import torch, devguard\n"
             "with devguard.guard('cpu', mode='error'):\n"
             "    torch.cuda.Event()\n"
             "    for make in (torch.cuda.Stream, lambda: torch.cuda.Stream(1)):\n"
             "        try: make()\n"
             "        except devguard.StrayDeviceError: print(torch.cuda.is_initialized(), devguard.contexts())\n"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, check=False)
-        assert done.stdout.decode().splitlines() == ["False ()", "False ()"], done.stderr.decode()
+        assert run_child(code).splitlines() == ["False ()", "False ()"]
 
 
 def test_names_and_signatures_are_torchs():
@@ -276,7 +270,7 @@ def test_names_and_signatures_are_torchs():
             assert inspect.signature(kind) == signature
 
 
-def test_uninstall_puts_back_exactly_what_was_there():
+def test_uninstall_restores_exactly_the_originals():
     before = [vars(kind)["__new__"] for kind in KINDS]
     record = vars(torch.cuda.Event)["record"]
     with guard(1):
@@ -291,10 +285,10 @@ def test_uninstall_puts_back_exactly_what_was_there():
     assert found() == []
 
 
-def test_a_torch_without_the_class_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "Event", type("Event", (), {}))
+def test_a_torch_without_the_method_is_a_problem_in_the_status(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", type("Event", (), {"__module__": torch.cuda.Event.__module__}))
     with guard(1):
         row = devguard.status()["doors"]["streams"]
     assert not row["open"]
-    assert "Event.__new__ is not in torch" in row["problem"]
+    assert "Event.__new__: torch" in row["problem"]
     assert isinstance(vars(torch.cuda.Stream)["__new__"], staticmethod)

@@ -1,17 +1,15 @@
-"""The door ``triton`` on real devices, with a stand-in of Triton's shape; tests/real_triton.py takes the real one."""
+"""The door ``triton`` on simulated GPUs, with a stand-in for Triton; tests/real_triton.py uses the real one."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers import triton_stand_in
-from tests.helpers.simulated import ROOT
+from tests.helpers.programs import run_child
 
 PRELUDE = """
 import json, sys
@@ -31,23 +29,16 @@ kernel = JITFunction(lambda *args, **kwargs: "result")
 
 @pytest.fixture
 def stand_in(tmp_path) -> Path:
-    """A folder with a package ``triton``, at a path as an installed one has it."""
+    """Write a package ``triton`` under ``site-packages``; return the folder to put on ``sys.path``."""
     return triton_stand_in.write(tmp_path)
 
 
 def child(code: str, folder: Path, mode: str = "repair", prelude: str = PRELUDE) -> Any:
-    """Run `code` in a fresh process on the same simulated GPUs; what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", prelude + code, str(folder), mode],
-        capture_output=True,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    return json.loads(done.stdout)
+    """Run `code` in a fresh process; return the JSON that it prints."""
+    return json.loads(run_child(code, prelude=prelude, arguments=[str(folder), mode], options=["-W", "error"]))
 
 
-# Each launch: the device that is current, those of the arguments, and how they are passed.
+# Each launch: the current device, the devices of the arguments, and how the arguments are passed.
 LAUNCHES = """
 import warnings
 warnings.simplefilter("always")
@@ -111,14 +102,14 @@ EXPECTED: dict[str, dict[str, list[Any]]] = {
 
 
 @pytest.mark.parametrize("mode", EXPECTED)
-def test_where_a_launch_goes(mode, stand_in):
+def test_each_launch_follows_the_mode(mode, stand_in):
     got = child(LAUNCHES, stand_in, mode)
     assert got["own"] == ["result", [1], []]
     assert got["none"] == ["result", [2], []]
     assert {what: got[what] for what in EXPECTED[mode]} == EXPECTED[mode]
 
 
-def test_a_tuner_times_on_the_owner_and_strays_once_through_every_wrapper(stand_in):
+def test_a_tuner_times_on_the_owner_and_each_launch_is_recorded_once_through_every_wrapper(stand_in):
     code = """
 out = []
 for mode in ("repair", "observe"):
@@ -143,9 +134,9 @@ print(json.dumps(out))
     ]
 
 
-def test_an_error_of_the_kernel_gives_the_device_back(stand_in):
+def test_after_an_error_in_the_kernel_the_device_is_given_back(stand_in):
     code = """
-def fails(*args): raise ValueError("mine")
+def fails(*args): raise ValueError("from the kernel")
 kernel.fn = fails
 with devguard.guard(1), torch.cuda.device(2):
     for _ in range(2):
@@ -154,11 +145,11 @@ with devguard.guard(1), torch.cuda.device(2):
     current = torch.cuda.current_device()
 print(json.dumps([last, current, kernel.launched]))
 """
-    assert child(code, stand_in) == ["mine", 2, [1, 1]]
+    assert child(code, stand_in) == ["from the kernel", 2, [1, 1]]
 
 
 def test_the_launch_opens_no_context_on_the_current_device(stand_in):
-    # a fresh thread starts on device 0, and setting another device would open a context there
+    # A new thread starts on device 0, where restoring the device after the launch must not open a context.
     code = """
 import _thread
 done = _thread.allocate_lock(); done.acquire()
@@ -175,7 +166,7 @@ print(json.dumps([found, kernel.launched]))
     assert child(code, stand_in) == [[[1]], [1]]
 
 
-def test_unguarded_and_allowed_are_left_alone(stand_in):
+def test_unguarded_and_allowed_launches_are_left_alone(stand_in):
     code = """
 with devguard.guard(1), devguard.unguarded(), torch.cuda.device(2):
     kernel[(1,)](make(1), make(0))
@@ -214,7 +205,7 @@ print(json.dumps(kernel.launched))
     assert child(code, stand_in, prelude=closed) == [1]
 
 
-def test_a_triton_of_another_shape_is_a_problem_in_the_status(stand_in):
+def test_a_triton_without_a_known_function_is_a_problem_in_the_status(stand_in):
     (stand_in / "triton" / "runtime" / "autotuner.py").write_text("class Autotuner: pass\n")
     code = 'print(json.dumps(devguard.status()["doors"]["triton"]))'
     row = child(code, stand_in)

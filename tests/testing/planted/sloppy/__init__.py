@@ -1,14 +1,14 @@
-"""A library that chooses devices by itself."""
+"""A library that selects a device and does not restore it, and decodes data with device tags."""
 
 import torch
 
 
 def warm_up():
-    torch.cuda.set_device(3)  # strays: test_a_library_leaves_its_device, test_it_fails_by_itself_and_strays
+    torch.cuda.set_device(3)  # strays: test_a_library_leaves_its_device, test_it_fails_anyway_and_strays
 
 
 def tidy():
-    """Chooses a device for a while, as it should."""
+    """Select a device for a while, and restore the previous one."""
     before = torch.cuda.current_device()
     torch.cuda.set_device(before)
 

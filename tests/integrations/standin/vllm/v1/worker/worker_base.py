@@ -1,10 +1,10 @@
-"""A stand-in for vLLM's workers: in which order plugins are loaded, the worker is made, and its device is chosen."""
+"""A stand-in for vLLM's workers: it loads plugins, makes the worker and chooses its device in vLLM's order."""
 
 import torch
 
 
 class Worker:
-    """As vllm.v1.worker.gpu_worker.Worker, which shifts its local rank by its data-parallel rank."""
+    """Like vllm.v1.worker.gpu_worker.Worker, which shifts its local rank by its data-parallel rank."""
 
     def __init__(self, local_rank, rank, shift):
         self.local_rank, self.rank, self.shift = local_rank, rank, shift
@@ -16,7 +16,7 @@ class Worker:
 
 
 class WorkerWrapperBase:
-    """As vllm.v1.worker.worker_base.WorkerWrapperBase."""
+    """Like vllm.v1.worker.worker_base.WorkerWrapperBase."""
 
     def __init__(self, rpc_rank=0):
         self.rpc_rank = rpc_rank

@@ -1,0 +1,45 @@
+"""Finding a program on PATH, and replacing this process with it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from devguard.cli import program
+
+
+def test_a_program_on_path_is_found() -> None:
+    assert program.find("run", "sh") == shutil.which("sh")
+
+
+def test_a_missing_program_is_reported_under_the_name_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.find("sim", "no-such-program") is None
+    assert capsys.readouterr().err == "devguard sim: there is no program 'no-such-program' on PATH\n"
+
+
+def test_a_program_that_cannot_be_run_has_the_exit_status_of_a_shell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text"
+    text.write_text("no program")
+    assert program.become("run", str(text), [str(text)], {}) == program.NOT_RUNNABLE == 126
+    assert capsys.readouterr().err == f"devguard run: {text} cannot be run: Permission denied\n"
+
+
+def test_become_replaces_the_process_and_flushes_its_output() -> None:
+    code = """
+import os
+from devguard.cli import program
+print("before", os.getpid())
+program.become("run", "/bin/sh", ["sh", "-c", "echo $WORD $$; exit 5"], {"WORD": "after"})
+"""
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    before, after = (line.split() for line in done.stdout.splitlines())
+    assert (done.returncode, before[0], after[0]) == (5, "before", "after")
+    assert before[1] == after[1]

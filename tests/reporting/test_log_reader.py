@@ -1,0 +1,83 @@
+"""Reading a folder of logs: rows of many processes, merged per call site."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devguard import ConfigError
+from devguard.reporting import log_reader
+
+
+def row(number: int, pid: int = 1, line: int = 43, **changes: Any) -> dict[str, Any]:
+    found = {
+        "stray": number,
+        "door": "load",
+        "action": "repaired",
+        "source": "cuda:0",
+        "target": "cuda:1",
+        "count": 1,
+        "bytes": 8,
+        "pid": pid,
+        "site": {"file": "server.py", "line": line, "function": "receive"},
+        "via": None,
+        "note": None,
+    }
+    return found | changes
+
+
+def write(folder: Path, pid: int, *lines: Any) -> None:
+    first = {"process": {"pid": pid, "host": "node7", "command": "serve", "RANK": "3"}}
+    text = [json.dumps(first), *(line if isinstance(line, str) else json.dumps(line) for line in lines)]
+    (folder / f"{pid}.jsonl").write_text("\n".join(text) + "\n")
+
+
+def test_the_last_line_of_a_row_counts(tmp_path: Path) -> None:
+    write(tmp_path, 1, row(0), row(0, count=5, bytes=40))
+    _, (site,), _ = log_reader.read(tmp_path)
+    assert (site.count, site.bytes) == (5, 40)
+
+
+def test_the_rows_of_one_call_site_are_merged_over_all_processes(tmp_path: Path) -> None:
+    write(tmp_path, 1, row(0, pid=1, count=2), row(1, pid=1, line=99, bytes=100))
+    write(tmp_path, 2, row(0, pid=2, count=3, target="cuda:2"))
+    processes, (largest, merged), damaged = log_reader.read(tmp_path)
+    assert [process.pid for process in processes] == [1, 2]
+    assert (largest.line, largest.bytes) == (99, 100)
+    assert (merged.line, merged.count, merged.bytes, merged.processes) == (43, 5, 16, [1, 2])
+    assert merged.devices == ["cuda:0 -> cuda:1", "cuda:0 -> cuda:2"]
+    assert merged.as_dict()["processes"] == [1, 2]
+    assert damaged == []
+
+
+def test_a_stray_that_was_left_alone_names_one_device(tmp_path: Path) -> None:
+    write(tmp_path, 1, row(0, action="observed", target="cuda:0", site=None))
+    _, (site,), _ = log_reader.read(tmp_path)
+    assert (site.devices, site.file, site.line) == (["cuda:0"], "", 0)
+
+
+def test_a_process_without_a_last_line_has_not_ended(tmp_path: Path) -> None:
+    end = {"end": {"process_owner": None, "owned": ["cuda:1"], "contexts": ["cuda:0", "cuda:1"]}}
+    write(tmp_path, 1, end)
+    write(tmp_path, 2)
+    (ended, running), _, _ = log_reader.read(tmp_path)
+    assert (ended.ended, ended.owner, ended.contexts) == (True, "cuda:1", ["cuda:0", "cuda:1"])
+    assert (running.ended, running.owner, running.contexts) == (False, None, [])
+    assert (running.host, running.command, running.rank) == ("node7", "serve", "3")
+
+
+def test_damaged_lines_are_named_and_the_others_are_read(tmp_path: Path) -> None:
+    write(tmp_path, 1, '{"stray": 0, "do', "", "[1]", row(0))
+    _, sites, damaged = log_reader.read(tmp_path)
+    assert damaged == ["1.jsonl:2", "1.jsonl:4"]
+    assert len(sites) == 1
+
+
+def test_a_folder_without_logs_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a folder"):
+        log_reader.read(tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"holds no journal.*devguard run --log"):
+        log_reader.read(tmp_path)

@@ -1,0 +1,69 @@
+"""The hook that torch calls at the end of its import; tests/process/test_environment.py runs it in real imports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import devguard
+from devguard import autoload, integrations
+from devguard.ownership.process import process
+
+pytestmark = pytest.mark.usefixtures("clean")
+
+
+@pytest.fixture(autouse=True)
+def armed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The calls of `integrations.arm`, which waits for no framework here."""
+    calls: list[str] = []
+    monkeypatch.setattr(integrations, "arm", lambda: calls.append("arm"))
+    before = process.problem
+    yield calls
+    process.problem = before
+
+
+def is_open() -> bool:
+    return any(row["open"] for row in devguard.status()["doors"].values())
+
+
+def test_without_devguard_set_it_does_nothing(armed: list[str]) -> None:
+    autoload.activate()
+    assert not is_open()
+    assert armed == []
+
+
+def test_a_mode_activates_devguard_and_then_arms_the_integrations(
+    armed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEVGUARD", "repair")
+    monkeypatch.setenv("DEVGUARD_DEVICE", "cpu")
+    autoload.activate()
+    assert devguard.status()["process_owner"] == "cpu"
+    assert armed == ["arm"]
+
+
+def test_off_arms_nothing(armed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEVGUARD", "off")
+    autoload.activate()
+    assert armed == []
+
+
+def test_an_invalid_value_is_a_warning_and_a_problem_in_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEVGUARD", "loud")
+    with pytest.warns(RuntimeWarning, match="devguard is off in this process, although DEVGUARD='loud'"):
+        autoload.activate()
+    assert "'loud' is not a mode" in devguard.status()["problem"]
+    assert not is_open()
+
+
+def test_an_error_while_arming_closes_the_doors_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Any:
+        raise LookupError("no such module")
+
+    monkeypatch.setattr(integrations, "arm", fail)
+    monkeypatch.setenv("DEVGUARD", "repair")
+    with pytest.warns(RuntimeWarning, match="LookupError: no such module"):
+        autoload.activate()
+    assert not is_open()
