@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 from devguard.activation import environment
 from devguard.activation.environment import Settings
-from devguard.activation.install import BY_ENVIRONMENT, INSTALLED, lock, uninstall
+from devguard.activation.install import lock, uninstall
 from devguard.doors import table
 from devguard.ownership import adoption
 from devguard.ownership.adoption import Adoption
 from devguard.ownership.owner import Owner, owner_of_index
-from devguard.ownership.process import process
+from devguard.ownership.process import BY_ENVIRONMENT, INSTALLED, process
 from devguard.ownership.resolve import has_local_siblings, owner_from_environment
 from devguard.support import accelerator, process_exit
 
@@ -68,14 +68,13 @@ def _adopt(settings: Settings, environ: Mapping[str, str], child: bool | None = 
     if child is None:
         # The launcher's variables describe the parent of a child, and a child does not inherit an owner.
         child = adoption.is_child()
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    owner, source, firm, pin = None, "nothing yet", False, False
     if settings.owner is not None:
         owner, _ = owner_from_environment(environ)  # also checks that it is one device for one process
         _check_visible(owner)
-        process.own(owner, Adoption(process, "DEVGUARD_DEVICE", firm=not child, pin=not child, several=several))
-        return
-    visible = environ.get("CUDA_VISIBLE_DEVICES", "").strip()
-    owner, source, firm, pin = None, "nothing yet", False, False
-    if accelerator.device_count() == 0:
+        source, firm, pin = "DEVGUARD_DEVICE", not child, not child
+    elif accelerator.device_count() == 0:
         source = "no GPU is visible"
     elif visible and "," not in visible and visible != "-1":
         owner, source, firm = owner_of_index(0), "CUDA_VISIBLE_DEVICES", True

@@ -17,22 +17,18 @@ from devguard.modes import DEFAULT_MODE, DoorMode, Mode
 from devguard.ownership import in_force
 from devguard.ownership.owner import Owner, parse_owner
 from devguard.ownership.prepare import forget, prepare
-from devguard.ownership.process import process
+from devguard.ownership.process import INSTALLED, process
 from devguard.ownership.resolve import owner_from_environment, owner_not_found
 from devguard.ownership.stack import local
 from devguard.reporting import allowlist
 from devguard.support import accelerator
 from devguard.support.installed_torch import import_torch
 
-__all__ = ["assign", "BY_ENVIRONMENT", "install", "INSTALLED", "lock", "on_uninstall", "uninstall"]
+__all__ = ["assign", "install", "lock", "on_uninstall", "uninstall"]
 
 lock = threading.RLock()  # reentrant, because importing torch inside it may activate devguard
 
 _undo: dict[Callable[[], list[str]], None] = {}  # called first by `uninstall`
-
-# Sources of the settings of the process.
-INSTALLED = "install"
-BY_ENVIRONMENT = "environment"
 
 
 def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str, DoorMode] | None = None) -> None:

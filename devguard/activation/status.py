@@ -10,8 +10,8 @@ from devguard import modes
 from devguard._version import __version__
 from devguard.doors import table
 from devguard.ownership import in_force
-from devguard.ownership.owner import owned_tags
 from devguard.ownership.process import process
+from devguard.reporting import process_state
 from devguard.reporting.journal import journal
 from devguard.reporting.stray import Stray
 from devguard.support import accelerator
@@ -70,7 +70,6 @@ def status() -> dict[str, Any]:
         ``mode``, problems, copies taken before it opened), ``strays`` (total), ``strays_not_kept``.
     """
     torch = sys.modules.get("torch")
-    owned_by = in_force.owner()
     table.look("when status() was called")
     rows = table.status()
     for name, row in rows.items():
@@ -81,16 +80,9 @@ def status() -> dict[str, Any]:
         "pid": os.getpid(),
         "torch": getattr(torch, "__version__", None),
         "killed": modes.is_killed(),
-        "mode": in_force.mode_of(""),
-        "owner": owned_by and owned_by.tag,
-        "process_owner": process.owner and process.owner.tag,
+        **process_state.describe(),
         "problem": process.problem,
         "log": journal.log and journal.log.where,
-        "said_by": process.source or None,
         "adoption": process.adoption and process.adoption.as_dict(),
-        "owned": owned_tags(),
-        "contexts": [f"cuda:{index}" for index in accelerator.contexts()],
         "doors": rows,
-        "strays": journal.total,
-        "strays_not_kept": journal.dropped,
     }

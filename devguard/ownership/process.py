@@ -10,7 +10,22 @@ from devguard.ownership.owner import INTERNED, Owner
 from devguard.ownership.prepare import forget
 from devguard.ownership.stack import local, stacks
 
-__all__ = ["disown", "forget_past_owners", "on_owner", "Process", "process", "unguarded_contexts"]
+__all__ = [
+    "BY_ENVIRONMENT",
+    "BY_PARENT",
+    "disown",
+    "forget_past_owners",
+    "INSTALLED",
+    "on_owner",
+    "Process",
+    "process",
+    "unguarded_contexts",
+]
+
+# Sources of the settings of the process, besides the roles that integrations know.
+INSTALLED = "install"
+BY_ENVIRONMENT = "environment"
+BY_PARENT = "parent"
 
 # Called with the next owner of the process, before the change and after it.
 on_owner: list[Callable[[Owner | None], None]] = []
@@ -20,7 +35,7 @@ class Process:
     """The owner and the modes that apply where no scope is in force.
 
     ``devguard.install``, the environment, a parent process or an integration sets them. Read the attributes; change
-    them through the methods, each of which starts one new era.
+    them through the methods. A change of the owner or of the modes starts a new era.
 
     Attributes
     ----------
@@ -31,8 +46,7 @@ class Process:
     doors : mapping of str to str
         The mode of single doors.
     source : str
-        Where the settings come from: ``"install"``, ``"environment"``, ``"parent"``, or the role that an integration
-        knows.
+        Where the settings come from: `INSTALLED`, `BY_ENVIRONMENT`, `BY_PARENT`, or the role that an integration knows.
     adoption : Adoption or None
         How the environment found the owner; None if it was named.
     restart : callable or None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from devguard.errors import ConfigError
@@ -82,9 +82,9 @@ def is_empty() -> bool:
     return not _allowed
 
 
-def are_allowed(tags: Iterable[str]) -> bool:
-    """Return whether the code that runs now may use each of these devices."""
-    return bool(_allowed) and all(map(is_allowed, tags))
+def are_allowed(tags: str) -> bool:
+    """Return whether the code that runs now may use each of these devices, which commas separate."""
+    return bool(_allowed) and all(map(is_allowed, tags.split(",")))
 
 
 def is_allowed(tag: str, module: str | None = None) -> bool:

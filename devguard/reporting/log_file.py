@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from devguard._version import __version__
-from devguard.ownership import in_force
-from devguard.ownership.owner import owned_tags
-from devguard.ownership.process import process
+from devguard.reporting import process_state
 from devguard.reporting.journal import journal
 from devguard.reporting.rows import Key, Row, format_row
-from devguard.support import accelerator, process_exit
+from devguard.support import process_exit
 from devguard.support.notices import warn_user
 
 __all__ = ["start", "SUFFIX"]
@@ -122,7 +120,7 @@ class _Log:
         end: dict[str, Any] | None = None
         try:
             self._last_look("at the end of the process")  # may find a last stray
-            end = _final_state()
+            end = {"time": time.time(), **process_state.describe()}
         finally:
             journal.detach_log()
             if end is not None:
@@ -135,22 +133,6 @@ class _Log:
 def _command() -> str:
     """Return the command line of the interpreter, which `multiprocessing` children have as well."""
     return " ".join(getattr(sys, "orig_argv", sys.argv))
-
-
-def _final_state() -> dict[str, Any]:
-    """Return the state of this process at its end."""
-    owner = in_force.owner()
-    return {
-        "time": time.time(),
-        "owner": owner and owner.tag,
-        "process_owner": process.owner and process.owner.tag,
-        "said_by": process.source or None,
-        "mode": in_force.mode_of(""),
-        "owned": owned_tags(),
-        "contexts": [f"cuda:{index}" for index in accelerator.contexts()],
-        "strays": journal.total,
-        "strays_not_kept": journal.dropped,
-    }
 
 
 def start(folder: Path, last_look: Callable[[str], None]) -> None:

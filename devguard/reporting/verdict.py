@@ -190,7 +190,7 @@ def _judge_first(
 ) -> tuple[bool, Row | None]:
     """Decide about a stray that has no verdict yet; return whether to repair it, and its row in the journal."""
     mode = judged.mode_of(occurrence.door)
-    if mode == "off" or allowlist.are_allowed(occurrence.source.split(",")):
+    if mode == "off" or allowlist.are_allowed(occurrence.source):
         return False, None
     if mode == "error" and places and not in_force.is_named(occurrence.door):
         mode = "repair"
@@ -231,7 +231,7 @@ def obey(door: str, tag: str, owner: Owner, nbytes: int = 0, start: FrameType | 
         In mode ``error``.
     """
     mode = in_force.mode_of(door)
-    if mode == "off" or (not allowlist.is_empty() and allowlist.are_allowed(tag.split(","))):
+    if mode == "off" or allowlist.are_allowed(tag):
         return
     occurrence = Occurrence(door, tag, owner.tag, nbytes, sys._getframe(1) if start is None else start)
     if mode == "error":

@@ -153,10 +153,9 @@ def can_access_peer(index: int, peer: int) -> bool:
 
 def driver_is_initialized() -> bool:
     """Return whether the CUDA driver is initialised in this process, by torch or by a library; initialises nothing."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-    except OSError:
-        return is_initialized()  # no driver is loaded, or it has another name (ROCm)
+    driver = _loaded_driver()
+    if driver is None:
+        return is_initialized()
     count = ctypes.c_int()
     status: int = driver.cuDeviceGetCount(ctypes.byref(count))
     return status != _CUDA_ERROR_NOT_INITIALIZED
@@ -167,16 +166,22 @@ def bound_device() -> int | None:
 
     The query (``cuCtxGetDevice``) opens nothing. ROCm's driver has another name and is not queried.
     """
-    if not _driver:
+    driver = _loaded_driver()
+    device = ctypes.c_int()
+    return None if driver is None or driver.cuCtxGetDevice(ctypes.byref(device)) else device.value
+
+
+_found: list[ctypes.CDLL] = []  # the driver, which stays loaded
+
+
+def _loaded_driver() -> ctypes.CDLL | None:
+    """Return the CUDA driver; None if this process has not loaded it, or if it has another name (ROCm)."""
+    if not _found:
         try:
-            _driver.append(ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW))
+            _found.append(ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW))
         except OSError:
             return None
-    device = ctypes.c_int()
-    return None if _driver[0].cuCtxGetDevice(ctypes.byref(device)) else device.value
-
-
-_driver: list[ctypes.CDLL] = []  # the driver, once it is loaded
+    return _found[0]
 
 
 def is_initialized() -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,32 +28,6 @@ DTYPES = [
 # without devguard too.
 ZIP_ONLY = [torch.float8_e4m3fn, torch.float8_e5m2]
 ZIP_DTYPES = [*DTYPES, *ZIP_ONLY]
-
-
-@contextlib.contextmanager
-def tagged(tag: str) -> Iterator[None]:
-    """Write the device tag `tag` for CPU storages that are saved inside this block."""
-    registry = torch.serialization._package_registry
-    row = (1, lambda storage: tag if storage.device.type == "cpu" else None, lambda storage, location: None)
-    registry.insert(0, row)
-    try:
-        yield
-    finally:
-        registry[:] = [other for other in registry if other is not row]
-
-
-class Nested:
-    """An object that unpickles something else while it is being unpickled."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"data": self.data}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.data = state["data"]
-        self.value = pickle.loads(self.data)
 
 
 class Failing:

@@ -23,7 +23,7 @@ from devguard.modes import DEFAULT_MODE, DoorMode
 from devguard.ownership import in_force
 from devguard.ownership.owner import CPU
 from devguard.ownership.prepare import prepare
-from devguard.ownership.process import disown, process
+from devguard.ownership.process import BY_ENVIRONMENT, BY_PARENT, INSTALLED, disown, process
 from devguard.ownership.stack import local
 from devguard.reporting import allowlist
 from devguard.support import accelerator, process_exit
@@ -179,10 +179,10 @@ def _unwrap(settings: Settings, child: Any) -> Any:
 def _take_over(settings: Settings) -> None:
     allowlist.take_over(settings.allowed)
     # Otherwise the child's own main module has set it. The parent knew what the environment sets.
-    if process.mode is None or (process.source == "environment" and settings.mode is not None):
-        process.configure(settings.mode, settings.doors, "parent")
+    if process.mode is None or (process.source == BY_ENVIRONMENT and settings.mode is not None):
+        process.configure(settings.mode, settings.doors, BY_PARENT)
         _state.taken_over = settings
-    if settings.loader and process.source != "install":
+    if settings.loader and process.source != INSTALLED:
         process.own(CPU)
         first_use.report_as(NAME)
         table.open_all()

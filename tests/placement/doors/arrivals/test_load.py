@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import devguard
 from devguard import guard
-from tests.helpers import tensors
+from tests.helpers import tagging, tensors
 from tests.helpers.programs import run_child
 
 
@@ -64,7 +64,7 @@ class TestEveryWay:
         assert line - 40 < stray.site.line <= line  # in `loads` above or here: both are user code
 
     def test_a_tag_of_a_missing_device_is_repaired(self, how, tmp_path):
-        with tensors.tagged("cuda:5"):
+        with tagging.tagged("cuda:5"):
             load = loads([torch.arange(8.0)], how, tmp_path / "x.pt")
         with pytest.raises(RuntimeError, match="CUDA device 5"):
             load()
@@ -135,7 +135,7 @@ class TestExplicitMapLocation:
 
     def test_a_map_location_holds_for_its_own_load_only_even_if_that_load_raises(self, how, tmp_path):
         inner = pickle.dumps(torch.arange(4.0).to("cuda:0"))
-        value = [torch.arange(8.0).to("cuda:0"), tensors.Nested(inner)]
+        value = [torch.arange(8.0).to("cuda:0"), tagging.Nested(inner)]
         load = loads(value, how, tmp_path / "x.pt")
         options = {"weights_only": False}
         with guard(1):

@@ -1,0 +1,37 @@
+"""The state that ``devguard.status()`` and the end of a log file share."""
+
+from __future__ import annotations
+
+import pytest
+
+import devguard
+from devguard.reporting import process_state
+from devguard.reporting.journal import journal
+from devguard.reporting.stray import Occurrence
+
+pytestmark = pytest.mark.usefixtures("clean")
+
+
+def test_it_names_the_owners_the_mode_and_the_source() -> None:
+    devguard.install("warn", "cpu")
+    state = process_state.describe()
+    assert (state["owner"], state["process_owner"], state["mode"], state["said_by"]) == (
+        "cpu",
+        "cpu",
+        "warn",
+        "install",
+    )
+    assert (state["owned"], state["contexts"]) == (["cpu"], [])
+    with devguard.unguarded():
+        assert process_state.describe()["owner"] is None
+
+
+def test_it_counts_the_strays() -> None:
+    assert process_state.describe()["strays"] == 0
+    journal.record(Occurrence("load", "cuda:0", "cuda:1"), "observed")
+    assert process_state.describe()["strays"] == 1
+
+
+def test_the_status_holds_all_of_it() -> None:
+    devguard.install("warn", "cpu")
+    assert process_state.describe().items() <= devguard.status().items()
