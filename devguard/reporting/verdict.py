@@ -239,7 +239,7 @@ def obey(door: str, tag: str, owner: Owner, nbytes: int = 0, start: FrameType | 
     _enter(occurrence, "kept")
 
 
-def refusal(occurrence: Occurrence, advice: str) -> StrayDeviceError:
+def refusal(occurrence: Occurrence, advice: str, problem: str | None = None) -> StrayDeviceError:
     """Record a stray as refused, and return the error to raise.
 
     Parameters
@@ -248,18 +248,15 @@ def refusal(occurrence: Occurrence, advice: str) -> StrayDeviceError:
         The stray, with a start or an origin.
     advice : str
         What the reader can do about it.
+    problem : str, optional
+        The stray in words; by default what was about to go where.
     """
     site, _ = _enter(occurrence, "refused")
-    verb = "were" if occurrence.nbytes else "was"
-    return StrayDeviceError(
-        f"{occurrence.door}: {occurrence.what} {verb} about to go to {occurrence.source}, but this scope owns "
-        f"{occurrence.owner}. Call site: {describe_site(site)}. {advice}"
-    )
-
-
-def describe_site(site: Frame | None) -> str:
-    """Return the call site in words, for a message."""
-    return str(Site.of(site)) if site else "no line of user code (see the stack in devguard.strays())"
+    where = str(Site.of(site)) if site else "no line of user code (see the stack in devguard.strays())"
+    if problem is None:
+        verb = "were" if occurrence.nbytes else "was"
+        problem = f"{occurrence.what} {verb} about to go to {occurrence.source}, but this scope owns {occurrence.owner}"
+    return StrayDeviceError(f"{occurrence.door}: {problem}. Call site: {where}. {advice}")
 
 
 def _enter(

@@ -18,15 +18,13 @@ from typing import Any
 
 from devguard.doors.contexts import gpu_claims, visible_devices
 from devguard.doors.contexts.visible_devices import VARIABLE
-from devguard.errors import StrayDeviceError
 from devguard.modes import DoorMode
 from devguard.ownership import in_force
 from devguard.ownership.owner import Owner, owned_tags
 from devguard.ownership.prepare import on_prepare
 from devguard.reporting.allowlist import is_allowed
-from devguard.reporting.journal import journal
 from devguard.reporting.stray import Occurrence
-from devguard.reporting.verdict import describe_site, judge_too_late
+from devguard.reporting.verdict import judge_too_late, refusal
 from devguard.support import accelerator
 
 __all__ = ["install", "status", "uninstall"]
@@ -129,11 +127,9 @@ def _check(owner: Owner, mode_of: Callable[[str], DoorMode | None]) -> None:
 def _report(owner: Owner, uuid: str, mode: DoorMode, note: str, advice: str) -> None:
     source = f"GPU-{uuid}"
     found = Occurrence(NAME, source, owner.tag, start=sys._getframe(1), note=note)
-    if mode != "error":
-        judge_too_late(found, mode)
-        return
-    where = describe_site(journal.record(found, "refused"))
-    raise StrayDeviceError(f"{NAME}: {note}. Call site: {where}. {advice}")
+    if mode == "error":
+        raise refusal(found, advice, note)
+    judge_too_late(found, mode)
 
 
 def _describe_change(owner: Owner, uuid: str) -> str | None:
