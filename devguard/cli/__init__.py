@@ -12,6 +12,7 @@ import sys
 
 from devguard._version import __version__
 from devguard.errors import DevGuardError
+from devguard.support.notices import print_error
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = parsed.run(parsed)
     except DevGuardError as error:
-        print(f"devguard {parsed.command}: {error}", file=sys.stderr)
+        print_error(f"devguard {parsed.command}: {error}")
         return 2
     except KeyboardInterrupt:
         return 130

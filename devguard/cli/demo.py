@@ -6,9 +6,10 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
+
+from devguard.support.notices import print_error
 
 __all__ = ["configure", "run"]
 
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         plot.check(arguments.plot)
     stage = launch.choose(arguments.backend, arguments.ranks, arguments.torch)
-    print(f"devguard demo: {stage.ranks} ranks on {stage.backend} GPUs ({stage.reason})", file=sys.stderr)
+    print_error(f"devguard demo: {stage.ranks} ranks on {stage.backend} GPUs ({stage.reason})")
     try:
         if stage.backend == "simulated":
             # Build what is missing now: the build shows its own progress bar.
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         with _progress() as on_stage:
             result = launch.run_both(stage, arguments.image, arguments.torch, simgpu.environment, on_stage)
     except (DemoError, SimulationError) as error:
-        print(f"devguard demo: {error}", file=sys.stderr)
+        print_error(f"devguard demo: {error}")
         return 1
     if arguments.plot is not None:
         plot.draw(result, arguments.plot)
@@ -108,7 +109,11 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda text: print(f"devguard demo: {text}", file=sys.stderr, flush=True)
+
+        def show(text: str) -> None:
+            print_error(f"devguard demo: {text}")
+
+        yield show
         return
     from devguard.demo.scenario import STAGES
 

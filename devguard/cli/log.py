@@ -50,6 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _show(processes: list[Process], merged: list[Merged], *, list_processes: bool) -> None:
     count, nbytes = sum(site.count for site in merged), sum(site.bytes for site in merged)
     print(f"{len(processes)} process(es), {count} stray(s) at {len(merged)} call site(s), {_format_size(nbytes)}")
+    for process in processes:
+        for text in process.alerts:
+            print(f"pid {process.pid}: {text}")
     for site in merged:
         where = f"{site.file}:{site.line} in {site.function}" if site.file else "no line of user code"
         via = f" (via {site.via})" if site.via else ""

@@ -10,6 +10,7 @@ import sys
 
 from devguard.cli import program
 from devguard.errors import SimulationError
+from devguard.support.notices import print_error
 
 __all__ = ["configure", "run"]
 
@@ -72,11 +73,10 @@ def _warn_other_python(name: str, path: str) -> None:
         return
     if os.path.realpath(path) != os.path.realpath(sys.executable):
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        print(
+        print_error(
             f"devguard sim: warning: {path} is not the Python that runs devguard ({sys.executable}, {version}), and "
             f"the simulated torch is built for Python {version}. If the program fails, run "
-            f"`{sys.executable} -m devguard sim -- {sys.executable} ...`",
-            file=sys.stderr,
+            f"`{sys.executable} -m devguard sim -- {sys.executable} ...`"
         )
 
 

@@ -6,11 +6,11 @@ A scope is left out of order if it was held across an await or a yield, or is le
 from __future__ import annotations
 
 import sys
-import warnings
 from types import CodeType
 
 from devguard.ownership.stack import Entry, judge_pending, local, moves_are_watched
 from devguard.support import callsite
+from devguard.support.notices import warn_user
 
 __all__ = ["remove", "restore_device"]
 
@@ -78,7 +78,7 @@ def _report(what: str) -> None:
     """Warn of a misused scope, once per call site."""
     code, line, _ = callsite.find(sys._getframe(2))
     if code is None:
-        warnings.warn(f"a devguard scope {what}.", RuntimeWarning, stacklevel=3)
+        warn_user(f"a devguard scope {what}.", level=3)
     elif (id(code), line) not in _reported:
         _reported[id(code), line] = code
-        warnings.warn_explicit(f"a devguard scope {what}.", RuntimeWarning, code.co_filename, line)
+        warn_user(f"a devguard scope {what}.", at=(code.co_filename, line))

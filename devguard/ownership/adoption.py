@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import warnings
 from types import CodeType, FrameType
 from typing import Any, Protocol
 
@@ -24,6 +23,7 @@ from devguard.ownership.prepare import prepare
 from devguard.ownership.stack import local
 from devguard.support import accelerator, callsite
 from devguard.support.callsite import Site
+from devguard.support.notices import warn_user
 
 __all__ = ["Adoption", "is_child"]
 
@@ -160,7 +160,4 @@ class Adoption:
             f"devguard assumed that this process owns {owner.tag} (from {self.source}), but {where} later selected "
             "another device. It now only observes. Name the owner: DEVGUARD_DEVICE, or a guard."
         )
-        if code is None:
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
-        else:
-            warnings.warn_explicit(text, RuntimeWarning, code.co_filename, line)
+        warn_user(text, at=None if code is None else (code.co_filename, line), level=4)

@@ -22,7 +22,7 @@ from devguard._version import __version__
 from devguard.reporting import process_state
 from devguard.reporting.journal import journal
 from devguard.reporting.rows import Key, Row, format_row
-from devguard.support import process_exit
+from devguard.support import notices, process_exit
 from devguard.support.notices import warn_user
 
 __all__ = ["start", "SUFFIX"]
@@ -94,6 +94,10 @@ class _Log:
         ranks = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK") if name in os.environ}
         self._write({"process": {**process, **ranks, "time": time.time(), "devguard": __version__}})
 
+    def write_alert(self, text: str) -> None:
+        """Write a text of `notices.alert`."""
+        self._write({"alert": text, "time": time.time()})
+
     def _write(self, line: dict[str, Any]) -> None:
         if self._broken:
             return
@@ -123,6 +127,7 @@ class _Log:
             end = {"time": time.time(), **process_state.describe()}
         finally:
             journal.detach_log()
+            notices.stop_on_alert(self.write_alert)
             if end is not None:
                 self._write({"end": end})
             if self._descriptor >= 0:
@@ -148,4 +153,7 @@ def start(folder: Path, last_look: Callable[[str], None]) -> None:
     log = _Log(folder, last_look)
     log.open()
     journal.attach_log(log)
+    for text in notices.alerts():
+        log.write_alert(text)
+    notices.on_alert(log.write_alert)
     process_exit.register(log.stop)

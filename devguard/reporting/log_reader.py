@@ -32,6 +32,8 @@ class Process:
         The owner at the end of the process; None if there was none, or if the process did not end in an orderly way.
     contexts : list of str
         The devices on which the process held a context at its end.
+    alerts : list of str
+        Why devguard does not guard the process, or not as the program asked.
     ended : bool
         Whether the process ended in an orderly way. False for a process that is still running.
     """
@@ -43,6 +45,7 @@ class Process:
     rank: str | None = None
     owner: str | None = None
     contexts: list[str] = field(default_factory=list)
+    alerts: list[str] = field(default_factory=list)
     ended: bool = False
 
 
@@ -151,6 +154,8 @@ def _read_line(line: dict[str, Any], process: Process, newest: dict[int, Merged]
         process.owner = end["process_owner"] or next(iter(end["owned"]), None)
         process.contexts = end["contexts"]
         process.ended = True
+    elif "alert" in line:
+        process.alerts.append(str(line["alert"]))
     elif "stray" in line:
         newest[line["stray"]] = _call_site(line)
 

@@ -6,7 +6,6 @@ The verdict follows the mode in force. Work on an allowed device is no stray; se
 from __future__ import annotations
 
 import sys
-import warnings
 from types import FrameType
 from typing import Any
 
@@ -22,6 +21,7 @@ from devguard.reporting.rows import Row, Tally
 from devguard.reporting.stray import LEFT, Action, Occurrence
 from devguard.support import callsite
 from devguard.support.callsite import INTERNAL, Frame, Origin, Site
+from devguard.support.notices import warn_user
 
 __all__ = [
     "judge",
@@ -273,8 +273,7 @@ def _enter(
             f"{occurrence.door}: {occurrence.what} went to {occurrence.source}; this scope owns "
             f"{occurrence.owner}{note}."
         )
-        if site is None:
-            warnings.warn(message, StrayDeviceWarning, stacklevel=level)
-        else:  # at the user's line, so that Python's filters apply and the source line is shown
-            warnings.warn_explicit(message, StrayDeviceWarning, site.code.co_filename, site.line)
+        # At the user's line, so that Python's filters apply and the source line is shown.
+        at = None if site is None else (site.code.co_filename, site.line)
+        warn_user(message, StrayDeviceWarning, at, level)
     return site, row

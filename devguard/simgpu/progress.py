@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from devguard.support.notices import print_error
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -42,12 +44,12 @@ class Reporter:
         if self._bar is not None:
             self._bar.console.print(f"devguard: {text}", highlight=False, markup=False, soft_wrap=True)
         else:
-            print(f"devguard: {text}", file=sys.stderr, flush=True)
+            print_error(f"devguard: {text}")
 
     @contextmanager
     def steps(self) -> Iterator[None]:
         """Show a bar inside the block, if standard error is a terminal."""
-        if not self._enabled or not sys.stderr.isatty():
+        if not self._enabled or sys.stderr is None or not sys.stderr.isatty():
             yield
             return
         from rich.console import Console

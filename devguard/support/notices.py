@@ -1,23 +1,121 @@
-"""Failures of devguard itself: reported to the user or recorded, while the program goes on."""
+"""Messages to the user, and failures of devguard itself, while the program goes on.
+
+Nothing here raises an `Exception` or writes to standard output, whatever the program has done to its warnings,
+standard error and logging. `warn_user` follows the program's warnings filters. `alert` does not: it is for a guard that
+is off, or only observes, although the program asked for it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["Failures", "warn_user"]
+__all__ = ["alert", "alerts", "Failures", "flush", "log", "on_alert", "print_error", "stop_on_alert", "warn_user"]
 
 MAX_FAILURES = 16
+MAX_ALERTS = 256
+
+LOGGER = "devguard"
+# As in logging, which is imported only where a record is logged.
+DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40
+
+_alerts: dict[str, None] = {}  # the texts of this process, in order; each is shown once
+_listeners: dict[Callable[[str], None], None] = {}
 
 
-def warn_user(text: str) -> None:
-    """Warn with `text`; print it on standard error where the program's filters turn warnings into errors."""
+def warn_user(
+    text: str, category: type[Warning] = RuntimeWarning, at: tuple[str, int] | None = None, level: int = 2
+) -> None:
+    """Issue a warning; where that raises, print its text on standard error.
+
+    Parameters
+    ----------
+    text, category : str, type
+        The warning.
+    at : tuple of str and int, optional
+        The file and line to which it belongs.
+    level : int
+        Without `at`: how many frames out the line lies to which it belongs; 1 is the caller.
+    """
     try:
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
-    except RuntimeWarning:
-        print(text, file=sys.stderr)
+        if at is None:
+            warnings.warn(text, category, stacklevel=level + 1)
+        else:
+            warnings.warn_explicit(text, category, *at)
+    except Exception:  # noqa: BLE001 - a filter that makes it an error, or the program's own `showwarning`
+        line = text if at is None else f"{at[0]}:{at[1]}: {category.__name__}: {text}"
+        if not print_error(line) and _has_handlers():
+            log(line, WARNING)
+
+
+def alert(text: str) -> None:
+    """Report a guard that does not guard, once per text: on standard error, and to the logger and the log file."""
+    if text in _alerts or len(_alerts) >= MAX_ALERTS:
+        return
+    _alerts[text] = None
+    print_error(text)
+    if _has_handlers():
+        log(text, ERROR)
+    for listener in tuple(_listeners):
+        with contextlib.suppress(Exception):
+            listener(text)
+
+
+def alerts() -> tuple[str, ...]:
+    """Return the texts of all alerts of this process so far."""
+    return tuple(_alerts)
+
+
+def on_alert(listener: Callable[[str], None]) -> None:
+    """Call ``listener(text)`` at each alert from now on."""
+    _listeners[listener] = None
+
+
+def stop_on_alert(listener: Callable[[str], None]) -> None:
+    """Undo `on_alert`."""
+    _listeners.pop(listener, None)
+
+
+def print_error(text: str) -> bool:
+    """Print a line on standard error, never on standard output (as `print` may); return whether it worked."""
+    stream = getattr(sys, "stderr", None)
+    if stream is None:
+        return False
+    try:
+        try:
+            stream.write(f"{text}\n")
+        except UnicodeError:
+            stream.write(f"{text.encode('ascii', 'backslashreplace').decode()}\n")
+        stream.flush()
+    except Exception:  # noqa: BLE001 - it is closed, broken or the program's own
+        return False
+    return True
+
+
+def flush() -> None:
+    """Flush the standard streams, of which a program may have closed or replaced each."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def log(text: str, level: int, logger: str = LOGGER) -> None:
+    """Log a record; a handler that raises is ignored."""
+    with contextlib.suppress(Exception):
+        import logging
+
+        logging.getLogger(logger).log(level, "%s", text)
+
+
+def _has_handlers() -> bool:
+    """Return whether the program handles records of the logger; otherwise logging prints them on standard error."""
+    logging: Any = sys.modules.get("logging")
+    with contextlib.suppress(Exception):
+        return logging is not None and bool(logging.getLogger(LOGGER).hasHandlers())
+    return False
 
 
 class Failures:

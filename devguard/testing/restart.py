@@ -13,6 +13,7 @@ import pytest
 
 from devguard import simgpu
 from devguard.errors import SimulationError
+from devguard.support.notices import flush
 from devguard.testing import options
 
 __all__ = ["on_simulated_gpus"]
@@ -28,8 +29,7 @@ def on_simulated_gpus(config: pytest.Config) -> None:
         environment = simgpu.environment(number)
     except SimulationError as error:
         raise pytest.UsageError(f"--devguard-gpus {number}: {error}") from None
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     # Python finds its environment through argv[0].
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 

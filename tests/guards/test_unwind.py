@@ -42,6 +42,24 @@ def test_a_scope_left_out_of_order_is_reported_at_the_users_line(cuda: FakeCuda)
 
 
 @pytest.mark.usefixtures("misuse")
+def test_a_report_that_filters_make_an_error_is_printed_and_the_exit_succeeds(
+    cuda: FakeCuda, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = devguard.guard("cuda:1"), devguard.guard("cuda:2")
+    first.__enter__()
+    second.__enter__()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first.__exit__(None, None, None)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith(f"{__file__}:")
+    assert "held across an await" in err
+    second.__exit__(None, None, None)
+    assert cuda.current == 0
+
+
+@pytest.mark.usefixtures("misuse")
 def test_a_scope_without_a_device_may_lie_between_those_left_out_of_order(cuda: FakeCuda) -> None:
     torch.cuda.set_device(3)
     first, between, second = devguard.guard("cuda:1"), devguard.guard("cpu"), devguard.guard("cuda:2")

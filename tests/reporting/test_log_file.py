@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 import devguard
-from devguard.reporting import log_file
+from devguard.reporting import log_file, log_reader
 from devguard.reporting.journal import journal
 from devguard.reporting.stray import Occurrence
+from devguard.support import notices
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -95,3 +96,18 @@ def test_a_folder_that_cannot_be_written_causes_one_warning(tmp_path: Path) -> N
     assert len(caught) == 1
     assert len(devguard.strays()) == 1
     assert "cannot write its log" in devguard.status()["log"]
+
+
+def test_alerts_are_written_whether_they_come_before_the_log_or_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(notices, "_alerts", {})
+    notices.alert("before")
+    log_file.start(tmp_path, last_look=lambda when: None)
+    notices.alert("later")
+    assert journal.log is not None
+    journal.log.stop()
+    notices.alert("after the end")
+    assert [line["alert"] for line in lines(tmp_path) if "alert" in line] == ["before", "later"]
+    (process,), _, damaged = log_reader.read(tmp_path)
+    assert (process.alerts, damaged) == (["before", "later"], [])

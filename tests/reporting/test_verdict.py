@@ -247,9 +247,31 @@ def test_warn_warns_once_per_call_site_at_the_users_line() -> None:
     assert [stray.count for stray in devguard.strays()] == [3, 1]
 
 
-def test_a_warning_that_is_an_error_is_raised_at_the_users_line() -> None:
-    with tagging.landings(), devguard.guard("cpu", mode="warn"), pytest.raises(StrayDeviceWarning, match="cuda:3"):
-        pickle.loads(PAYLOAD)
+def test_a_warning_that_filters_make_an_error_leaves_the_result_and_is_printed_once_with_its_line(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with tagging.landings(), devguard.guard("cpu", mode="warn"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            assert pickle.loads(PAYLOAD).shape == (4,)
+            line = inspect.currentframe().f_lineno - 1  # type: ignore[union-attr]
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err == f"{__file__}:{line}: StrayDeviceWarning: load: 16 bytes went to cuda:3; this scope owns cpu.\n"
+
+
+def test_no_failing_display_of_warnings_reaches_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise LookupError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", fail)
+        monkeypatch.setattr("sys.stderr", None)
+        with tagging.landings(), devguard.guard("cpu", mode="warn"):
+            assert pickle.loads(PAYLOAD).shape == (4,)
+        monkeypatch.undo()
+    assert [stray.action for stray in devguard.strays()] == ["warned"]
 
 
 def test_an_error_names_the_devices_the_owner_the_call_site_and_the_remedy() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from devguard.integrations import is_asked_for
 from devguard.integrations.sglang import roles
+from devguard.support.notices import DEBUG, log
 
 __all__ = ["plugin"]
 
@@ -24,7 +25,11 @@ def plugin() -> None:
     ``DEVGUARD=off`` turns the plugin off.
     """
     if not is_asked_for("SGLANG_PLUGINS"):
-        roles.logger.debug("devguard: not requested in this process (set DEVGUARD, or name devguard in SGLANG_PLUGINS)")
+        log(
+            "devguard: not requested in this process (set DEVGUARD, or name devguard in SGLANG_PLUGINS)",
+            DEBUG,
+            roles.LOGGER,
+        )
         return
     roles.arm()
     role = roles.CONFIGURE

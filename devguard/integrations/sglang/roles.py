@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import multiprocessing
 import os
 import threading
@@ -24,6 +23,7 @@ from devguard import modes
 from devguard.activation.install import assign, on_uninstall
 from devguard.integrations.sglang import messages, versions
 from devguard.support.import_hooks import when_imported
+from devguard.support.notices import INFO, WARNING, alert, log
 from devguard.support.patching import Patches
 
 __all__ = ["announce", "arm", "device_argument", "DEVICE_ARGUMENTS", "disarm", "Role", "ROLES", "take"]
@@ -32,7 +32,7 @@ __all__ = ["announce", "arm", "device_argument", "DEVICE_ARGUMENTS", "disarm", "
 DEVICE_ARGUMENTS = ("gpu_id", "local_rank", "device_id", "device_index", "device")
 RANKS = {"dp_rank": "DP", "pp_rank": "PP", "tp_rank": "TP"}
 
-logger = logging.getLogger("devguard.sglang")
+LOGGER = "devguard.sglang"
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def take(role: Role, function: Callable[..., Any], args: tuple[Any, ...], kwargs
         _take(role, function, args, kwargs)
     except Exception as error:  # noqa: BLE001 - devguard must not keep a server from starting
         _state.to_announce = None
-        logger.warning("devguard: this %s is NOT guarded: %s: %s", role.name, type(error).__name__, error)
+        alert(f"devguard: this {role.name} is NOT guarded: {type(error).__name__}: {error}")
 
 
 def _take(role: Role, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -140,7 +140,7 @@ def _take(role: Role, function: Callable[..., Any], args: tuple[Any, ...], kwarg
         if assign(device, role=f"SGLang {label}"):
             _state.to_announce = label
         else:
-            logger.info("devguard: this %s keeps the owner that the program installed", label)
+            log(f"devguard: this {label} keeps the owner that the program installed", INFO, LOGGER)
         _state.taken = os.getpid(), str(device)
 
 
@@ -158,13 +158,13 @@ def announce() -> None:
         closed = [f"{name} ({row['problem']})" for name, row in found["doors"].items() if "problem" in row]
         owner, mode = found["process_owner"], found["mode"]
         if owner is None or not doors:
-            logger.warning("devguard: %s is NOT guarded: no door is open", label)
+            alert(f"devguard: {label} is NOT guarded: no door is open")
             return
-        logger.info("devguard: %s owns %s, mode %s, doors %s", label, owner, mode, ", ".join(doors))
+        log(f"devguard: {label} owns {owner}, mode {mode}, doors {', '.join(doors)}", INFO, LOGGER)
         if closed:
-            logger.warning("devguard: %s: doors that could not be opened: %s", label, "; ".join(closed))
+            log(f"devguard: {label}: doors that could not be opened: {'; '.join(closed)}", WARNING, LOGGER)
     except Exception as error:  # noqa: BLE001 - devguard must not keep a server from starting
-        logger.warning("devguard: %s: %s: %s", label, type(error).__name__, error)
+        log(f"devguard: {label}: {type(error).__name__}: {error}", WARNING, LOGGER)
 
 
 def device_argument(values: Mapping[str, Any], names: Iterable[str] = DEVICE_ARGUMENTS) -> Any:
@@ -203,7 +203,7 @@ def _patch(module: ModuleType) -> None:
         except versions.UnsupportedVersionError as error:
             if not _state.warned:
                 _state.warned = True
-                logger.warning("devguard: %s", error)
+                log(f"devguard: {error}", WARNING, LOGGER)
             return
         if module.__name__ == messages.MODULE:
             messages.patch(_state.patches, module)

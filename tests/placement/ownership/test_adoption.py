@@ -155,6 +155,17 @@ print(devguard.owner(), loads('cuda:0'))
     assert out(code, **SEVERAL) == "cuda:1 cuda:1"
 
 
+def test_a_demotion_under_filters_that_raise_does_not_come_out_of_the_load() -> None:
+    code = """
+warnings.simplefilter("error")
+torch.cuda.set_device(1)
+print(loads('cuda:0'))
+torch.cuda.set_device(3)
+print(loads('cuda:0'), devguard.status()["adoption"]["demoted"])
+"""
+    assert out(code, **SEVERAL) == "cuda:1\ncuda:0 True"
+
+
 def test_a_main_thread_that_leaves_its_device_later_demotes_the_owner_with_one_warning() -> None:
     code = """
 warnings.simplefilter("always")
