@@ -86,13 +86,12 @@ def examine(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _self_check(environ: Mapping[str, str]) -> dict[str, Any]:
     """Run selfcheck.py in a child process and return its findings, or ``{"failed": reason}``."""
-    from devguard.demo.launch import make_importable
+    from devguard.demo.launch import SAFE_PATH, make_importable
 
     command = [sys.executable, "-m", "devguard.cli.selfcheck"]
+    child_environ = make_importable(environ) | SAFE_PATH
     try:
-        done = subprocess.run(
-            command, env=make_importable(environ), capture_output=True, text=True, timeout=LIMIT, check=False
-        )
+        done = subprocess.run(command, env=child_environ, capture_output=True, text=True, timeout=LIMIT, check=False)
     except subprocess.TimeoutExpired:
         return {"failed": f"it took longer than {LIMIT:g} s"}
     lines = done.stdout.strip().splitlines()
@@ -201,7 +200,7 @@ def _examine_simulation(environ: Mapping[str, str]) -> dict[str, Any]:
     if compiler is None:
         missing.append(f"a C compiler ({', '.join(compilers)}: not found)")
     missing += [f"the program {tool} (binutils)" for tool in ("nm", "readelf") if shutil.which(tool) is None]
-    packages = [name for name in ("filelock", "platformdirs", "rich") if _find_version(name) is None]
+    packages = [name for name in ("filelock", "rich") if _find_version(name) is None]
     if packages:
         missing.append(f"{', '.join(packages)} (pip install 'torch-devguard[sim]')")
     return {"possible": not missing, "compiler": compiler, "missing": missing}

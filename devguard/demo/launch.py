@@ -27,7 +27,7 @@ from devguard import simgpu
 from devguard.demo import DemoError
 from devguard.errors import ConfigError
 
-__all__ = ["choose", "run_both"]
+__all__ = ["choose", "make_importable", "run_both", "SAFE_PATH"]
 
 DEFAULT_RANKS = 4
 MAX_RANKS = 16  # the number of simulated devices
@@ -36,6 +36,8 @@ TAIL = 25  # lines of a failed process's output to show
 
 # Variables that could change the owners in the processes of the demonstration.
 FOREIGN = ("DEVGUARD", "LOCAL_", "SLURM_", "OMPI_", "MV2_", "MPI_", "PMI_", "PALS_")
+# A child process imports nothing from the working folder, which may be a folder of others (Python 3.11 and newer).
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 FOREIGN_EXACT = frozenset({"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
 
 
@@ -90,7 +92,7 @@ def _count_with_torch(environ: Mapping[str, str]) -> int:
     try:
         done = subprocess.run(
             [sys.executable, "-c", program],
-            env=dict(environ),
+            env={**environ, **SAFE_PATH},
             capture_output=True,
             text=True,
             timeout=LIMIT,
@@ -225,7 +227,7 @@ def run_pass(
         try:
             child = subprocess.Popen(
                 [sys.executable, "-m", "devguard.demo.scenario", json.dumps({**task, "events": writer})],
-                env=dict(environment),
+                env={**environment, **SAFE_PATH},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -1,8 +1,9 @@
 """Folders in the user's cache that are complete or do not exist.
 
-A folder is filled under a temporary name next to its final place, and renamed when it is complete. Its manifest lists
-all files and is compared with the disk on every use, so an incomplete or damaged folder is never used. One process
-builds the folder while others wait. The caller provides the contents.
+A folder is filled under a temporary name next to its final place, and renamed when it is complete. On every use, the
+owner and the mode of each file are checked, so that no other user can have changed it (support/user_cache.py), and its
+manifest is compared with the disk, so that an incomplete or damaged folder is not used. One process builds the folder
+while others wait. The caller provides the contents.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from devguard.errors import SimulationError
 from devguard.simgpu.progress import Reporter
+from devguard.support import user_cache
 
 __all__ = ["extra", "files", "FORMAT", "get", "whole"]
 
@@ -42,14 +44,14 @@ def get(root: Path, name: str, fill: Callable[[Path], None], report: Reporter) -
     Raises
     ------
     SimulationError
-        If the folder cannot be built. Nothing incomplete is left.
+        If the folder cannot be built, and then nothing incomplete is left; or if other users can change it.
     """
     folder = root / name
     if whole(folder):
         return folder
     filelock = extra("filelock")
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        user_cache.make_folder(root, SimulationError)
         lock = filelock.FileLock(root / f"{name}.lock")
         try:
             lock.acquire(timeout=0)
@@ -83,13 +85,20 @@ def files(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def whole(folder: Path) -> bool:
-    """Return whether every file of the manifest exists with its size."""
+    """Return whether a folder holds exactly the files of its manifest, with their sizes, apart from bytecode.
+
+    Raises
+    ------
+    SimulationError
+        If other users can change one of the files.
+    """
     try:
+        sizes = user_cache.check_tree(folder, SimulationError)
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        return manifest["format"] == FORMAT and all(
-            os.lstat(folder / name).st_size == size for name, size in manifest["files"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        del sizes[MANIFEST]
+        found = {name: size for name, size in sizes.items() if "__pycache__" not in name.split(os.sep)}
+        return bool(manifest["format"] == FORMAT and manifest["files"] == found)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -115,8 +124,8 @@ def _make(folder: Path, fill: Callable[[Path], None]) -> None:
         fill(stage)
         manifest = {"format": FORMAT, "files": dict(sorted(files(stage)))}
         (stage / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-        os.chmod(stage, 0o755)
-        if folder.exists():  # An existing folder is damaged here; otherwise it would have been used.
+        user_cache.make_private(stage)
+        if os.path.lexists(folder):  # An existing folder is damaged here; otherwise it would have been used.
             os.rename(folder, Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent)) / "damaged")
         os.rename(stage, folder)
     finally:

@@ -18,11 +18,13 @@ from pathlib import Path
 from devguard.errors import SimulationError
 from devguard.simgpu import cached, native, wheels
 from devguard.simgpu.progress import Reporter
+from devguard.support import user_cache
 
 __all__ = ["cache_folder", "DEFAULT_TORCH", "Overlay", "prepare"]
 
 DEFAULT_TORCH = "2.13.0"
 OLDEST_TORCH = (2, 6)
+COMPILED = "simulation.json"  # the list of the files that are compiled here, and not part of torch
 NEEDED_BYTES = 2_500_000_000  # a wheel of 0.5 to 0.9 GB and its unpacked contents at the same time
 
 
@@ -57,10 +59,13 @@ class Overlay:
 
 def cache_folder() -> Path:
     """Return the folder of all overlays: ``$DEVGUARD_CACHE_DIR/simgpu``, or a folder in the user's cache."""
-    named = os.environ.get("DEVGUARD_CACHE_DIR")
-    if named:
-        return Path(os.path.abspath(named)) / "simgpu"
-    return Path(cached.extra("platformdirs").user_cache_dir("devguard")) / "simgpu"
+    folder = user_cache.locate("simgpu", SimulationError)
+    if any(mark in str(folder) for mark in ":;$"):  # PYTHONPATH and LD_LIBRARY_PATH would name other folders.
+        raise SimulationError(
+            f"search paths cannot name {folder} because of a colon, a semicolon or a dollar sign: set "
+            "DEVGUARD_CACHE_DIR to another folder"
+        )
+    return folder
 
 
 def prepare(torch: str | None = None, *, progress: bool = True) -> Overlay:
@@ -135,7 +140,7 @@ def _fill_torch(stage: Path, version: str, tag: str, report: Reporter) -> None:
         if earlier is not None:
             report.say(f"recompiling the simulated GPUs for torch {version}")
             shutil.copytree(earlier / "site", site, copy_function=os.link, symlinks=True)
-            for name in json.loads((earlier / "simulation.json").read_bytes()):
+            for name in _compiled_files(earlier):
                 (stage / name).unlink(missing_ok=True)
         else:
             _check_space(stage)
@@ -161,7 +166,7 @@ def _fill_torch(stage: Path, version: str, tag: str, report: Reporter) -> None:
         native.build(site, headers, stage / "driver", scratch)
     shutil.rmtree(scratch)
     made = sorted({name for name, _ in cached.files(stage)} - before)
-    (stage / "simulation.json").write_text(json.dumps(made), encoding="utf-8")
+    (stage / COMPILED).write_text(json.dumps(made), encoding="utf-8")
 
 
 def _fill_needs(stage: Path, missing: list[str], report: Reporter) -> None:
@@ -184,9 +189,19 @@ def _fill_needs(stage: Path, missing: list[str], report: Reporter) -> None:
 def _same_torch(root: Path, version: str, tag: str) -> Path | None:
     """Return a complete overlay with the same torch and another simulation, to share its files, or None."""
     for folder in sorted(root.glob(f"torch-{version}-{tag}-*")):
-        if ".building-" not in folder.name and not folder.name.endswith(".lock") and cached.whole(folder):
+        is_candidate = ".building-" not in folder.name and not folder.name.endswith(".lock")
+        if is_candidate and cached.whole(folder) and _compiled_files(folder):
             return folder
     return None
+
+
+def _compiled_files(folder: Path) -> set[str]:
+    """Return the files of an overlay that its simulation compiled; empty if its list of them is damaged."""
+    try:
+        listed = set(json.loads((folder / COMPILED).read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return set()
+    return listed if listed <= {name for name, _ in cached.files(folder)} else set()
 
 
 def _headers(scratch: Path, cuda: str, report: Reporter) -> list[Path]:

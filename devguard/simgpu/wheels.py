@@ -20,8 +20,9 @@ from devguard.simgpu.progress import Reporter
 
 __all__ = ["install", "installed_torch", "missing_requirements"]
 
-# Options of pip that would keep it from installing into the given folder.
+# Options of pip that would keep it from installing into the given folder, and of Python that would run other code.
 NEUTRAL = {
+    "PYTHONSAFEPATH": "1",
     "PIP_USER": "0",
     "PIP_REQUIRE_VIRTUALENV": "0",
     "PIP_DRY_RUN": "0",

@@ -1,7 +1,7 @@
 """Compile the library that is preloaded into traced processes, once for each version of its source.
 
 It is built under a temporary name in the user's cache and then renamed, so that an incomplete library is never loaded
-and several processes can build at once.
+and several processes can build at once. A library that other users can change is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from devguard.errors import TracingError
-from devguard.support import compiler
+from devguard.support import compiler, user_cache
 
 __all__ = ["FLAGS", "library", "SOURCES"]
 
@@ -38,18 +38,22 @@ def library() -> Path:
     digest = hashlib.sha256(f"{platform.machine()} {FLAGS}".encode())
     for source in sources:
         digest.update(source.name.encode() + source.read_bytes())
-    target = _folder() / f"libdevguard-trace-{digest.hexdigest()[:12]}.so"
-    if any(mark in str(target) for mark in " :"):
+    target = user_cache.locate("tracing", TracingError) / f"libdevguard-trace-{digest.hexdigest()[:12]}.so"
+    if any(mark in str(target) for mark in " :$"):
         raise TracingError(
-            f"LD_PRELOAD cannot name {target} because of a space or a colon: set DEVGUARD_CACHE_DIR to another folder"
+            f"LD_PRELOAD cannot name {target} because of a space or a colon, or a dollar sign: set DEVGUARD_CACHE_DIR "
+            "to another folder"
         )
-    if not target.exists():
-        try:
+    try:
+        if not os.path.lexists(target):
+            user_cache.make_folder(target.parent, TracingError)
             _build([str(source) for source in sources if source.suffix == ".c"], target)
-        except OSError as error:
-            raise TracingError(
-                f"cannot create {target}: {error.strerror}; set DEVGUARD_CACHE_DIR to a writable folder"
-            ) from error
+        user_cache.check_folder(target.parent, TracingError)
+        user_cache.check_file(target, TracingError)
+    except OSError as error:
+        raise TracingError(
+            f"cannot create {target}: {error.strerror}; set DEVGUARD_CACHE_DIR to a writable folder"
+        ) from error
     return target
 
 
@@ -62,24 +66,14 @@ def _check_platform() -> None:
         )
 
 
-def _folder() -> Path:
-    """Return the tracer's folder in the user's cache, which also holds the overlays of simulated GPUs."""
-    named = os.environ.get("DEVGUARD_CACHE_DIR")
-    if named:
-        return Path(os.path.abspath(named)) / "tracing"
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "devguard" / "tracing"
-
-
 def _build(sources: list[str], target: Path) -> None:
     cc = compiler.find("traced contexts", TracingError)
-    target.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=f"{target.name}.", dir=target.parent)
     os.close(handle)
     try:
         command = [cc, *FLAGS, "-o", scratch, *sources, *LIBRARIES]
         compiler.run(command, "the source of the context tracer", TracingError)
-        os.chmod(scratch, 0o755)
+        os.chmod(scratch, 0o700)
         os.replace(scratch, target)
     except BaseException:
         Path(scratch).unlink(missing_ok=True)

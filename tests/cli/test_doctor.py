@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import pytest
 
@@ -198,3 +199,12 @@ def test_without_sglang_the_doctor_does_not_mention_it(environ, checked, monkeyp
     monkeypatch.setattr(doctor, "_find_version", lambda name: None if name == "sglang" else real(name))
     assert cli.main(["doctor"]) == 0
     assert "SGLang" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH came with Python 3.11")
+def test_the_self_check_runs_no_code_from_the_working_folder(environ, tmp_path, monkeypatch, capsys):
+    for name in ("json", "torch", "pickle"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["doctor", "--json"]) == 0
+    assert not (tmp_path / "ran").exists()

@@ -113,6 +113,60 @@ def test_a_damaged_overlay_is_rebuilt(env: dict[str, str], damage: str) -> None:
     assert folders(place.parent.parent) == [place.name]
 
 
+def plant(cache: Path, owner: int = 0, mode: int = 0o755) -> Path:
+    """Put a folder where the overlay belongs, with a manifest that vouches for a library of somebody else."""
+    name = f"torch-{TORCH}-{sys.implementation.cache_tag}{sys.abiflags}-{overlay._source_hash()}"
+    place = cache / "simgpu" / name
+    (place / "site").mkdir(parents=True)
+    (place / "site/sitecustomize.py").write_text("print('planted')\n")
+    listed = {"format": cached.FORMAT, "files": dict(cached.files(place))}
+    (place / "manifest.json").write_text(json.dumps(listed))
+    for each in [cache, *cache.rglob("*")]:
+        each.chmod(mode if each.is_dir() else 0o644)
+        if owner:
+            os.chown(each, owner, owner)
+    return place
+
+
+@pytest.mark.parametrize("program", [[], ["--", sys.executable, "-c", "print('ran')"]])
+def test_an_overlay_planted_in_a_shared_cache_is_refused(env: dict[str, str], cache: Path, program: list[str]) -> None:
+    is_root = os.geteuid() == 0
+    plant(cache, *((12345, 0o755) if is_root else (0, 0o777)))
+    command = [sys.executable, "-m", "devguard", "sim", "--torch", TORCH, *program]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, ""), done
+    assert f"{cache} belongs to " + ("uid 12345, not to root" if is_root else "") in done.stderr
+    assert "Set DEVGUARD_CACHE_DIR to a folder that only you can write to" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("names", ["not json", '["../victim"]', '["VICTIM"]', "7", "[[]]", "[]"])
+def test_a_damaged_list_of_compiled_files_deletes_nothing(
+    env: dict[str, str], monkeypatch: pytest.MonkeyPatch, names: str
+) -> None:
+    first = Path(json.loads(make(env).stdout)["overlay"])
+    victim = first.parent / "victim"
+    victim.touch()
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    (first / overlay.COMPILED).write_text(names.replace("VICTIM", str(victim)))
+    (first / cached.MANIFEST).unlink()
+    listed = {"format": cached.FORMAT, "files": dict(cached.files(first))}
+    (first / cached.MANIFEST).write_text(json.dumps(listed))
+    monkeypatch.setattr(overlay, "_source_hash", lambda: "another")
+    assert cached.whole(overlay.prepare(TORCH, progress=False).folder)
+    assert victim.exists()
+
+
+@pytest.mark.parametrize("name", ["a:b", "a;b", "$ORIGIN"])
+def test_a_cache_that_a_search_path_cannot_name_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.setenv("DEVGUARD_CACHE_DIR", str(tmp_path / name))
+    with pytest.raises(simgpu.SimulationError, match=r"search paths cannot name .* set DEVGUARD_CACHE_DIR"):
+        overlay.prepare(TORCH, progress=False)
+
+
 def test_a_new_simulation_shares_the_torch_of_an_old_one(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     first = Path(json.loads(make(env).stdout)["overlay"])
     for name, value in env.items():
@@ -349,7 +403,6 @@ def test_an_environment_without_torch_gets_what_torch_needs(tmp_path: Path) -> N
         "install",
         "--quiet",
         "filelock",
-        "platformdirs",
         "rich",
     ]
     subprocess.run(pip, check=True)

@@ -75,3 +75,18 @@ def test_each_kind_of_failure_is_explained(output: str, reason: str) -> None:
     message = wheels._explain(["torch==99"], output)
     assert reason in message
     assert "torch==99" in message
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH came with Python 3.11")
+def test_pip_runs_no_code_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_wheel(tmp_path, "tiny", "1.0", {"tiny.py": b""})
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    for name in ("pip", "json", "sitecustomize"):
+        (hostile / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(hostile)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    install("tiny", tmp_path)
+    assert (tmp_path / "target/tiny.py").exists()
+    assert not (tmp_path / "ran").exists()

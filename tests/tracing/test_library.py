@@ -79,7 +79,7 @@ def test_a_missing_or_broken_compiler_is_reported_and_leaves_no_file(tmp_path: P
     assert run(*options, DEVGUARD_CACHE_DIR=str(cache), CC="icc").returncode == 0  # the library exists already
 
 
-@pytest.mark.parametrize("name", ["a b", "a:b"])
+@pytest.mark.parametrize("name", ["a b", "a:b", "$LIB"])
 def test_a_cache_path_that_ld_preload_cannot_name_is_reported(tmp_path: Path, name: str) -> None:
     said = refused("--trace-contexts", "--", "true", DEVGUARD_CACHE_DIR=str(tmp_path / name))
     assert "because of a space or a colon" in said
@@ -91,6 +91,50 @@ def test_an_unwritable_cache_is_reported(tmp_path: Path) -> None:
     said = refused("--trace-contexts", "--", "true", DEVGUARD_CACHE_DIR=str(tmp_path / "file"))
     assert said.startswith(f"devguard run: cannot create {tmp_path}/file/tracing/libdevguard-trace-")
     assert "Not a directory; set DEVGUARD_CACHE_DIR" in said
+
+
+def test_a_library_that_others_can_change_is_not_preloaded(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    options = ["--trace-contexts", "--", "echo", "ran"]
+    assert run(*options, DEVGUARD_CACHE_DIR=str(cache)).stdout == "ran\n"
+    (planted,) = (cache / "tracing").iterdir()
+    assert [each.stat().st_mode & 0o077 for each in (cache, cache / "tracing", planted)] == [0, 0, 0]
+    for place in (planted, cache / "tracing", cache):
+        before = place.stat().st_mode
+        place.chmod(0o777)
+        said = refused(*options, DEVGUARD_CACHE_DIR=str(cache))
+        assert said.startswith(f"devguard run: {place} belongs to ")
+        assert "others can write to it (mode 0777)" in said
+        place.chmod(before)
+        if os.geteuid() == 0:
+            os.chown(place, 12345, 12345)
+            said = refused(*options, DEVGUARD_CACHE_DIR=str(cache))
+            assert said.startswith(f"devguard run: {place} belongs to uid 12345, not to root (uid 0)")
+            os.chown(place, 0, 0)
+    assert run(*options, DEVGUARD_CACHE_DIR=str(cache)).stdout == "ran\n"
+
+
+@pytest.mark.parametrize("target", ["/nowhere", "pipe"])
+def test_something_else_in_the_place_of_the_library_is_reported(tmp_path: Path, target: str) -> None:
+    cache = tmp_path / "cache"
+    options = ["--trace-contexts", "--", "true"]
+    assert run(*options, DEVGUARD_CACHE_DIR=str(cache)).returncode == 0
+    (place,) = (cache / "tracing").iterdir()
+    place.unlink()
+    place.symlink_to(target)
+    os.mkfifo(cache / "tracing/pipe", 0o600)
+    assert str(place) in refused(*options, DEVGUARD_CACHE_DIR=str(cache))
+
+
+def test_a_relative_cache_of_the_desktop_is_not_used(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    code = "import os; print(os.environ['LD_PRELOAD'])"
+    done = run(
+        "--trace-contexts", "--", sys.executable, "-c", code,
+        cwd=tmp_path, XDG_CACHE_HOME="cache", HOME=str(home), DEVGUARD_CACHE_DIR="",
+    )  # fmt: skip
+    assert done.stdout.startswith(f"{home}/.cache/devguard/tracing/libdevguard-trace-"), done
 
 
 @pytest.mark.parametrize("machine", ["ppc64le", "x86_64"])
