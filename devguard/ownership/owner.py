@@ -11,7 +11,7 @@ from typing import Any
 
 from devguard.errors import DeviceResolutionError
 
-__all__ = ["CPU", "INTERNED", "owned_tags", "Owner", "owner_of_index", "parse_owner", "UNKNOWN"]
+__all__ = ["CPU", "INTERNED", "names_cuda", "owned_tags", "Owner", "owner_of_index", "parse_owner", "UNKNOWN"]
 
 
 class Owner:
@@ -55,6 +55,14 @@ def owner_of_index(index: int) -> Owner:
 def owned_tags() -> list[str]:
     """Return the tag of every owner that was in force in this process since the doors were opened."""
     return [owner.tag for _, owner in sorted(INTERNED.copy().items()) if owner.device is not None]
+
+
+def names_cuda(tag: str) -> bool:
+    """Return whether `tag` names a CUDA device, with or without an index.
+
+    A tag such as ``"cudafoo:0"`` belongs to another backend, or to a package that registered it with torch.
+    """
+    return tag == "cuda" or (tag[:5] == "cuda:" and tag[5:].isdecimal())
 
 
 _DEVICE = re.compile(r"(?:cuda:)?(\d+)", re.ASCII)

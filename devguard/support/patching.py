@@ -94,20 +94,27 @@ class Patches:
         self.replaced: list[tuple[Any, Any, Any, Any]] = []
         _all.add(self)
 
-    def find(self, owner: Any, name: Any) -> Callable[..., Any]:
-        """Return the callable to replace; raise `DoorError` if there is none."""
+    def find(self, owner: Any, name: Any, *, inherited: bool = False) -> Callable[..., Any]:
+        """Return the callable to replace, with `inherited` also one of a base; raise `DoorError` if there is none."""
         original: Callable[..., Any] | None = _found(owner, name)
+        if original is None and inherited:
+            original = _inherited(owner, name)
         if original is None:
             raise unsupported(_full_name(owner, name), "has no such function")
         return original
 
-    def replace(self, owner: Any, name: Any, ours: Callable[..., Any]) -> None:
-        """Replace ``owner.name``, keeping the names by which pickle and allow-lists know it."""
-        original = self.find(owner, name)
+    def replace(self, owner: Any, name: Any, ours: Callable[..., Any], *, inherited: bool = False) -> None:
+        """Replace ``owner.name``, keeping the names by which pickle and allow-lists know it.
+
+        With `inherited`, the class `owner` may have it from a base, whose attribute stays as it is.
+        """
+        original = self.find(owner, name, inherited=inherited)
         function = original.__func__ if isinstance(original, staticmethod) else original  # as __new__
         for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
             setattr(ours, attribute, getattr(function, attribute))
         ours.__wrapped__ = function  # type: ignore[attr-defined]
+        if function is not original and name != "__new__":
+            ours = staticmethod(ours)
         self.replaced.append((owner, name, original, ours))
         _put(owner, name, ours)
 
@@ -120,10 +127,12 @@ class Patches:
         left = []
         while self.replaced:
             owner, name, original, ours = self.replaced.pop()
-            if _found(owner, name) is ours:
-                _put(owner, name, original)
-            else:
+            if _found(owner, name) is not ours:
                 left.append(_label(owner, name))
+            elif _inherited(owner, name) is original:
+                delattr(owner, name)
+            else:
+                _put(owner, name, original)
         return left
 
     def early_copies(self) -> list[str]:
@@ -131,7 +140,7 @@ class Patches:
 
         Calls through them bypass the door. The search reads all of ``sys.modules``, so it is for reports only.
         """
-        originals = {id(original) for _, _, original, _ in self.replaced}
+        originals = {id(getattr(original, "__func__", original)) for _, _, original, _ in self.replaced}
         held = []
         for module_name, module in list(sys.modules.items()):
             if type(module) is not ModuleType or module_name.partition(".")[0] in ("torch", "devguard"):
@@ -152,6 +161,12 @@ def overwritten() -> set[str]:
 
 def _found(owner: Any, name: Any) -> Any:
     return owner.get(name) if isinstance(owner, dict) else vars(owner).get(name)
+
+
+def _inherited(owner: Any, name: Any) -> Any:
+    """Return what a class would have from its bases."""
+    bases = owner.__mro__[1:] if isinstance(owner, type) else ()
+    return next((vars(base)[name] for base in bases if name in vars(base)), None)
 
 
 def _put(owner: Any, name: Any, value: Any) -> None:

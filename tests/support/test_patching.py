@@ -110,6 +110,41 @@ def test_an_inherited_attribute_is_not_found_on_the_derived_class() -> None:
         Patches().find(Derived, "work")
 
 
+def test_an_inherited_attribute_can_be_replaced_on_the_derived_class_alone() -> None:
+    class Base:
+        def work(self) -> str:
+            return "original"
+
+        @staticmethod
+        def make(value: str) -> str:
+            return value
+
+    class Derived(Base): ...
+
+    patches = Patches()
+    patches.replace(Derived, "work", lambda self: "ours", inherited=True)
+    patches.replace(Derived, "make", lambda value: f"our {value}", inherited=True)
+    assert (Derived().work(), Base().work()) == ("ours", "original")
+    assert (Derived.make("x"), Derived().make("x"), Base.make("x")) == ("our x", "our x", "x")
+    assert overwritten() == set()
+    assert patches.restore() == []
+    assert not {"work", "make"} & set(vars(Derived))
+    assert (Derived().work(), Derived.make("x")) == ("original", "x")
+
+
+def test_a_static_method_is_replaced_by_one_and_restored() -> None:
+    class Kind:
+        @staticmethod
+        def make(value: str) -> str:
+            return value
+
+    before, patches = vars(Kind)["make"], Patches()
+    patches.replace(Kind, "make", lambda value: f"our {value}")
+    assert Kind().make("x") == "our x"
+    assert patches.restore() == []
+    assert vars(Kind)["make"] is before
+
+
 def test_copies_taken_before_the_patch_are_reported(module: types.ModuleType, user_module: types.ModuleType) -> None:
     patches = Patches()
     user_module.copied = original

@@ -6,20 +6,19 @@ see different lists of GPUs, the index means another GPU. Mode ``repair`` opens 
 tensor still shares the sender's memory, and no context is opened elsewhere. What cannot be repaired is left to torch
 and recorded, with the reason in ``note``. The modes ``copy`` and ``uuid`` exist only for this door.
 
-Not seen here: code that calls ``UntypedStorage._new_shared_cuda`` itself, and CUDA storages, which torch does not send.
-See docs/doors.md.
+Code that opens a handle itself, without ``torch.multiprocessing``, is judged in ipc_storages.py. See docs/doors.md.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-import threading
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-from devguard.doors.arrivals import ipc_memory
+from devguard.doors.arrivals import ipc_memory, ipc_storages
+from devguard.doors.arrivals.ipc_memory import find_obstacle, is_visible
 from devguard.errors import DeviceResolutionError
 from devguard.modes import REPAIRING
 from devguard.ownership import in_force
@@ -38,8 +37,6 @@ NAME = "ipc"
 
 _patches = Patches()
 _receivers = ipc_memory.Receivers()
-# Held from the look at open allocations until the opening, where several owners were entered.
-_opening = threading.RLock()
 _indices: dict[str, int] = {}  # UUID -> index in this process; the list of GPUs that a process sees does not change
 
 # The names under which SGLang's monkey_patch_torch_reductions (and its copies elsewhere) keep torch's functions.
@@ -50,7 +47,6 @@ _STORAGE = ("storage_device", "storage_handle", "storage_size_bytes", "storage_o
 _EVENTS = ("rebuild_event", "_rebuild_event")  # torch 2.15 sends the second
 
 _ADVICE = "Share memory of this process's own GPU, send CPU tensors, or let devguard open it there (mode='repair')."
-_UUIDS = "If sender and receiver see different lists of devices, guard the sender with doors={'ipc': 'uuid'}."
 
 
 def install() -> None:
@@ -58,6 +54,7 @@ def install() -> None:
     import torch
     from torch.multiprocessing import reductions
 
+    ipc_storages.install(_patches, _receivers, _is_copy_requested)
     _patch_received_tensors(reductions)
     present = [name for name in _EVENTS if name in vars(reductions)]
     if not present:
@@ -128,9 +125,10 @@ def _patch_received_tensors(reductions: Any) -> None:
         if owner is None or (owner.index >= 0 and _index_of(index) == owner.index and not receivers.several):
             return original(*parameters.changed(args, "storage_device", _visible_index_of(index)))
         if receivers.several and owner.index >= 0:
-            with _opening:
+            with ipc_storages.opening, ipc_storages.already_judged():
                 return _receive_tensor(reductions, original, parameters, args, owner)
-        return _receive_tensor(reductions, original, parameters, args, owner)
+        with ipc_storages.already_judged():
+            return _receive_tensor(reductions, original, parameters, args, owner)
 
     _patches.replace(reductions, name, rebuild_cuda_tensor)
 
@@ -142,15 +140,15 @@ def _receive_tensor(reductions: Any, original: Any, parameters: Parameters, args
     # Looking up a UUID initialises CUDA, which must not happen for the owner cpu.
     index = _index_of(sent) if owner.index >= 0 else sent
     empty = handle is None or nbytes == 0
-    opened = None if empty or owner.index < 0 else ipc_memory.opened_on(reductions.shared_cache, handle)
+    opened = None if empty or owner.index < 0 else ipc_storages.opened_on(handle)
     elsewhere = opened is not None and opened != owner.index
     if index == owner.index and not elsewhere:
         return original(*parameters.changed(args, "storage_device", index))
     known = {"dtype": str(parameters.value(args, "dtype")), "shape": parameters.value(args, "tensor_size")}
     source = f"cuda:{opened if elsewhere else index}" if isinstance(index, int) else f"GPU {sent}"
-    reason = note = _find_obstacle(owner, index, empty)
+    reason = note = find_obstacle(owner, index, empty)
     copy_requested = _is_copy_requested()
-    target = owner.tag if elsewhere or reason is None or (copy_requested and _is_visible(owner, index)) else None
+    target = owner.tag if elsewhere or reason is None or (copy_requested and is_visible(owner, index)) else None
     if elsewhere:
         reason = note = f"This process has already opened that memory on {source}."
         if in_force.mode_of(NAME) in REPAIRING:
@@ -160,7 +158,7 @@ def _receive_tensor(reductions: Any, original: Any, parameters: Parameters, args
         try:
             return original(*parameters.changed(args, "storage_device", _visible_index_of(sent)))
         except RuntimeError as error:
-            if _is_visible(owner, index) or owner.index < 0 or in_force.mode_of(NAME) == "off":
+            if is_visible(owner, index) or owner.index < 0 or in_force.mode_of(NAME) == "off":
                 raise
             raise DeviceResolutionError(f"ipc: {reason}") from error
     if elsewhere:
@@ -169,26 +167,6 @@ def _receive_tensor(reductions: Any, original: Any, parameters: Parameters, args
         return ipc_memory.copy_opened_elsewhere(reductions.shared_cache, key, original, args)
     tensor = original(*parameters.changed(args, "storage_device", index if reason else owner.index))
     return ipc_memory.copy(tensor, owner) if copy_requested and not empty else tensor
-
-
-def _is_visible(owner: Owner, index: Any) -> bool:
-    """Return whether this process sees the device `index`; False for the owner ``cpu``, without a query."""
-    return owner.index >= 0 and index is not None and index < accelerator.device_count()
-
-
-def _find_obstacle(owner: Owner, index: Any, empty: bool) -> str | None:
-    """Return why memory on the device `index` cannot be opened with the owner current; None if it can."""
-    if owner.index < 0:
-        return "devguard does not copy to the host silently: copy in the sender, or call .cpu() in the receiver."
-    if not _is_visible(owner, index):
-        which = "the sender's GPU" if index is None else f"the sender's cuda:{index}"
-        seen = ", ".join(f"cuda:{i}" for i in range(accelerator.device_count()))
-        return f"This process does not see {which} (it sees {seen}; see CUDA_VISIBLE_DEVICES). {_UUIDS}"
-    if empty:
-        return None
-    if not accelerator.can_access_peer(owner.index, index):
-        return f"{owner.tag} has no peer access to cuda:{index}, so opening the memory needs a context there."
-    return None
 
 
 def _is_copy_requested() -> bool:
@@ -234,7 +212,7 @@ def _patch_received_events(reductions: Any, name: str) -> None:
             sent = sent.index
         index = _index_of(sent) if owner is not None and owner.index >= 0 else sent
         if owner is not None and index != owner.index:
-            reason = _find_obstacle(owner, index, False)
+            reason = find_obstacle(owner, index, False)
             advice = _ADVICE if reason is None else f"{reason} {_ADVICE}"
             source = f"cuda:{index}" if isinstance(index, int) else f"GPU {sent}"
             target = owner.tag if reason is None else None

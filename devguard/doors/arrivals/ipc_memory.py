@@ -1,4 +1,4 @@
-"""Memory of another process that this process has opened: its device, its possible owners and copies of it.
+"""Memory of another process: whether this process can open it, where it did, its possible owners and copies of it.
 
 For the door ``ipc``. torch opens an allocation of another process once, for all storages in it, and caches it by its
 handle alone, regardless of the device on which the allocation was opened.
@@ -13,8 +13,11 @@ from typing import Any
 
 from devguard.ownership.owner import Owner
 from devguard.ownership.process import process
+from devguard.support import accelerator
 
-__all__ = ["copy", "copy_opened_elsewhere", "opened_on", "Receivers"]
+__all__ = ["copy", "copy_opened_elsewhere", "find_obstacle", "is_visible", "opened_on", "Receivers"]
+
+_UUIDS = "If sender and receiver see different lists of devices, guard the sender with doors={'ipc': 'uuid'}."
 
 
 class Receivers:
@@ -54,22 +57,44 @@ class Receivers:
             self.only = min(indices) if len(indices) == 1 else -1
 
 
-def opened_on(cache: Any, handle: Any) -> int | None:
+def opened_on(handle: Any, *caches: Any) -> int | None:
     """Return the device on which this process has opened the allocation of `handle`; None if it has not.
 
     Parameters
     ----------
-    cache : SharedCache
-        torch's cache, ``torch.multiprocessing.reductions.shared_cache``.
     handle : bytes
         The handle of the allocation.
+    *caches : SharedCache
+        Caches of the kind of ``torch.multiprocessing.reductions.shared_cache``.
     """
-    for key in list(cache):
-        if isinstance(key, tuple) and key[0] == handle:
-            storage = sys.modules["torch.multiprocessing.reductions"].storage_from_cache(None, key)
-            if storage is not None:
-                index: int = storage.device.index
-                return index
+    for cache in caches:
+        for key in list(cache):
+            reference = cache.get(key) if isinstance(key, tuple) and key[0] == handle else None
+            if reference is not None:
+                storage = sys.modules["torch"].UntypedStorage._new_with_weak_ptr(reference.cdata)
+                if storage is not None:
+                    index: int = storage.device.index
+                    return index
+    return None
+
+
+def is_visible(owner: Owner, index: Any) -> bool:
+    """Return whether this process sees the device `index`; False for the owner ``cpu``, without a query."""
+    return owner.index >= 0 and index is not None and index < accelerator.device_count()
+
+
+def find_obstacle(owner: Owner, index: Any, empty: bool) -> str | None:
+    """Return why memory on the device `index` cannot be opened with the owner current; None if it can."""
+    if owner.index < 0:
+        return "devguard does not copy to the host silently: copy in the sender, or call .cpu() in the receiver."
+    if not is_visible(owner, index):
+        which = "the sender's GPU" if index is None else f"the sender's cuda:{index}"
+        seen = ", ".join(f"cuda:{i}" for i in range(accelerator.device_count()))
+        return f"This process does not see {which} (it sees {seen}; see CUDA_VISIBLE_DEVICES). {_UUIDS}"
+    if empty:
+        return None
+    if not accelerator.can_access_peer(owner.index, index):
+        return f"{owner.tag} has no peer access to cuda:{index}, so opening the memory needs a context there."
     return None
 
 

@@ -2,7 +2,8 @@
 
 A repair passes the owner as ``map_location``. ``torch.jit.load`` moves CPU tensors too then, so the load is repaired
 only if the archive holds no CPU tensor, or if the owner is ``cpu``. An archive with tensors of both kinds is recorded
-and left unchanged: load it with an explicit ``map_location``, and move its CPU tensors back by hand. See docs/doors.md.
+and left unchanged: load it with an explicit ``map_location``, and move its CPU tensors back by hand. An explicit
+``map_location`` is obeyed, and recorded where it is not the owner's. See docs/doors.md.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import pickle
 import zipfile
 from typing import Any
 
+from devguard.doors.arrivals.map_locations import is_away, place
 from devguard.ownership import in_force
+from devguard.ownership.owner import names_cuda
 from devguard.reporting.verdict import judge
 from devguard.support.patching import Patches
 
@@ -48,14 +51,18 @@ def install() -> None:
 
     def load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
         owner = in_force.owner_at_door()
-        if owner is None or map_location is not None:
+        if owner is None or in_force.mode_of(NAME) == "off":
             return original(f, map_location, *args, **kwargs)
-        if in_force.mode_of(NAME) == "off":
-            return original(f, None, *args, **kwargs)
+        named = None if map_location is None else str(map_location)
+        if named is not None and not is_away(named, owner):
+            return original(f, map_location, *args, **kwargs)
         if not isinstance(f, (str, os.PathLike)):
             f = io.BytesIO(f.read())  # torch reads the whole stream too
         tags = _read_tags(f)
-        away = sorted(tag for tag in tags if tag.startswith("cuda") and tag != owner.tag)
+        if named is not None:
+            used = place(NAME, named, owner, sum(tags.values()))
+            return original(f, map_location if used is named else used, *args, **kwargs)
+        away = sorted(tag for tag in tags if names_cuda(tag) and tag != owner.tag)
         if away:
             repairable = owner.index < 0 or "cpu" not in tags
             target = owner.tag if repairable else None

@@ -2,9 +2,8 @@
 
 A pickled tensor holds a ``torch.save`` of its storage. So all forms of ``torch.load``, and every plain pickle of a
 tensor in any library, meet in one function of torch, ``torch.serialization._get_restore_location``. torch calls it once
-per load with the load's ``map_location``, so an explicit ``map_location`` is known; the supported hook
-(``register_package``) does not show it. Mode ``error`` raises before the storage exists, except where ``map_location``
-is a function, which is judged by its result.
+per load with the load's ``map_location``, so an explicit ``map_location`` is known (map_locations.py); the supported
+hook (``register_package``) does not show it. Mode ``error`` raises before the storage exists.
 
 Not seen here: CUDA IPC, safetensors, ``torch.frombuffer``, and archives of ``torch.jit`` (door ``jit``). See
 docs/doors.md.
@@ -17,26 +16,27 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-import wrapt
-
 from devguard.doors.arrivals import relayed_tags
+from devguard.doors.arrivals.map_locations import (
+    ADVICE,
+    NAME,
+    Restore,
+    is_away,
+    leaves_tag,
+    obey_result,
+    restorer_by_request,
+)
 from devguard.ownership import in_force
-from devguard.ownership.owner import Owner
-from devguard.reporting.verdict import judge, obey
+from devguard.ownership.owner import Owner, names_cuda
+from devguard.reporting import allowlist
+from devguard.reporting.verdict import judge
 from devguard.support import accelerator, callsite
+from devguard.support.import_hooks import when_imported
 from devguard.support.patching import Patches
 
 __all__ = ["install", "status", "uninstall"]
 
-NAME = "load"
-
-Restore = Callable[[Any, str], Any]
-
 _patches = Patches()
-_ADVICE = (
-    "The bytes carry the sender's device. Pass map_location, send CPU tensors, or let devguard repair it "
-    "(mode='repair')."
-)
 
 
 def install() -> None:
@@ -47,31 +47,33 @@ def install() -> None:
     original_outer = _patches.find(torch._utils, "_get_restore_location")
 
     def _get_restore_location(map_location: Any) -> Restore:
-        restore = original(map_location)
         owner = in_force.owner_at_door()
         if owner is None:
-            return restore
+            return original(map_location)
+        by_tag = _restorer_by_tag(original(None), owner)
         if map_location is None:
-            return _restorer_by_tag(restore, owner)
-        return _restorer_by_request(restore, map_location, owner)
+            return by_tag
+        return restorer_by_request(original, map_location, owner, by_tag)
 
     def _get_restore_location_of_outer(device: Any) -> Any:
-        owner = in_force.owner_at_door()
-        if owner is None or not _is_away(str(device), owner) or _has_map_location(torch.serialization):
+        owner, tag = in_force.owner_at_door(), str(device)
+        if owner is None or not is_away(tag, owner) or not leaves_tag(_map_location_in_force(), tag):
             return original_outer(device)
-        return torch.device(owner.tag) if in_force.mode_of(NAME) == "repair" else device
+        if in_force.mode_of(NAME) != "repair" or allowlist.is_allowed(tag):
+            return device
+        return torch.device(owner.tag)
 
     _patches.replace(torch.serialization, "_get_restore_location", _get_restore_location)
     _patches.replace(torch._utils, "_get_restore_location", _get_restore_location_of_outer)
     relayed_tags.install(_patches)
+    when_imported("torch.package.package_importer", _patch_package_importer)
 
-    # torch.package copies the function when it is imported, which may be after this door was opened.
-    def patch_package_importer(module: Any) -> None:
-        held = vars(module).get("_get_restore_location")
-        if _patches.replaced and held is original:
-            _patches.replace(module, "_get_restore_location", _get_restore_location)
 
-    wrapt.register_post_import_hook(patch_package_importer, "torch.package.package_importer")
+def _patch_package_importer(module: Any) -> None:
+    """Replace the copy of torch's function in torch.package, which may be imported after this door was opened."""
+    for owner, name, original, ours in tuple(_patches.replaced):
+        if owner is sys.modules["torch"].serialization and vars(module).get(name) is original:
+            _patches.replace(module, name, ours)
 
 
 def uninstall() -> list[str]:
@@ -86,83 +88,44 @@ def status() -> dict[str, Any]:
 
 
 def _restorer_by_tag(restore: Restore, owner: Owner) -> Restore:
-    """Return the restoring function for a load without ``map_location``, where the tags name the devices."""
+    """Return the restoring function for a load in which the tags name the devices."""
     own = owner.tag
 
     def restore_on_owner(storage: Any, location: str) -> Any:
-        if location == own or location[:4] != "cuda":
+        if location == own or location == "cpu":
             return restore(storage, location)
-        if location == "cuda" and not _is_away(location, owner):
-            return restore(storage, own)
+        if not names_cuda(location):
+            return obey_result(restore(storage, location), owner)
+        source = location
+        if location == "cuda" and owner.index >= 0:  # torch takes the current device
+            current = accelerator.current_device_after_init()
+            if current == owner.index:
+                return restore(storage, own)
+            source = f"cuda:{current}"
         try:
             start = sys._getframe(3)  # past the innermost two frames of torch's loader: this is a hot path
         except ValueError:  # torch's function was called directly, from almost no stack
             start = sys._getframe()
-        if judge(NAME, location, owner, storage.nbytes(), _ADVICE, own, start):
+        if judge(NAME, source, owner, storage.nbytes(), ADVICE, own, start):
             return relayed_tags.keep(storage, location) if own == "cpu" else restore(storage, own)
         return restore(storage, location)
 
     return restore_on_owner
 
 
-def _restorer_by_request(restore: Restore, map_location: Any, owner: Owner) -> Restore:
-    """Return the restoring function for a load with an explicit ``map_location``, which is always obeyed.
-
-    A device that is not the owner's is recorded as kept.
-    """
-    if isinstance(map_location, dict):
-
-        def target_of(location: str) -> str | None:
-            return str(map_location.get(location, location))
-    elif isinstance(map_location, bytes):
-
-        def target_of(location: str) -> str | None:
-            return map_location.decode()
-    elif callable(map_location) and not hasattr(map_location, "index"):
-
-        def target_of(location: str) -> str | None:
-            return None  # known only after the call
-    else:
-        fixed = str(map_location)
-
-        def target_of(location: str) -> str | None:
-            return fixed
-
-    def restore_as_requested(storage: Any, location: str) -> Any:
-        target = target_of(location)
-        if target is not None and in_force.mode_of(NAME) == "error" and _is_away(target, owner):
-            obey(NAME, target, owner, storage.nbytes())  # raises before anything is allocated
-        restored = restore(storage, location)
-        if target is None:
-            target = str(restored.device)
-        if _is_away(target, owner):
-            obey(NAME, target, owner, restored.nbytes())
-        return restored
-
-    return restore_as_requested
-
-
-def _is_away(location: str, owner: Owner) -> bool:
-    """Return whether `location` is an accelerator that is not the owner's."""
-    if not location.startswith("cuda") or location == owner.tag:
-        return False
-    if location == "cuda" and owner.index >= 0:  # torch takes the current device
-        return accelerator.current_device_after_init() != owner.index
-    return True
-
-
-def _has_map_location(serialization: Any) -> bool:
-    """Return whether the load that now rebuilds a tensor subclass was called with a ``map_location``.
+def _map_location_in_force() -> Any:
+    """Return the ``map_location`` of the load that now rebuilds a tensor subclass; None without one.
 
     torch's own copy of the argument (``_serialization_tls``) is None in legacy files, holds the outer value in a pickle
     nested in a load, and is stale after a load that raised (seen in torch 2.13). So it is read from the load's frame.
     """
+    serialization = sys.modules["torch"].serialization
     loaders = (serialization._load.__code__, serialization._legacy_load.__code__)
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_code in loaders:
-            return frame.f_locals["map_location"] is not None
+            return frame.f_locals["map_location"]
         if callsite.is_user(frame.f_code):
-            return False  # a separate pickle, read by user code inside a load
+            return None  # a separate pickle, read by user code inside a load
         frame = frame.f_back
-    return False
+    return None

@@ -15,6 +15,7 @@ from typing import Any
 
 from devguard.doors.arrivals import relayed_tags
 from devguard.ownership import in_force
+from devguard.ownership.owner import names_cuda
 from devguard.reporting.verdict import judge
 from devguard.support.patching import Patches
 
@@ -46,7 +47,7 @@ def _patch_restore(patches: Patches, module: ModuleType) -> None:
         owner = in_force.owner_at_door()
         call = signature.bind(*args, **kwargs)
         device = call.arguments.get("device", "cpu")
-        if owner is None or not device.startswith("cuda") or device == owner.tag:
+        if owner is None or not names_cuda(device) or device == owner.tag:
             return original(*args, **kwargs)
         if not judge(DOOR, device, owner, len(call.arguments["data"]), _ADVICE, target=owner.tag):
             return original(*args, **kwargs)

@@ -122,6 +122,28 @@ def test_error_mode_refuses_before_the_tensor_is_made():
     assert taken == []
 
 
+@pytest.mark.parametrize("version", [None, (1, 0)])
+def test_error_mode_refuses_a_capsule_before_it_is_taken(version):
+    tensor = torch.empty((2, 3), dtype=torch.float64, device="cuda:0")
+    options = (
+        {"max_version": version} if version and "max_version" in inspect.signature(tensor.__dlpack__).parameters else {}
+    )
+    external = tensor.__dlpack__(**options)
+    with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match="48 bytes were about to go to cuda:0"):
+        torch.utils.dlpack.from_dlpack(external)
+    with guard(1):
+        taken = torch.utils.dlpack.from_dlpack(external)  # refused, and so not consumed
+    assert taken.data_ptr() == tensor.data_ptr()
+    with guard(1, mode="error"), pytest.raises(RuntimeError, match=r"(?i)dltensor|consumed|capsule"):
+        torch.utils.dlpack.from_dlpack(external)  # consumed: torch's own error
+
+
+def test_the_capsule_of_a_scalar_has_its_bytes():
+    with guard(1):
+        torch.from_dlpack(torch.utils.dlpack.to_dlpack(torch.zeros((), dtype=torch.int16, device="cuda:0")))
+    assert found() == [("interop", "cuda:0", "observed", 2)]
+
+
 @pytest.mark.parametrize(
     ("device", "expected"),
     [("cuda:2", ["kept"]), ("cuda:1", []), ("cpu", []), (torch.device("cuda:2"), ["kept"])],

@@ -74,6 +74,40 @@ class TestLoad:
         read = load(Model())
         with guard(1):
             assert read(map_location="cuda:2").weight.device.index == 2
+        (stray,) = devguard.strays()
+        assert (stray.door, stray.source, stray.action, stray.bytes) == ("jit", "cuda:2", "kept", 4 * 4 + 3 * 8)
+
+    @pytest.mark.parametrize("location", ["cuda:2", torch.device("cuda:2")], ids=["string", "device"])
+    def test_error_mode_refuses_an_explicit_map_location_before_a_byte_is_there(self, load, location):
+        read = load(Model())
+        before = torch.cuda.memory_stats(2).get("allocation.all.allocated", 0)
+        with guard(1, mode="error"), pytest.raises(devguard.StrayDeviceError, match="names that device itself"):
+            read(map_location=location)
+        assert torch.cuda.memory_stats(2).get("allocation.all.allocated", 0) == before
+
+    @pytest.mark.parametrize("location", ["cuda:1", torch.device("cuda:1"), "cuda", "cpu"], ids=str)
+    def test_a_map_location_on_the_owner_or_the_host_is_no_stray(self, load, location):
+        read = load(Model())
+        with guard(1, mode="error"):
+            assert read(map_location=location).weight.device in (torch.device("cuda:1"), torch.device("cpu"))
+        assert devguard.strays() == ()
+
+    def test_without_an_index_the_device_that_the_program_made_current_is_obeyed(self, load):
+        read = load(Model())
+        with guard(1), torch.cuda.device(2):
+            assert read(map_location="cuda").weight.device.index == 2
+        assert [(stray.source, stray.action) for stray in devguard.strays()] == [("cuda:2", "kept")]
+
+    def test_off_allowed_and_unguarded_leave_no_record(self, load):
+        read = load(Model())
+        with guard(1, mode="off"):
+            read(map_location="cuda:2")
+        with guard(1), devguard.unguarded():
+            read(map_location="cuda:2")
+        with guard(1, mode="error"):
+            devguard.allow("cuda:2")
+            assert read(map_location="cuda:2").weight.device.index == 2
+        assert devguard.strays() == ()
 
     def test_error_mode_refuses(self, load):
         read = load(Model())

@@ -127,11 +127,11 @@ class TestExplicitMapLocation:
             assert load(map_location=location)[0].device in (torch.device("cpu"), torch.device("cuda:1"))
         assert devguard.strays() == ()
 
-    def test_a_dictionary_without_the_tag_is_explicit_too(self, how, tmp_path):
+    def test_a_dictionary_without_the_tag_leaves_the_tag_in_charge(self, how, tmp_path):
         load = loads([torch.arange(8.0).to("cuda:0")], how, tmp_path / "x.pt")
         with guard(1):
-            assert load(map_location={"cuda:3": "cpu"})[0].device.index == 0
-        assert [stray.action for stray in devguard.strays()] == ["kept"]
+            assert load(map_location={"cuda:3": "cpu"})[0].device.index == 1
+        assert [(stray.source, stray.action) for stray in devguard.strays()] == [("cuda:0", "repaired")]
 
     def test_a_map_location_holds_for_its_own_load_only_even_if_that_load_raises(self, how, tmp_path):
         inner = pickle.dumps(torch.arange(4.0).to("cuda:0"))
