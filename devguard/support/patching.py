@@ -106,7 +106,7 @@ class Patches:
     def replace(self, owner: Any, name: Any, ours: Callable[..., Any], *, inherited: bool = False) -> None:
         """Replace ``owner.name``, keeping the names by which pickle and allow-lists know it.
 
-        With `inherited`, the class `owner` may have it from a base, whose attribute stays as it is.
+        With `inherited`, the class `owner` may have it from a base; the attribute of the base stays as it is.
         """
         original = self.find(owner, name, inherited=inherited)
         function = original.__func__ if isinstance(original, staticmethod) else original  # as __new__
