@@ -121,7 +121,7 @@ def parse_doors(text: str, what: str = "DEVGUARD_DOORS") -> dict[str, DoorMode]:
 
 def _parse_folder(text: str) -> Path:
     path = Path(os.path.abspath(text))
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):  # These raise for no path, however long it is.
         raise ConfigError(
             f"DEVGUARD_LOG={text!r} is not a directory. Name a directory; devguard creates it if it does not exist."
         )

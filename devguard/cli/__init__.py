@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 from devguard._version import __version__
 from devguard.errors import DevGuardError
-from devguard.support.notices import print_error
+from devguard.support.terminal import complain, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import NoReturn
 
 __all__ = ["main"]
 
@@ -28,6 +30,12 @@ COMMANDS = {
     "run": "run any program guarded, without changing it; or report which calls open CUDA contexts (--trace-contexts)",
     "sim": "run any program on simulated GPUs, on a machine that has none",
 }
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print a message that quotes the command line, which may hold anything."""
+        super().error(printable(message, keep="\n"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 if all is well, 1 if there is a problem, 2 for bad usage or bad configuration.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="devguard",
         description="Keeps each process of a multi-GPU PyTorch program on its own GPU, and names the line of code that "
         "strays.",
@@ -64,11 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         status: int = parsed.run(parsed)
+        sys.stdout.flush()
     except DevGuardError as error:
-        print_error(f"devguard {parsed.command}: {error}")
+        complain(f"devguard {parsed.command}: {error}")
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # The reader of the output, such as `head`, has ended. Python must not flush it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return status
 
 

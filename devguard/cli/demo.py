@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 
-from devguard.support.notices import print_error
+from devguard.support.terminal import complain, show, show_json
 
 __all__ = ["configure", "run"]
 
@@ -79,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         plot.check(arguments.plot)
     stage = launch.choose(arguments.backend, arguments.ranks, arguments.torch)
-    print_error(f"devguard demo: {stage.ranks} ranks on {stage.backend} GPUs ({stage.reason})")
+    complain(f"devguard demo: {stage.ranks} ranks on {stage.backend} GPUs ({stage.reason})")
     try:
         if stage.backend == "simulated":
             # Build what is missing now: the build shows its own progress bar.
@@ -88,16 +87,16 @@ def run(arguments: argparse.Namespace) -> int:
         with _progress() as on_stage:
             result = launch.run_both(stage, arguments.image, arguments.torch, simgpu.environment, on_stage)
     except (DemoError, SimulationError) as error:
-        print_error(f"devguard demo: {error}")
+        complain(f"devguard demo: {error}")
         return 1
     if arguments.plot is not None:
         plot.draw(result, arguments.plot)
     if arguments.json:
-        print(json.dumps(result, indent=2))
+        show_json(result)
     else:
         report.show(result, Console())
         if arguments.plot is not None:
-            print(f"Chart: {arguments.plot}")
+            show(f"Chart: {arguments.plot}")
     return 0 if report.is_clean(result) else 1
 
 
@@ -111,7 +110,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
     if not console.is_terminal:
 
         def show(text: str) -> None:
-            print_error(f"devguard demo: {text}")
+            complain(f"devguard demo: {text}")
 
         yield show
         return

@@ -20,6 +20,7 @@ from typing import Any
 
 from devguard._version import __version__
 from devguard.cli import variables
+from devguard.support import terminal
 
 __all__ = ["configure", "run"]
 
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     found = examine(os.environ)
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        terminal.show_json(found)
     else:
         show(found)
     return int(found["status"])
@@ -257,33 +258,35 @@ def show(found: dict[str, Any]) -> None:
     """Print the findings as text."""
     versions, devices, check = found["versions"], found["devices"], found["check"]
     cuda = f"built for CUDA {versions['cuda']}" if versions["cuda"] else "built without CUDA"
-    print(f"devguard {versions['devguard']}, Python {versions['python']}, wrapt {versions['wrapt'] or 'not installed'}")
-    print(f"torch {versions['torch']}, {cuda}" if versions["torch"] else "torch: not installed")
-    print(f"driver: {versions['driver'] or 'none found'}")
+    terminal.show(
+        f"devguard {versions['devguard']}, Python {versions['python']}, wrapt {versions['wrapt'] or 'not installed'}"
+    )
+    terminal.show(f"torch {versions['torch']}, {cuda}" if versions["torch"] else "torch: not installed")
+    terminal.show(f"driver: {versions['driver'] or 'none found'}")
     names = f" ({', '.join(devices['names'])})" if devices["names"] else ""
     kind = "simulated devices" if devices["simulated"] else "devices"
-    print(f"{kind} visible: {'unknown' if devices['visible'] is None else devices['visible']}{names}")
+    terminal.show(f"{kind} visible: {'unknown' if devices['visible'] is None else devices['visible']}{names}")
     if devices["owner"] and devices["owner"]["device"]:
-        print(f"owner according to the environment: {devices['owner']['device']}")
+        terminal.show(f"owner according to the environment: {devices['owner']['device']}")
     if check is not None:
         verdict = "effective" if check["effective"] else "NOT effective"
-        print(
+        terminal.show(
             f"guard: {verdict} (a tensor tagged {check['tag']}, unpickled under guard({check['owner']!r}), landed on "
             f"{check['landed']}; contexts: {', '.join(check['contexts']) or 'none'})"
         )
     for name, row in found["doors"].items():
-        print(f"  door {name}: {'open' if row['open'] else 'closed'}, {row['mode']}")
+        terminal.show(f"  door {name}: {'open' if row['open'] else 'closed'}, {row['mode']}")
     possible = "possible here" if found["simulated_gpus"]["possible"] else "not possible here"
-    print(f"simulated GPUs: {possible}")
+    terminal.show(f"simulated GPUs: {possible}")
     if found["sglang"] is not None:
-        print(f"SGLang {found['sglang']['version']}")
+        terminal.show(f"SGLang {found['sglang']['version']}")
     for bug in found["sglang"]["bugs"] if found["sglang"] else ():
-        print(f"  wrong GPU: {bug['what']} ({bug['reference']})\n    devguard, {bug['remedy']}")
+        terminal.show(f"  wrong GPU: {bug['what']} ({bug['reference']})\n    devguard, {bug['remedy']}")
     for name, value in found["environment"].items():
-        print(f"  {name}={value}")
+        terminal.show(f"  {name}={terminal.printable(value)}")
     for title in ("configuration", "problems", "notes"):
         for line in found[title]:
-            print(f"{title.removesuffix('s')}: {line}")
-    print("next:")
+            terminal.show(f"{title.removesuffix('s')}: {line}")
+    terminal.show("next:")
     for line in found["advice"]:
-        print(f"  {line}")
+        terminal.show(f"  {line}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from devguard.support.terminal import cut, printable, show, show_json, width
 
 if TYPE_CHECKING:
     from devguard.reporting.log_reader import Merged, Process
@@ -39,37 +40,39 @@ def run(arguments: argparse.Namespace) -> int:
             "strays": [site.as_dict() for site in merged],
             "damaged": damaged,
         }
-        print(json.dumps(found, indent=2))
+        show_json(found)
     else:
         _show(processes, merged, list_processes=arguments.processes)
         for place in damaged:
-            print(f"cannot be read: {place}")
+            show(f"cannot be read: {printable(place)}")
     return 1 if damaged else 0
 
 
 def _show(processes: list[Process], merged: list[Merged], *, list_processes: bool) -> None:
     count, nbytes = sum(site.count for site in merged), sum(site.bytes for site in merged)
-    print(f"{len(processes)} process(es), {count} stray(s) at {len(merged)} call site(s), {_format_size(nbytes)}")
+    show(f"{len(processes)} process(es), {count} stray(s) at {len(merged)} call site(s), {_format_size(nbytes)}")
     for process in processes:
         for text in process.alerts:
-            print(f"pid {process.pid}: {text}")
+            show(f"pid {process.pid}: {printable(text)}")
     for site in merged:
         where = f"{site.file}:{site.line} in {site.function}" if site.file else "no line of user code"
         via = f" (via {site.via})" if site.via else ""
         size, devices = _format_size(site.bytes), ", ".join(site.devices)
-        print(f"\n{size:>10}  {site.count} x  {site.door}: {devices} [{site.action}]")
-        print(f"{'':10}  at {where}{via}")
+        show()
+        show(printable(f"{size:>10}  {site.count} x  {site.door}: {devices} [{site.action}]"))
+        show(printable(f"{'':10}  at {where}{via}"))
         if site.note:
-            print(f"{'':10}  {site.note}")
-        print(f"{'':10}  in {_format_pids(site.processes)}")
+            show(printable(f"{'':10}  {site.note}"))
+        show(f"{'':10}  in {_format_pids(site.processes)}")
     if list_processes:
-        print()
+        show()
         for process in processes:
             rank = f", rank {process.rank}" if process.rank else ""
             owner = process.owner or "no known device"
             contexts = ", ".join(process.contexts) or "none"
             end = f"owned {owner}, contexts {contexts}" if process.ended else "still running, or killed"
-            print(f"pid {process.pid} on {process.host}{rank}: {end}\n    {process.command}")
+            show(printable(f"pid {process.pid} on {process.host}{rank}: {end}"))
+            show("    " + cut(printable(process.command), width() - 4))
 
 
 def _format_pids(pids: list[int], most: int = 8) -> str:

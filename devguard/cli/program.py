@@ -6,7 +6,8 @@ import os
 import shutil
 from collections.abc import Mapping
 
-from devguard.support.notices import flush, print_error
+from devguard.support.notices import flush
+from devguard.support.terminal import complain
 
 __all__ = ["become", "find"]
 
@@ -17,7 +18,7 @@ def find(command: str, program: str) -> str | None:
     """Return the path of `program`, or None after a message from ``devguard <command>`` if it is not on PATH."""
     path = shutil.which(program)
     if path is None:
-        print_error(f"devguard {command}: there is no program {program!r} on PATH")
+        complain(f"devguard {command}: there is no program {program!r} on PATH")
     return path
 
 
@@ -27,5 +28,5 @@ def become(command: str, path: str, program: list[str], environment: Mapping[str
     try:
         os.execve(path, program, environment)
     except OSError as error:
-        print_error(f"devguard {command}: {path} cannot be run: {error.strerror}")
+        complain(f"devguard {command}: {path} cannot be run: {error.strerror}")
         return NOT_RUNNABLE

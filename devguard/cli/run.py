@@ -8,7 +8,7 @@ import os
 from devguard.cli import program
 from devguard.errors import ConfigError
 from devguard.ownership.resolve import owner_from_environment
-from devguard.support.notices import print_error
+from devguard.support.terminal import complain
 
 __all__ = ["configure", "run"]
 
@@ -90,7 +90,7 @@ def _set_guard(arguments: argparse.Namespace, environment: dict[str, str]) -> No
     import importlib.metadata
 
     if not any(found.name == "devguard" for found in importlib.metadata.entry_points(group="torch.backends")):
-        print_error(
+        complain(
             "devguard run: warning: devguard is importable here but not installed, so torch will not load it. "
             "Install it with pip in the environment of the program."
         )

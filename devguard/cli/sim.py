@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
 
 from devguard.cli import program
 from devguard.errors import SimulationError
-from devguard.support.notices import print_error
+from devguard.support.terminal import complain, printable, show, show_json
 
 __all__ = ["configure", "run"]
 
@@ -73,7 +72,7 @@ def _warn_other_python(name: str, path: str) -> None:
         return
     if os.path.realpath(path) != os.path.realpath(sys.executable):
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        print_error(
+        complain(
             f"devguard sim: warning: {path} is not the Python that runs devguard ({sys.executable}, {version}), and "
             f"the simulated torch is built for Python {version}. If the program fails, run "
             f"`{sys.executable} -m devguard sim -- {sys.executable} ...`"
@@ -86,10 +85,10 @@ def _prepare(arguments: argparse.Namespace) -> int:
     made = overlay.prepare(arguments.torch)
     if arguments.json:
         needs = str(made.needs) if made.needs else None
-        print(json.dumps({"ready": True, "torch": made.torch, "overlay": str(made.folder), "needs": needs}, indent=2))
+        show_json({"ready": True, "torch": made.torch, "overlay": str(made.folder), "needs": needs})
     else:
-        print(f"ready: simulated GPUs for torch {made.torch} in {made.folder}")
-        print("next: devguard sim --gpus 4 -- python your_script.py")
+        show(f"ready: simulated GPUs for torch {made.torch} in {made.folder}")
+        show("next: devguard sim --gpus 4 -- python your_script.py")
     return 0
 
 
@@ -98,14 +97,15 @@ def _show_state(path: str, *, as_json: bool) -> int:
 
     processes = simgpu.state(path)
     if as_json:
-        print(json.dumps({"processes": [process.as_dict() for process in processes]}, indent=2))
+        show_json({"processes": [process.as_dict() for process in processes]})
         return 0
     if not processes:
-        print("no process has used a simulated GPU yet")
+        show("no process has used a simulated GPU yet")
         return 0
     try:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
     except ImportError as error:
         raise SimulationError(
             "the table needs rich, which is not installed. Install it with: pip install 'torch-devguard[sim]', or use "
@@ -122,9 +122,9 @@ def _show_state(path: str, *, as_json: bool) -> int:
     for process in processes:
         cells = [_format_cell(device) for device in process.devices]
         cells += [""] * (count - len(cells))
-        table.add_row(process.name, str(process.pid), "yes" if process.alive else "no", *cells)
+        table.add_row(Text(printable(process.name)), str(process.pid), "yes" if process.alive else "no", *cells)
     Console().print(table)
-    print("-: no context    a dead process is shown with what it held when it ended")
+    show("-: no context    a dead process is shown with what it held when it ended")
     return 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from devguard.activation import environment
 from devguard.ownership.resolve import LAUNCHERS
+from devguard.support.redaction import redact_setting
 
 __all__ = ["check_settings", "select_relevant", "SIMULATION"]
 
@@ -46,6 +47,10 @@ def check_settings(environ: Mapping[str, str]) -> list[str]:
 
 
 def select_relevant(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables in `environ` that influence devguard or the choice of its owner."""
+    """Return the variables in `environ` that influence devguard or the choice of its owner, without secrets."""
     names = {*OTHERS, *(name for launcher in LAUNCHERS for name in (launcher.rank, *launcher.size))}
-    return {name: value for name, value in sorted(environ.items()) if name in names or name.startswith("DEVGUARD")}
+    return {
+        name: redact_setting(name, value)
+        for name, value in sorted(environ.items())
+        if name in names or name.startswith("DEVGUARD")
+    }

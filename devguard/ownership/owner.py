@@ -65,7 +65,7 @@ def names_cuda(tag: str) -> bool:
     return tag == "cuda" or (tag[:5] == "cuda:" and tag[5:].isdecimal())
 
 
-_DEVICE = re.compile(r"(?:cuda:)?(\d+)", re.ASCII)
+_DEVICE = re.compile(r"(?:cuda:)?(\d{1,18})", re.ASCII)
 _VALID = "a device such as 'cuda:1', 1 or torch.device('cuda', 1), or 'cpu' for a process that owns no accelerator"
 
 
@@ -106,6 +106,8 @@ def parse_owner(device: object, what: str = "the device") -> Owner:
         index = operator.index(device)  # type: ignore[arg-type]
     except TypeError:
         raise DeviceResolutionError(f"{what} is {device!r}. Valid: {_VALID}.") from None
+    if abs(index) >= 10**18:  # Python refuses to print a number with thousands of digits.
+        raise DeviceResolutionError(f"{what} is a number out of range. Valid: {_VALID}.")
     if index < 0:
         raise DeviceResolutionError(f"{what} is {index}, a negative index. Valid: {_VALID}.")
     return owner_of_index(index)

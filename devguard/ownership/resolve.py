@@ -41,7 +41,7 @@ def local_size(environ: Mapping[str, str]) -> tuple[str, int] | None:
     for launcher in LAUNCHERS:
         for name in launcher.size:
             # SLURM writes "4" or "4(x2),3": the tasks of each node in turn.
-            match = re.match(r"\s*(\d+)", environ.get(name, ""))
+            match = re.match(r"\s*(\d{1,9})(?!\d)", environ.get(name, ""))
             if match and int(match[1]) > 1:
                 return name, int(match[1])
     return None
@@ -53,7 +53,11 @@ def has_local_siblings(environ: Mapping[str, str]) -> bool:
     Some launchers (Lightning) set no local size, but a local rank above 0 shows it as well.
     """
     ranks = (environ.get(launcher.rank, "").strip() for launcher in LAUNCHERS)
-    return local_size(environ) is not None or any(rank.isdecimal() and int(rank) > 0 for rank in ranks)
+    return local_size(environ) is not None or any(_is_rank(rank) and int(rank) > 0 for rank in ranks)
+
+
+def _is_rank(text: str) -> bool:
+    return text.isdecimal() and len(text) <= 9  # Python refuses to read some thousands of digits.
 
 
 def owner_from_environment(environ: Mapping[str, str] | None = None) -> tuple[Owner | None, list[str]]:
@@ -99,7 +103,7 @@ def owner_from_environment(environ: Mapping[str, str] | None = None) -> tuple[Ow
         if text == "-1":
             looked.append(f"{launcher.rank} (-1, not distributed)")
             continue
-        if not text.isdecimal():
+        if not _is_rank(text):
             raise DeviceResolutionError(
                 f"{launcher.rank} is {text!r}, not a rank. Valid: a number, from 0, or unset. Or name the device."
             )

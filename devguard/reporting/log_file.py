@@ -24,6 +24,7 @@ from devguard.reporting.journal import journal
 from devguard.reporting.rows import Key, Row, format_row
 from devguard.support import notices, process_exit
 from devguard.support.notices import warn_user
+from devguard.support.redaction import redact_command
 
 __all__ = ["start", "SUFFIX"]
 
@@ -103,10 +104,10 @@ class _Log:
             return
         try:
             if self._descriptor < 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 name = f"{socket.gethostname()}-{self._pid}-{time.time_ns()}{SUFFIX}"
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-                self._descriptor = os.open(self.folder / name, flags, 0o644)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_APPEND | os.O_CLOEXEC
+                self._descriptor = os.open(self.folder / name, flags, 0o600)
                 self.where = str(self.folder / name)
                 if "process" not in line:
                     self.open()
@@ -136,8 +137,8 @@ class _Log:
 
 
 def _command() -> str:
-    """Return the command line of the interpreter, which `multiprocessing` children have as well."""
-    return " ".join(getattr(sys, "orig_argv", sys.argv))
+    """Return the command line of the interpreter, which `multiprocessing` children have as well, without secrets."""
+    return redact_command(getattr(sys, "orig_argv", sys.argv))
 
 
 def start(folder: Path, last_look: Callable[[str], None]) -> None:

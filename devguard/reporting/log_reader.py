@@ -1,15 +1,17 @@
-"""The reader of a ``DEVGUARD_LOG`` folder: it merges the journals of many processes, for ``devguard log``."""
+"""The reader of a ``DEVGUARD_LOG`` folder: it merges the journals of many processes, for ``devguard log``.
+
+Nothing that a file holds is taken on trust: a line with a value of another type, or out of range, is damaged.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from devguard.errors import ConfigError
 from devguard.reporting.log_file import SUFFIX
+from devguard.reporting.log_lines import Damage, list_files, read_objects
 
 __all__ = ["Merged", "Process", "read"]
 
@@ -110,10 +112,8 @@ def read(folder: Path) -> tuple[list[Process], list[Merged], list[str]]:
     ConfigError
         If the folder does not exist, or holds no journal.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder. Name the folder of DEVGUARD_LOG or of devguard run --log.")
-    files = sorted(file for file in folder.glob(f"*{SUFFIX}") if file.is_file())
-    if not files:
+    names = list_files(folder, SUFFIX)
+    if not names:
         raise ConfigError(
             f"{folder} holds no journal (*{SUFFIX}). Each guarded process writes one: run the program with "
             f"devguard run --log {folder} -- ..."
@@ -121,61 +121,82 @@ def read(folder: Path) -> tuple[list[Process], list[Merged], list[str]]:
     processes: list[Process] = []
     sites: dict[tuple[Any, ...], Merged] = {}
     damaged: list[str] = []
-    for file in files:
-        process = Process(file.name, 0)
+    for name in names:
+        damage = Damage(name)
+        process = Process(name, 0)
         newest: dict[int, Merged] = {}  # the last line of each row: a row is written again when it has grown
-        for number, text in _numbered_lines(file):
+        for number, line in read_objects(folder / name, damage):
             try:
-                _read_line(dict(json.loads(text)), process, newest)
-            except (KeyError, TypeError, ValueError):  # not JSON, or not as log_file.py writes it
-                damaged.append(f"{file.name}:{number}")
+                _read_line(line, process, newest)
+            except (KeyError, TypeError, ValueError, AttributeError):  # not as log_file.py writes it
+                damage.add(number)
         if process.pid or newest:
             processes.append(process)
         for row in newest.values():
             _merge_into(sites, row)
+        damaged += damage.places()
     return processes, sorted(sites.values(), key=lambda site: (-site.bytes, -site.count)), damaged
-
-
-def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
-    with file.open(errors="replace") as opened:
-        for number, text in enumerate(opened, 1):
-            if text.strip():
-                yield number, text
 
 
 def _read_line(line: dict[str, Any], process: Process, newest: dict[int, Merged]) -> None:
     """Add one line of a log to `process` or to the newest rows."""
     if "process" in line:
         first = line["process"]
-        process.pid, process.host, process.command = first["pid"], first["host"], first["command"]
-        process.rank = first.get("RANK")
+        pid, host, command = _number(first["pid"]), _text(first["host"]), _text(first["command"])
+        process.rank = _text_or_none(first.get("RANK"))
+        process.pid, process.host, process.command = pid, host, command
     elif "end" in line:
         end = line["end"]
-        process.owner = end["process_owner"] or next(iter(end["owned"]), None)
-        process.contexts = end["contexts"]
+        owned, contexts = _texts(end["owned"]), _texts(end["contexts"])
+        process.owner = _text_or_none(end["process_owner"]) or next(iter(owned), None)
+        process.contexts = contexts
         process.ended = True
     elif "alert" in line:
-        process.alerts.append(str(line["alert"]))
+        process.alerts.append(_text(line["alert"]))
     elif "stray" in line:
-        newest[line["stray"]] = _call_site(line)
+        newest[_number(line["stray"])] = _call_site(line)
 
 
 def _call_site(row: dict[str, Any]) -> Merged:
     """Return the strays of one row of one process."""
     site = row["site"] or {"file": "", "line": 0, "function": ""}
+    source, target = _text(row["source"]), _text(row["target"])
     return Merged(
-        door=row["door"],
-        action=row["action"],
-        file=site["file"],
-        line=site["line"],
-        function=site["function"],
-        count=int(row["count"]),
-        bytes=int(row["bytes"]),
-        devices=[row["source"] if row["source"] == row["target"] else f"{row['source']} -> {row['target']}"],
-        processes=[row["pid"]],
-        via=row["via"],
-        note=row["note"],
+        door=_text(row["door"]),
+        action=_text(row["action"]),
+        file=_text(site["file"]),
+        line=_number(site["line"]),
+        function=_text(site["function"]),
+        count=_number(row["count"]),
+        bytes=_number(row["bytes"]),
+        devices=[source if source == target else f"{source} -> {target}"],
+        processes=[_number(row["pid"])],
+        via=_text_or_none(row["via"]),
+        note=_text_or_none(row["note"]),
     )
+
+
+def _number(value: Any) -> int:
+    """Return a number of at most 64 bits that is not negative; the sum of many can still be printed."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 64:
+        raise TypeError("not a number of devguard")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _texts(value: Any) -> list[str]:
+    if not isinstance(value, list):
+        raise TypeError("not a list")
+    return [_text(each) for each in value]
 
 
 def _merge_into(sites: dict[tuple[Any, ...], Merged], row: Merged) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import stat
 import struct
 from pathlib import Path
 from typing import Any
@@ -136,13 +137,14 @@ def create(path: Path, *, memory: int, context_bytes: int) -> None:
     header = HEADER.pack(MAGIC, VERSION, SLOTS, PROCESS.size, 0, memory, context_bytes, 0)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(scratch, "xb") as file:
+        with open(scratch, "xb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o600)) as file:
             file.write(header)
             file.truncate(SIZE)
         try:
             os.link(scratch, path)  # A link appears complete or not at all, and never replaces an existing file.
         except FileExistsError:
             _read(path)
+            _check_owner(path)
         finally:
             scratch.unlink()
     except OSError as error:
@@ -153,9 +155,11 @@ def create(path: Path, *, memory: int, context_bytes: int) -> None:
 
 def _read(path: Path) -> bytes:
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise SimulationError(f"the state file {path} cannot be read: {error.strerror}") from error
+        found = path.stat()  # A pipe would keep the reader waiting, and another file may be of any size.
+        raw = path.read_bytes() if stat.S_ISREG(found.st_mode) and found.st_size == SIZE else b""
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SimulationError(f"the state file {path} cannot be read: {reason}") from error
     if len(raw) != SIZE or raw[: len(MAGIC)] != MAGIC:
         raise SimulationError(
             f"{path} is not a state file of simulated GPUs; `devguard sim --state FILE -- COMMAND` creates one"
@@ -169,10 +173,19 @@ def _read(path: Path) -> bytes:
     return raw
 
 
+def _check_owner(path: Path) -> None:
+    """Refuse a state file of another user, because every program on simulated GPUs maps it into its memory."""
+    owner = path.stat().st_uid
+    if owner not in (os.geteuid(), 0):
+        raise SimulationError(f"the state file {path} belongs to another user (uid {owner}); choose another path")
+
+
 def _process(record: tuple[Any, ...]) -> ProcessState:
     pid, count, _serial, started, contexts, _reserved, command = record[:7]
     columns = [record[7 + DEVICES * k : 7 + DEVICES * (k + 1)] for k in range(5)]
-    devices = tuple(DeviceState(i, bool(contexts >> i & 1), *(column[i] for column in columns)) for i in range(count))
+    devices = tuple(
+        DeviceState(i, bool(contexts >> i & 1), *(column[i] for column in columns)) for i in range(min(count, DEVICES))
+    )
     return ProcessState(pid, _short_name(command), _start_time(pid) == started, devices)
 
 

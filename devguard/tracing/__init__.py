@@ -62,7 +62,7 @@ def environment(
 def _writable(path: str) -> str:
     """Check that records can be appended to `path`, because the preloaded library reports no errors; return `path`."""
     try:
-        with open(path, "ab"):
+        with open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)):
             return path
     except OSError as error:
         raise TracingError(f"cannot write records to {path}: {error.strerror}") from error

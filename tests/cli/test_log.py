@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from devguard import cli
+from tests.helpers.simulated import ROOT
 
 SITE = {"file": "/srv/server.py", "line": 43, "function": "receive"}
 
@@ -72,3 +76,81 @@ def test_json_holds_the_processes_and_the_strays(tmp_path: Path, capsys: pytest.
     assert [process["owner"] for process in found["processes"]] == ["cuda:1"]
     assert [(site["file"], site["line"], site["count"]) for site in found["strays"]] == [("/srv/server.py", 43, 2)]
     assert found["damaged"] == []
+
+
+def plant(folder: Path) -> None:
+    """Fill a folder of logs with whatever another user could put there."""
+    text = "\x1b[2J\x1b]0;title\x07\x9b31m\r\u202eevil\n\x00\x7f"
+    write_log(
+        folder, 7, note=text, via=text, source=text, action=text, site={"file": text, "line": 1, "function": text}
+    )
+    process = {"process": {"pid": 8, "host": text, "command": text * 10**4, "RANK": text}}
+    alert = {"alert": text}
+    end = {"end": {"process_owner": text, "owned": [text], "contexts": [text]}}
+    lines = "".join(json.dumps(line) + "\n" for line in (process, alert, end))
+    (folder / "8.jsonl").write_text(lines)
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff\x1b[31m.jsonl")).write_bytes(b"\xff\xfe\x00{")
+    (folder / "deep.jsonl").write_bytes(b'{"process":' * 100_000)
+    (folder / "long.jsonl").write_bytes(b'{"stray": "' + b"x" * (30 << 20) + b'"}\n')
+    (folder / "nul.jsonl").write_bytes(b"\0" * 4096 + b"\n\x1b[31m")
+    (folder / "numbers.jsonl").write_text('{"stray": 1e999}\n{"stray": NaN}\n{"stray": ' + "9" * 10**5 + "}\n")
+    (folder / "folder.jsonl").mkdir()
+    (folder / "loop.jsonl").symlink_to("loop.jsonl")
+    (folder / "device.jsonl").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.jsonl")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+@pytest.mark.parametrize("options", [[], ["--processes"], ["--json"]])
+def test_a_hostile_folder_gives_no_traceback_and_no_escapes(tmp_path: Path, options: list[str], encoding: str) -> None:
+    plant(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "devguard", "log", str(tmp_path), *options],
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
+        cwd=ROOT,
+        capture_output=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (1, b"")
+    shown = done.stdout.decode(encoding)
+    assert shown.replace("\n", "").isprintable()
+    assert "pipe.jsonl: not a regular file" in shown
+    if options == ["--json"]:
+        assert {process["pid"] for process in json.loads(shown)["processes"]} == {7, 8}
+    else:
+        assert r"\x1b[2J\x1b]0;title\x07\x9b31m\r\u202eevil\n\x00\x7f" in shown
+        assert "\nevil" not in shown
+
+
+def test_a_hostile_name_of_a_folder_is_reported_without_escapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("\x1b[31m\nred", "\udcff", "x" * 5000):
+        assert cli.main(["log", str(tmp_path / name)]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "\x1b" not in err
+        assert "Name " in err
+
+
+def test_output_that_nothing_reads_ends_the_command_quietly(tmp_path: Path) -> None:
+    for pid in range(1, 400):
+        write_log(tmp_path, pid, site={"file": f"{pid}.py" * 50, "line": 1, "function": "f"})
+    command = f"{sys.executable} -m devguard log {tmp_path} --processes | head -1"
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
+def test_command_lines_are_cut_to_the_width_of_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    write_log(tmp_path, 7)
+    line = {"process": {"pid": 8, "host": "h", "command": "python -c '" + "漢字\n" * 200}}
+    (tmp_path / "8.jsonl").write_text(json.dumps(line) + "\n")
+    (command,) = (line for line in shown(capsys, tmp_path, "--processes").splitlines() if "python -c" in line)
+    assert command.startswith("    python -c '漢字\\n漢字")
+    assert command.endswith("...")
+    assert sum(1 + (char in "漢字") for char in command) <= 60

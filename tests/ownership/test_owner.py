@@ -114,3 +114,11 @@ def test_any_value_is_an_owner_or_a_resolution_error(device: Any) -> None:
     else:
         ok = owner.tag in ("cpu", f"cuda:{owner.index}") and parse_owner(owner.tag) is owner
     assert ok
+
+
+@pytest.mark.parametrize(
+    "device", [10**18, -(10**18), 10**5000, -(10**5000), "9" * 5000, f"cuda:{'9' * 5000}"], ids=range(6)
+)
+def test_a_number_that_python_does_not_print_is_a_resolution_error(device: object) -> None:
+    with pytest.raises(DeviceResolutionError, match="Valid: a device such as"):
+        parse_owner(device)

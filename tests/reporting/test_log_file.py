@@ -53,6 +53,34 @@ def test_the_first_line_names_the_process_and_the_last_one_its_final_state(
     assert journal.log is None
 
 
+def test_the_log_is_for_this_user_alone_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        log_file.start(tmp_path / "logs", last_look=lambda when: None)
+    finally:
+        os.umask(before)
+    (file,) = (tmp_path / "logs").iterdir()
+    assert [oct(each.stat().st_mode & 0o777) for each in (file.parent, file)] == ["0o700", "0o600"]
+
+
+def test_the_command_line_in_the_log_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [
+        "python",
+        "serve.py",
+        "--api-key=hunter2",
+        "--hf-token",
+        "hunter2",
+        "DB=postgres://me:hunter2@db/x",
+        "--tp=2",
+    ]
+    monkeypatch.setattr("sys.orig_argv", words)
+    log_file.start(tmp_path, last_look=lambda when: None)
+    first, *_ = lines(tmp_path)
+    command = first["process"]["command"]
+    assert "hunter2" not in json.dumps(first)
+    assert command == "python serve.py --api-key=*** --hf-token *** DB=postgres://***@db/x --tp=2"
+
+
 def test_a_new_call_site_is_written_at_once_and_grown_counts_at_a_flush(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

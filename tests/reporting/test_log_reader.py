@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from devguard import ConfigError
 from devguard.reporting import log_reader
@@ -81,3 +83,60 @@ def test_a_folder_without_logs_is_an_error(tmp_path: Path) -> None:
         log_reader.read(tmp_path / "none")
     with pytest.raises(ConfigError, match=r"holds no journal.*devguard run --log"):
         log_reader.read(tmp_path)
+
+
+JUNK = (None, True, -1, 1.5, 1 << 64, "", "x", [], [1], {}, {"a": 1}, [[]], "9" * 30)
+FIELDS = {
+    "process": ("pid", "host", "command", "RANK"),
+    "end": ("process_owner", "owned", "contexts"),
+    "": ("stray", "door", "action", "source", "target", "count", "bytes", "pid", "site", "via", "note"),
+    "site": ("file", "line", "function"),
+}
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=repr)
+@pytest.mark.parametrize(("part", "name"), [(part, name) for part, names in FIELDS.items() for name in names])
+def test_a_value_of_a_wrong_type_is_damage_and_no_error(tmp_path: Path, part: str, name: str, junk: Any) -> None:
+    lines: dict[str, Any] = {
+        "process": {"process": {"pid": 1, "host": "node7", "command": "serve", "RANK": "3"}},
+        "end": {"end": {"process_owner": None, "owned": ["cuda:1"], "contexts": []}},
+        "": row(0),
+    }
+    lines["site"] = lines[""]
+    changed = lines[part] if not part else lines[part][part]
+    changed[name] = junk
+    text = "".join(json.dumps(lines[each]) + "\n" for each in ("process", "", "end"))
+    (tmp_path / "1.jsonl").write_text(text)
+    processes, sites, _ = log_reader.read(tmp_path)
+    assert all(isinstance(process.pid, int) and isinstance(process.command, str) for process in processes)
+    assert all(isinstance(each, str) for process in processes for each in process.contexts)
+    assert all(isinstance(site.count, int) and isinstance(site.file, str) for site in sites)
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.binary(max_size=200) | ANY_JSON.map(lambda value: json.dumps(value).encode()), max_size=6))
+def test_whatever_the_bytes_the_folder_is_read(tmp_path: Path, lines: list[bytes]) -> None:
+    (tmp_path / "1.jsonl").write_bytes(b"\n".join(lines))
+    processes, sites, damaged = log_reader.read(tmp_path)
+    assert len(damaged) <= sum(len(line.split(b"\n")) for line in lines)
+    assert processes == sites == []
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from([row(0), row(1, site=None)]), st.dictionaries(st.sampled_from(list(row(0))), ANY_JSON, max_size=3)
+)
+def test_whatever_the_values_the_sums_can_be_printed(
+    tmp_path: Path, base: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    write(tmp_path, 1, base | changes, base)
+    _, sites, damaged = log_reader.read(tmp_path)
+    assert len(damaged) <= 1
+    assert str(sum(site.bytes + site.count for site in sites)).isdigit()

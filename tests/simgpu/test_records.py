@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from devguard import simgpu
+from devguard import SimulationError, cli, simgpu
 from devguard.simgpu import overlay, records
 from tests.helpers.simulated import ROOT, Finished
 from tests.simgpu.conftest import TORCH, Index
@@ -55,6 +55,78 @@ def test_records_of_dead_processes_stay_readable_but_take_no_memory(tiny: Path, 
     assert [p.devices[1].peak_bytes >> 20 for p in dead] == [2000, 7000, 7000]
     assert [[d.context for d in p.devices] for p in dead] == [[False, True]] * 3
     assert [p.devices[1].allocations for p in dead] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "kept", "name"),
+    [
+        (["script.py", "--api-key=hunter2"], ["script.py"], "script.py"),
+        (["-W", "ignore", "-u", "script.py", "hunter2"], ["-W", "ignore", "-u", "script.py"], "script.py"),
+        (["-m", "script", "hunter2"], ["-m", "script"], "python -m script"),
+        (["-c", "import script; key = 'hunter2'"], ["-c"], "python -c"),
+        (
+            ["-c", "import script; from multiprocessing import spawn; 'hunter2'"],
+            ["-c", "multiprocessing"],
+            "multiprocessing child",
+        ),
+    ],
+)
+def test_a_state_file_is_for_this_user_alone_and_holds_no_arguments(
+    tiny: Path, tmp_path: Path, words: list[str], kept: list[str], name: str
+) -> None:
+    (tmp_path / "script.py").write_text(
+        f"import ctypes\ncuda, p = ctypes.CDLL({str(tiny)!r}), ctypes.c_void_p()\n"
+        "assert cuda.cudaMalloc(ctypes.byref(p), ctypes.c_size_t(1)) == 0\n"
+    )
+    state, log = tmp_path / "state", tmp_path / "log"
+    python = tmp_path / "python"
+    python.symlink_to(sys.executable)
+    env = os.environ | {"DEVGUARD_SIM_GPUS": "1", "DEVGUARD_SIM_STATE": str(state), "DEVGUARD_SIM_LOG": str(log)}
+    subprocess.run([python, *words], env=env | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path, check=True, umask=0)
+    assert [oct(each.stat().st_mode & 0o777) for each in (state, log)] == ["0o600", "0o600"]
+    raw = state.read_bytes()
+    assert b"hunter2" not in raw
+    assert b"\0".join([str(python).encode(), *(word.encode() for word in kept)]) + b"\0" in raw
+    assert [process.name for process in simgpu.state(state)] == [name]
+
+
+def test_a_state_file_that_is_made_here_is_for_this_user_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        records.create(tmp_path / "state", memory=1 << 30, context_bytes=1 << 28)
+    finally:
+        os.umask(before)
+    assert oct((tmp_path / "state").stat().st_mode & 0o777) == "0o600"
+
+
+def test_a_state_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state"
+    records.create(path, memory=1 << 30, context_bytes=1 << 28)
+    if os.geteuid() == 0:
+        os.chown(path, 12345, 12345)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(SimulationError, match="belongs to another user"):
+        records.create(path, memory=1 << 30, context_bytes=1 << 28)
+
+
+def test_a_hostile_state_file_is_an_error_or_shown_without_escapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "999")
+    path = tmp_path / "state"
+    name = b"\x1b[31mred\n\xff[bold]"
+    record = records.PROCESS.pack(7, 2**31 - 1, 1, 0, 2**32 - 1, 0, name, *[2**64 - 1] * (records.DEVICES * 5))
+    header = records.HEADER.pack(records.MAGIC, records.VERSION, records.SLOTS, records.PROCESS.size, 1, 0, 0, 0)
+    path.write_bytes((header + record).ljust(records.SIZE, b"\0"))
+    assert cli.main(["sim", "--state", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\\x1b[31mred" in out.replace("\n", "")
+    os.mkfifo(tmp_path / "pipe")
+    for wrong in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(SimulationError, match=r"is not a state file|cannot be read"):
+            records.state(wrong)
 
 
 def test_a_live_process_is_alive_and_a_zombie_is_not(tiny: Path, tmp_path: Path) -> None:

@@ -189,6 +189,32 @@ def test_a_python_program_that_calls_the_driver_is_traced_with_its_line(
     assert record["command"] == f"{sys.executable} -W error {script}"
 
 
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [(["program.py", "--api-key=hunter2"], "program.py"), (["-um", "program", "hunter2"], "-um program")],
+)
+def test_a_record_holds_no_arguments_and_is_for_this_user_alone(
+    traced: Callable[..., list[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    kept: str,
+) -> None:
+    (tmp_path / "program.py").write_text(
+        "import ctypes\n"
+        "driver, context = ctypes.CDLL('libcuda.so.1'), ctypes.c_void_p()\n"
+        "driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    before = os.umask(0)
+    try:
+        (record,) = traced(sys.executable, *words)
+    finally:
+        os.umask(before)
+    assert record["command"] == f"{sys.executable} {kept}"
+    assert oct((tmp_path / "records").stat().st_mode & 0o777) == "0o600"
+
+
 def test_two_threads_that_open_one_context_together_make_one_record(
     traced: Callable[..., list[dict[str, Any]]], tmp_path: Path
 ) -> None:

@@ -99,7 +99,7 @@ static void open_state(void)
 {
     const char *path = getenv("DEVGUARD_SIM_STATE");
     if (path && *path) {
-        state_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+        state_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
         if (state_fd < 0) complain(strerror(errno), path);
         if (state_fd < 0 || !prepare_state_file(state_fd, path)) state_unusable = 1;
     }
@@ -128,7 +128,7 @@ static __attribute__((constructor)) void load(void)
     if (capability) sscanf(capability, "%d.%d", &sim_capability_major, &sim_capability_minor);
     const char *log = getenv("DEVGUARD_SIM_LOG");
     if (log && *log) {
-        log_fd = open(log, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666);
+        log_fd = open(log, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
         if (log_fd < 0) complain(strerror(errno), log);
     }
     open_state();
@@ -226,6 +226,35 @@ int sim_alive(const struct sim_process *process)
     return pid == getpid() ? process == sim_me : start_time(pid) == process->started;
 }
 
+/* Drops what follows the program, the options of Python and the script or module: other words, and code, may hold secrets. */
+static size_t drop_arguments(char *words, size_t length)
+{
+    static const char child[] = "multiprocessing";
+    const char *slash = strrchr(words, '/');
+    size_t at = strlen(words) + 1;
+    int done = strncmp(slash ? slash + 1 : words, "python", 6) != 0;
+    while (!done && at < length) {
+        const char *word = words + at;
+        size_t size = strlen(word);
+        int flags = word[0] == '-' && size > 1 && word[1] != '-' && word[1] != 'W' && word[1] != 'X';
+        int has_value = !strcmp(word, "-W") || !strcmp(word, "-X");
+        done = word[0] != '-' || (flags && (word[size - 1] == 'c' || word[size - 1] == 'm'));
+        at += size + 1;
+        if (flags && word[size - 1] == 'c' && at < length && strstr(words + at, child)) {
+            memcpy(words + at, child, sizeof child);
+            at += sizeof child;
+        } else if (at < length && (has_value || (flags && word[size - 1] == 'm'))) {
+            at += strlen(words + at) + 1;
+        }
+    }
+    if (at > length + 1) at = length + 1;
+    if (at && at - 1 < length) {
+        memset(words + at - 1, 0, length - (at - 1));
+        length = at - 1;
+    }
+    return length;
+}
+
 static struct sim_process *take_slot(void)
 {
     struct sim_process *slot = NULL;
@@ -245,7 +274,8 @@ static struct sim_process *take_slot(void)
     const char *name = getenv("DEVGUARD_SIM_NAME");
     int fd = name && *name ? -1 : open("/proc/self/cmdline", O_RDONLY | O_CLOEXEC);
     if (fd >= 0) {
-        if (read(fd, slot->command, COMMAND_LENGTH - 1) < 0) slot->command[0] = 0;
+        ssize_t length = read(fd, slot->command, COMMAND_LENGTH - 1);
+        drop_arguments(slot->command, length < 0 ? 0 : (size_t)length);
         close(fd);
     } else if (name) {
         snprintf(slot->command, COMMAND_LENGTH, "%s", name);

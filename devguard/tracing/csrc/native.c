@@ -76,13 +76,43 @@ static void walk(struct native_stack *stack)
     }
 }
 
-static void read_text(const char *path, char *text, size_t size)
+/* Drops what follows the program, the options of Python and the script or module: other words, and code, may hold secrets. */
+static size_t drop_arguments(char *words, size_t length)
+{
+    static const char child[] = "multiprocessing";
+    const char *slash = strrchr(words, '/');
+    size_t at = strlen(words) + 1;
+    int done = strncmp(slash ? slash + 1 : words, "python", 6) != 0;
+    while (!done && at < length) {
+        const char *word = words + at;
+        size_t size = strlen(word);
+        int flags = word[0] == '-' && size > 1 && word[1] != '-' && word[1] != 'W' && word[1] != 'X';
+        int has_value = !strcmp(word, "-W") || !strcmp(word, "-X");
+        done = word[0] != '-' || (flags && (word[size - 1] == 'c' || word[size - 1] == 'm'));
+        at += size + 1;
+        if (flags && word[size - 1] == 'c' && at < length && strstr(words + at, child)) {
+            memcpy(words + at, child, sizeof child);
+            at += sizeof child;
+        } else if (at < length && (has_value || (flags && word[size - 1] == 'm'))) {
+            at += strlen(words + at) + 1;
+        }
+    }
+    if (at > length + 1) at = length + 1;
+    if (at && at - 1 < length) {
+        memset(words + at - 1, 0, length - (at - 1));
+        length = at - 1;
+    }
+    return length;
+}
+
+static void read_text(const char *path, char *text, size_t size, int command)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     ssize_t length = fd < 0 ? -1 : read(fd, text, size - 1);
     if (fd >= 0) close(fd);
     if (length < 0) length = 0;
     text[length] = 0;
+    if (command) length = (ssize_t)drop_arguments(text, (size_t)length);
     while (length > 0 && (!text[length - 1] || text[length - 1] == '\n')) text[--length] = 0;
     for (ssize_t i = 0; i < length; i++)
         if (!text[i]) text[i] = ' '; /* the kernel separates the words of a command line with NUL */
@@ -95,8 +125,8 @@ void trace_native(struct native_stack *stack, const char *call)
     stack->pid = getpid();
     stack->tid = (pid_t)syscall(SYS_gettid);
     snprintf(path, sizeof path, "/proc/self/task/%d/comm", stack->tid);
-    read_text(path, stack->thread, sizeof stack->thread);
-    read_text("/proc/self/cmdline", stack->command, sizeof stack->command);
+    read_text(path, stack->thread, sizeof stack->thread, 0);
+    read_text("/proc/self/cmdline", stack->command, sizeof stack->command, 1);
     snprintf(stack->call, sizeof stack->call, "%s", call);
     walk(stack);
 }

@@ -148,7 +148,7 @@ static void write_text(struct text *text, const struct context *context, const c
 static void write_out(const char *data, size_t length)
 {
     const char *path = getenv("DEVGUARD_TRACE_OUTPUT");
-    int named = path && *path, fd = named ? open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666) : STDERR_FILENO;
+    int named = path && *path, fd = named ? open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600) : STDERR_FILENO;
     while (fd >= 0 && length) {
         ssize_t written = write(fd, data, length);
         if (written < 0 && errno == EINTR) continue;

@@ -1,0 +1,135 @@
+"""The JSON objects in the files of a log folder, which may hold anything, because others may write there.
+
+Only regular files are opened, never a link, a pipe or a device. A line that is too long, is not JSON or is no object is
+named as damaged. Memory stays bounded by the longest line that is accepted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from devguard.errors import ConfigError
+
+__all__ = ["Damage", "list_files", "read_objects"]
+
+LONGEST_LINE = 4 << 20  # bytes; a line of devguard has some thousands
+MOST_NAMED = 20  # damaged lines of one file that are named one by one
+
+
+class Damage:
+    """The places of one file that cannot be read.
+
+    Parameters
+    ----------
+    file : str
+        The name of the file.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self._lines: list[int] = []
+        self._more = 0
+        self._reason = ""
+
+    def add(self, line: int) -> None:
+        """Add a line, from 1."""
+        if len(self._lines) < MOST_NAMED:
+            self._lines.append(line)
+        else:
+            self._more += 1
+
+    def stop(self, reason: str) -> None:
+        """Say why the rest of the file, or the whole file, is not read."""
+        self._reason = reason
+
+    def places(self) -> list[str]:
+        """Return the places as text, ``file:line``."""
+        found = [f"{self.file}:{line}" for line in self._lines]
+        found += [f"{self.file}: {self._more} more lines"] if self._more else []
+        return found + ([f"{self.file}: {self._reason}"] if self._reason else [])
+
+
+def list_files(folder: Path, suffix: str) -> list[str]:
+    """Return the sorted names in `folder` that end with `suffix`, without those of folders.
+
+    Raises
+    ------
+    ConfigError
+        If it is no folder, or cannot be listed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(each.name for each in entries if each.name.endswith(suffix) and not _is_folder(each))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(
+            f"{folder} is not a folder. Name the folder of DEVGUARD_LOG or of devguard run --log."
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{folder} cannot be read: {reason}. Name a folder that you may read.") from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False
+
+
+def read_objects(file: Path, damage: Damage) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number of each line, from 1, and the JSON object in it; add lines that hold none to `damage`."""
+    try:
+        with _open(file) as opened:
+            for number, line in enumerate(iter(lambda: opened.readline(LONGEST_LINE), b""), 1):
+                if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                    damage.add(number)
+                    _skip_line(opened)
+                elif line.strip():
+                    found = _parse(line)
+                    if found is None:
+                        damage.add(number)
+                    else:
+                        yield number, found
+    except OSError as error:
+        damage.stop(error.strerror or str(error))
+
+
+def _open(file: Path) -> BinaryIO:
+    """Open a regular file, without a wait for what another process may write to it."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    if not stat.S_ISREG(os.lstat(file).st_mode):  # Opening a device may do something to it.
+        raise OSError(0, "not a regular file, so it is not read")
+    opened = open(os.open(file, flags), "rb")  # noqa: SIM115 - returned to a `with` statement
+    if stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+        return opened
+    opened.close()
+    raise OSError(0, "not a regular file, so it is not read")
+
+
+def _skip_line(opened: BinaryIO) -> None:
+    while (part := opened.readline(LONGEST_LINE)) and not part.endswith(b"\n"):
+        pass
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the JSON object in a line, or None."""
+    try:
+        found = json.loads(line.decode(errors="replace"), parse_int=_parse_int, parse_constant=_refuse)
+    except (ValueError, RecursionError):  # RecursionError: brackets in brackets in brackets
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > 20:  # Longer than 64 bits; to read a million digits takes minutes.
+        raise ValueError("a number is too large")
+    return int(digits)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")

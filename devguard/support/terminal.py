@@ -1,0 +1,81 @@
+"""Text for a terminal: all that the commands of devguard print passes through here.
+
+Logs, state files, file names and variables may hold anything, also sequences that would change the terminal. What is
+not printable is shown as an escape. Printing does not fail, whatever the encoding of the terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import unicodedata
+from typing import Any
+
+from devguard.support.notices import print_error
+
+__all__ = ["complain", "cut", "printable", "show", "show_json", "width"]
+
+NARROWEST = 40
+
+
+def printable(text: object, *, keep: str = "") -> str:
+    """Return `text` with an escape for each character that is not printable, such as ESC, or a change of direction.
+
+    Parameters
+    ----------
+    text : object
+        What to print.
+    keep : str
+        Characters to keep as they are: a newline between the lines of one message.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in keep else _escape(char) for char in text)
+
+
+def show(text: str = "") -> None:
+    """Print the lines of `text` on standard output.
+
+    Raises
+    ------
+    OSError
+        If standard output is closed or full.
+    """
+    text = printable(text, keep="\n")
+    try:
+        print(text)
+    except UnicodeError:  # The terminal's encoding lacks a character.
+        print(text.encode(sys.stdout.encoding or "ascii", "backslashreplace").decode(sys.stdout.encoding or "ascii"))
+
+
+def show_json(value: Any) -> None:
+    """Print `value` as JSON on standard output, in ASCII."""
+    print(json.dumps(value, indent=2).replace("\x7f", "\\u007f"))
+
+
+def complain(text: str) -> None:
+    """Print the lines of `text` on standard error."""
+    print_error(printable(text, keep="\n"))
+
+
+def width() -> int:
+    """Return the number of columns of the terminal; 80 if there is none."""
+    return max(NARROWEST, shutil.get_terminal_size().columns)
+
+
+def cut(text: str, columns: int) -> str:
+    """Return a printable text, cut to a number of columns, with three dots at its end if it was longer."""
+    used, fits = 0, 0
+    for place, char in enumerate(text):
+        used += 0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
+        if used > columns:
+            return text[:fits] + "..."
+        if used <= columns - 3:
+            fits = place + 1
+    return text
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
