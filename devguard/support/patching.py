@@ -111,7 +111,9 @@ class Patches:
         original = self.find(owner, name, inherited=inherited)
         function = original.__func__ if isinstance(original, staticmethod) else original  # as __new__
         for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
-            setattr(ours, attribute, getattr(function, attribute))
+            setattr(ours, attribute, getattr(function, attribute, None))
+        if _found(owner, name) is None:
+            ours.__module__, ours.__qualname__ = owner.__module__, f"{owner.__qualname__}.{name}"
         ours.__wrapped__ = function  # type: ignore[attr-defined]
         if function is not original and name != "__new__":
             ours = staticmethod(ours)

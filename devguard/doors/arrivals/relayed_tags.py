@@ -2,12 +2,11 @@
 
 A router, for example SGLang's data-parallel controller, owns ``cpu``, unpickles requests and pickles them again. A
 tensor from ``cuda:0`` is kept on its host. Pickled as a CPU tensor, it would reach the final receiver as a CPU tensor,
-which changes the program. So the storage object keeps its tag, and a pickle writes the tag again. ``torch.save`` does
-not: it writes ``cpu``, which is true.
+which changes the program. So the storage object keeps its tag, and a pickle writes the tag again, where ``cpu`` is the
+owner. ``torch.save`` does not: it writes ``cpu``, which is true.
 
-Views, ``detach``, ``Parameter`` and garbage collection keep the tag. ``clone``, ``deepcopy``, ``cat``, numpy and
-multiprocessing queues (which send shared memory) create a new storage and lose the tag. torch's pickling is patched
-when the first storage is kept, so other processes have no overhead.
+Views, ``detach``, ``Parameter`` and garbage collection keep the tag; what creates a new storage loses it, and so does a
+request for the host by name (host_requests.py). torch is patched when the first storage is kept. See docs/doors.md.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from devguard.doors.arrivals import host_requests
+from devguard.ownership import in_force
 from devguard.support.patching import Patches
 
-__all__ = ["count", "install", "keep", "status", "tag_of", "uninstall"]
+__all__ = ["count", "install", "keep", "status", "tag_to_send", "uninstall"]
 
-# Before torch's own taggers (10 and up). It is not a whole number, because torch compares the functions of two equal
-# priorities and raises.
-_PRIORITY = 4.875
+_DOOR = "load"
 _ATTRIBUTE = "_devguard_relay_tag"
 
 
@@ -38,8 +37,6 @@ class _State:
         How many pickles carried a tag on.
     waiting : Patches or None
         The patches of the open door, until pickling is patched.
-    registered : list
-        The rows of devguard in torch's registry.
     """
 
     def __init__(self) -> None:
@@ -47,7 +44,6 @@ class _State:
         self.kept = 0
         self.relayed = 0
         self.waiting: Patches | None = None
-        self.registered: list[tuple[Any, ...]] = []
 
 
 _state = _State()
@@ -73,10 +69,14 @@ def keep(storage: Any, tag: str) -> Any:
     return storage
 
 
-def tag_of(storage: Any) -> str | None:
-    """Return the tag with which a storage arrived; None if `keep` was not called for it."""
+def tag_to_send(storage: Any) -> str | None:
+    """Return the tag with which a storage arrived; None if it did not, or if this is no place to pass it on."""
     tag: str | None = getattr(storage, _ATTRIBUTE, None)
-    return tag
+    if tag is None:
+        return None
+    owner = in_force.owner()
+    relays = owner is not None and owner.index < 0 and in_force.mode_of(_DOOR) == "repair"
+    return tag if relays else None
 
 
 def count() -> None:
@@ -114,22 +114,14 @@ def _patch_pickling(patches: Patches) -> None:
 
     for kind in _pickled_classes():
         _patch_reduce(patches, kind)
-    registry = torch.serialization._package_registry
-    before = {id(row) for row in registry}
-    torch.serialization.register_package(_PRIORITY, _tag_to_write, _pass_on)  # type: ignore[arg-type]
-    _state.registered.extend(row for row in registry if id(row) not in before)
+    _patch_tagging(patches, torch.serialization)
+    host_requests.patch(patches, lambda storage: hasattr(storage, _ATTRIBUTE))
 
 
 def uninstall() -> None:
-    """Remove the tagger from torch's registry, which has no public function for that."""
-    import torch
-
-    registry = torch.serialization._package_registry
+    """Leave pickling as it is if no storage was kept since the door opened."""
     with _state.lock:
         _state.waiting = None
-        while _state.registered:
-            row = _state.registered.pop()
-            registry[:] = [other for other in registry if other is not row]
 
 
 def _patch_reduce(patches: Patches, kind: Any) -> None:
@@ -137,9 +129,10 @@ def _patch_reduce(patches: Patches, kind: Any) -> None:
 
     def __reduce__(self: Any) -> Any:
         untyped = getattr(self, "_untyped_storage", self)
-        if not hasattr(untyped, _ATTRIBUTE):
+        tag = tag_to_send(untyped)
+        if tag is None:
             return original(self)
-        _writing.storage = untyped
+        _writing.storage, _writing.tag = untyped, tag
         try:
             reduced = original(self)
         finally:
@@ -150,13 +143,16 @@ def _patch_reduce(patches: Patches, kind: Any) -> None:
     patches.replace(kind, "__reduce__", __reduce__)
 
 
-def _tag_to_write(storage: Any) -> str | None:
-    """Return the tag of the storage that this thread is pickling; None for others, which torch's taggers handle."""
-    if storage is not getattr(_writing, "storage", None):
-        return None
-    tag: str = getattr(storage, _ATTRIBUTE)
-    return tag
+def _patch_tagging(patches: Patches, serialization: Any) -> None:
+    """Replace the function that finds the tag of a storage.
 
+    Not a row in torch's registry of taggers: to remove a row again shifts the others under a load of another thread.
+    """
+    original = patches.find(serialization, "location_tag")
 
-def _pass_on(storage: Any, location: str) -> None:
-    """Return None, so that torch tries the next deserializer."""
+    def location_tag(storage: Any) -> Any:
+        if storage is getattr(_writing, "storage", None):
+            return _writing.tag
+        return original(storage)
+
+    patches.replace(serialization, "location_tag", location_tag)

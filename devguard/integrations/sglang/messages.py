@@ -73,7 +73,7 @@ def _patch_pack(patches: Patches, module: ModuleType) -> None:
         if relayed_tags.status()["kept"] and isinstance(metadata, tuple) and metadata[-1:] == ("cpu",):
             tensor = sys._getframe(1).f_locals.get("obj")
             if isinstance(tensor, sys.modules["torch"].Tensor):
-                tag = relayed_tags.tag_of(tensor.untyped_storage())
+                tag = relayed_tags.tag_to_send(tensor.untyped_storage())
                 if tag is not None:
                     metadata = (*metadata[:-1], tag)
                     relayed_tags.count()

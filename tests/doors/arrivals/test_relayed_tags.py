@@ -21,24 +21,10 @@ import torch.package.package_importer
 import devguard
 from devguard.doors.arrivals import relayed_tags
 from tests.helpers import tagging, tensors
+from tests.helpers.relays import TAG, module_with, received, sent_to, typed
 from tests.helpers.torch_state import changed, everything_in_torch, relay_something
 
 pytestmark = pytest.mark.usefixtures("clean")
-
-TAG = "cuda:3"
-
-
-def received(value: Any = None) -> Any:
-    """Return `value` as a ``cpu`` owner receives it from a sender with tensors on `TAG`."""
-    with devguard.guard("cpu"):
-        return pickle.loads(tagging.dumps(torch.arange(6.0) if value is None else value))
-
-
-def sent_to(data: bytes) -> list[str]:
-    """Return the devices to which a receiver without devguard restores the tensors in a pickle."""
-    with tagging.landings() as landed, devguard.unguarded():
-        pickle.loads(data)
-    return landed
 
 
 def test_relayed_data_reaches_the_final_receiver_with_its_old_tag() -> None:
@@ -70,7 +56,8 @@ def test_a_chain_of_relays_keeps_the_tag() -> None:
     for _ in range(3):
         with devguard.guard("cpu"):
             tensor = pickle.loads(pickle.dumps(tensor))
-    assert sent_to(pickle.dumps(tensor)) == [TAG]
+    with devguard.guard("cpu"):
+        assert sent_to(pickle.dumps(tensor)) == [TAG]
 
 
 def test_each_tensor_keeps_the_tag_of_its_own_sender() -> None:
@@ -89,17 +76,35 @@ KEEP: dict[str, Callable[[torch.Tensor], Any]] = {
     "a parameter": lambda tensor: torch.nn.Parameter(tensor),
     "a parameter's data": lambda tensor: torch.nn.Parameter(tensor).data,
     "contiguous": lambda tensor: tensor.contiguous(),
-    "to cpu": lambda tensor: tensor.to("cpu"),
+    "the same type": lambda tensor: tensor.to(torch.float32),
+    "the same type by its method": lambda tensor: tensor.float(),
+    "the type of a tensor of the same sender": lambda tensor: tensor.to(tensor[:1]),
+    "shared memory": lambda tensor: tensor.share_memory_(),
+    "requires a gradient": lambda tensor: tensor.requires_grad_(),
+    "assigned to another tensor's data": lambda tensor: _with_data(tensor),
+    "copied into": lambda tensor: tensor.copy_(torch.ones(6)),
+    "read": lambda tensor: (tensor.numpy().sum(), tensor.tolist(), tensor.cpu().sum()) and tensor,
+    "in a module": lambda tensor: module_with(tensor),
+    "a module of the same type": lambda tensor: module_with(tensor).float(),
     "a container": lambda tensor: {"a": [tensor]},
     "a shallow copy": lambda tensor: copy.copy({"a": tensor}),
-    "the storage": lambda tensor: _typed(tensor),
+    "the storage": lambda tensor: typed(tensor),
     "a new tensor on the storage": lambda tensor: torch.empty(0).set_(tensor.untyped_storage()),
     "changed in place": lambda tensor: tensor.add_(1),
 }
 
 
-def _typed(tensor: torch.Tensor) -> Any:
-    return torch.storage.TypedStorage(wrap_storage=tensor.untyped_storage(), dtype=tensor.dtype, _internal=True)
+def _with_data(tensor: torch.Tensor) -> torch.Tensor:
+    other = torch.zeros(1)
+    other.data = tensor
+    return other
+
+
+def _loaded(tensor: torch.Tensor, **options: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, **options)
 
 
 LOSE: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -109,7 +114,20 @@ LOSE: dict[str, Callable[[torch.Tensor], Any]] = {
     "arithmetic": lambda tensor: tensor + 1,
     "another type": lambda tensor: tensor.to(torch.float64),
     "numpy": lambda tensor: torch.from_numpy(tensor.numpy()),
+    "numpy, shared": lambda tensor: torch.as_tensor(tensor.numpy()),
+    "a new tensor": lambda tensor: torch.tensor(tensor.tolist()),
+    "like it": lambda tensor: torch.empty_like(tensor).copy_(tensor),
+    "stacked": lambda tensor: torch.stack([tensor]),
+    "the other tensor's data assigned": lambda tensor: _assign(tensor, torch.ones(2)),
+    "saved and loaded": lambda tensor: _loaded(tensor),
+    "saved and loaded onto the host": lambda tensor: _loaded(tensor, map_location="cpu"),
+    "a clone of the storage": lambda tensor: torch.empty(0).set_(tensor.untyped_storage().clone()),
 }
+
+
+def _assign(tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    tensor.data = data
+    return tensor
 
 
 @pytest.mark.parametrize("how", KEEP)
@@ -125,6 +143,30 @@ def test_a_value_with_a_new_storage_loses_the_tag(how: str) -> None:
     value = LOSE[how](received())
     with devguard.guard("cpu"):
         assert sent_to(pickle.dumps(value)) == []
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("how", sorted(set(KEEP) - {"the storage"}))
+def test_outside_every_guard_a_tensor_on_the_host_is_pickled_as_one(how: str) -> None:
+    value = KEEP[how](received())
+    assert sent_to(pickle.dumps(value)) == []
+    with devguard.guard("cpu"):
+        with devguard.unguarded():
+            assert sent_to(pickle.dumps(value)) == []
+        for mode in ("off", "observe", "warn"):
+            with devguard.guard("cpu", mode=mode):
+                assert sent_to(pickle.dumps(value)) == []
+        assert sent_to(pickle.dumps(value)) == [TAG]
+
+
+def test_a_process_that_owns_cpu_relays_on_every_thread() -> None:
+    devguard.install("repair", "cpu")
+    tensor, sent = pickle.loads(tagging.dumps(torch.arange(6.0))), []
+    thread = threading.Thread(target=lambda: sent.append(pickle.dumps(tensor)))
+    thread.start()
+    thread.join()
+    devguard.uninstall()
+    assert sent_to(sent[0]) == [TAG]
 
 
 def test_the_tag_outlives_the_first_tensor_and_its_storage_object() -> None:
@@ -276,7 +318,7 @@ def test_a_received_value_equals_the_value_that_was_sent() -> None:
 
 
 # patched at the first relay, not before
-PATCHED_FOR_RELAYS = {"TypedStorage.__reduce__", "_StorageBase.__reduce__"}
+PATCHED_FOR_RELAYS = {"TypedStorage.__reduce__", "_StorageBase.__reduce__", "torch.serialization.location_tag"}
 
 
 def test_pickling_is_not_patched_before_the_first_relay(monkeypatch: pytest.MonkeyPatch) -> None:
