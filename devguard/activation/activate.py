@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 
@@ -9,11 +10,14 @@ from devguard.activation import environment
 from devguard.activation.environment import Settings
 from devguard.activation.install import lock, uninstall
 from devguard.doors import table
-from devguard.ownership import adoption
+from devguard.errors import DeviceResolutionError
+from devguard.ownership import siblings
 from devguard.ownership.adoption import Adoption
 from devguard.ownership.owner import Owner, owner_of_index
-from devguard.ownership.process import BY_ENVIRONMENT, INSTALLED, process
-from devguard.ownership.resolve import has_local_siblings, owner_from_environment
+from devguard.ownership.prepare import ModeOf, on_prepare
+from devguard.ownership.process import BY_ENVIRONMENT, INSTALLED, process, unguarded_contexts
+from devguard.ownership.resolve import has_local_siblings, is_one_visible, owner_from_environment
+from devguard.reporting import allowlist
 from devguard.support import accelerator, process_exit
 
 __all__ = ["activate"]
@@ -58,6 +62,9 @@ def activate(environ: Mapping[str, str] | None = None) -> bool:
         except Exception:
             uninstall()
             raise
+    siblings.watch_forks()
+    if _yield_to not in on_prepare:
+        on_prepare.append(_yield_to)
     process_exit.register(_look_at_end)
     return True
 
@@ -67,21 +74,35 @@ def _adopt(settings: Settings, environ: Mapping[str, str], child: bool | None = 
     several = has_local_siblings(environ)
     if child is None:
         # The launcher's variables describe the parent of a child, and a child does not inherit an owner.
-        child = adoption.is_child()
-    visible = environ.get("CUDA_VISIBLE_DEVICES", "").strip()
-    owner, source, firm, pin = None, "nothing yet", False, False
+        child = siblings.is_child()
+    owner, source, firm, pin, rank = None, "nothing yet", False, False, None
     if settings.owner is not None:
         owner, _ = owner_from_environment(environ)  # also checks that it is one device for one process
         _check_visible(owner)
         source, firm, pin = "DEVGUARD_DEVICE", not child, not child
     elif accelerator.device_count() == 0:
         source = "no GPU is visible"
-    elif visible and "," not in visible and visible != "-1":
+    elif is_one_visible(environ):
         owner, source, firm = owner_of_index(0), "CUDA_VISIBLE_DEVICES", True
     elif several and not child:
         owner, _ = owner_from_environment(environ)
-        source, pin = "the launcher's local rank", True
-    process.own(owner, Adoption(process, source, firm=firm, pin=pin, several=several))
+        rank, source, pin = owner, "the launcher's local rank", True
+    elif several:
+        with contextlib.suppress(DeviceResolutionError):  # The child may see fewer GPUs than its rank.
+            rank, _ = owner_from_environment(environ)
+    found = Adoption(process, source, firm=firm, pin=pin, several=several, rank=rank, is_accounted=_is_accounted)
+    process.own(owner, found)
+
+
+def _is_accounted(index: int) -> bool:
+    """Return whether the program may use a GPU besides its own."""
+    return index in unguarded_contexts or f"cuda:{index}" in allowlist.allowances()
+
+
+def _yield_to(other: Owner, mode_of: ModeOf) -> None:
+    """Let a guess yield to the owner of a guard."""
+    if process.adoption is not None:
+        process.adoption.yield_to(other)
 
 
 def _adopt_again(settings: Settings, environ: Mapping[str, str]) -> None:
@@ -96,6 +117,7 @@ def _check_visible(owner: Owner | None) -> None:
 
 
 def _look_at_end() -> None:
-    """Look for contexts a last time, for the log."""
+    """Look for contexts a last time, for the log, and report a process that had no owner."""
     if process.adoption is not None:
         table.look("at the end of the process")
+        process.adoption.report_unguarded()

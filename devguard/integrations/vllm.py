@@ -84,13 +84,13 @@ def _patch(module: ModuleType) -> None:
 def _own(worker: Any) -> None:
     """Make the device that `worker` has just chosen the owner of this process."""
     from devguard.activation.install import assign
-    from devguard.ownership import adoption
+    from devguard.ownership import siblings
     from devguard.ownership.resolve import has_local_siblings
 
     device: Any = getattr(worker, "device", None)
     if getattr(device, "type", None) != "cuda" or device.index is None:
         return
-    if adoption.is_child() or has_local_siblings(os.environ):
+    if siblings.is_child() or has_local_siblings(os.environ):
         assign(device, role=f"vLLM worker {getattr(worker, 'rank', '')}".rstrip())
 
 

@@ -10,15 +10,20 @@ from devguard.ownership.stack import ScopePolicy, judge_pending, local
 __all__ = ["end_task", "is_named", "is_requested", "mode_of", "owner", "owner_at_door"]
 
 
-def owner_at_door() -> Owner | None:
+def owner_at_door(*, uses_gpu: bool = True) -> Owner | None:
     """Return the owner of this thread; None outside every scope and inside ``unguarded``.
 
-    Also judges device changes that were not undone. For doors; other callers use `owner`.
+    Also judges device changes that were not undone, and, where the caller `uses_gpu`, lets a child that has chosen no
+    GPU inherit its rank's. For doors; other callers use `owner`.
     """
     stack = local.stack
     if stack.changes:
         judge_pending(stack)
-    return stack[-1][1] if stack else process.owner
+    if stack:
+        return stack[-1][1]
+    if process.owner is None and uses_gpu and process.adoption is not None:
+        return process.adoption.owner_at_first_use()
+    return process.owner
 
 
 def owner() -> Owner | None:

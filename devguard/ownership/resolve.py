@@ -15,7 +15,15 @@ from devguard.ownership.owner import CPU, Owner, owner_of_index, parse_owner
 from devguard.support import accelerator
 from devguard.support.installed_torch import import_torch
 
-__all__ = ["has_local_siblings", "Launcher", "LAUNCHERS", "local_size", "owner_from_environment", "owner_not_found"]
+__all__ = [
+    "has_local_siblings",
+    "is_one_visible",
+    "Launcher",
+    "LAUNCHERS",
+    "local_size",
+    "owner_from_environment",
+    "owner_not_found",
+]
 
 
 class Launcher(NamedTuple):
@@ -60,6 +68,34 @@ def _is_rank(text: str) -> bool:
     return text.isdecimal() and len(text) <= 9  # Python refuses to read some thousands of digits.
 
 
+def is_one_visible(environ: Mapping[str, str]) -> bool:
+    """Return whether ``CUDA_VISIBLE_DEVICES`` makes one GPU visible."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    return bool(visible) and "," not in visible and visible != "-1"
+
+
+def _check_for_one_rank(named: str, owner: Owner, environ: Mapping[str, str]) -> None:
+    """Check that ``DEVGUARD_DEVICE`` does not give one GPU to several local ranks.
+
+    A wrapper script can set it for each rank, and one process cannot see what the others have. So it is valid if it is
+    the local rank, or if each rank sees one GPU only.
+    """
+    several = local_size(environ)
+    if several is None or owner is CPU or (is_one_visible(environ) and owner.index == 0):
+        return
+    ranks = ((launcher.rank, environ.get(launcher.rank, "").strip()) for launcher in LAUNCHERS)
+    name, rank = next(((name, rank) for name, rank in ranks if rank.isdecimal()), ("", ""))
+    if rank and int(rank) == owner.index:
+        return
+    own = f" The local rank of this one is {rank} ({name})." if rank else ""
+    raise ConfigError(
+        f"DEVGUARD_DEVICE={named} would give one GPU to every process of this job, and {several[0]} counts "
+        f"{several[1]} of them on this machine.{own} Unset DEVGUARD_DEVICE: each process then takes its local rank. "
+        "For another GPU, call devguard.install or devguard.guard in the program, or make one GPU visible to each rank "
+        "with CUDA_VISIBLE_DEVICES."
+    )
+
+
 def owner_from_environment(environ: Mapping[str, str] | None = None) -> tuple[Owner | None, list[str]]:
     """Find the owner in ``DEVGUARD_DEVICE`` or in the launcher's variables.
 
@@ -86,13 +122,7 @@ def owner_from_environment(environ: Mapping[str, str] | None = None) -> tuple[Ow
     named = environ.get("DEVGUARD_DEVICE", "").strip()
     if named:
         owner = parse_owner(named, "DEVGUARD_DEVICE")
-        several = local_size(environ)
-        if owner is not CPU and several is not None:
-            raise ConfigError(
-                f"DEVGUARD_DEVICE={named} would give one GPU to every process of this job, and {several[0]} "
-                f"counts {several[1]} of them on this machine. Unset DEVGUARD_DEVICE: each process then takes its "
-                "local rank."
-            )
+        _check_for_one_rank(named, owner, environ)
         return owner, []
     looked = ["DEVGUARD_DEVICE"]
     for launcher in LAUNCHERS:

@@ -154,8 +154,9 @@ def judge(
     if start is None:
         start = sys._getframe(1)
     stack = local.stack
-    if process.adoption is not None and not stack:
-        process.adoption.freeze_owner()
+    adoption = None if stack else process.adoption
+    if adoption is not None:
+        adoption.freeze_owner(source)
     judged: Judged | None = stack.judged
     if (  # as in judged_here: this is the hot path of a repair
         judged is None or judged.top is not (stack[-1] if stack else None) or judged.era is not process.era
@@ -176,8 +177,13 @@ def judge(
             tally.count += 1
             tally.bytes += nbytes
         return repairs
+    if adoption is not None:
+        adoption.look_for_named_work()
+        judged = judged_here()  # The look may have demoted the owner.
     occurrence = Occurrence(door, source, owner.tag, nbytes, start, dtype, shape, note, origin)
     repairs, entered = _judge_first(occurrence, advice, target, places, judged)
+    if adoption is not None and not repairs:
+        adoption.note_stray(source)
     # Kept only where no module is allowed a device: one code object may run in several modules.
     is_repeatable = origin is None and frame is not None and callsite.is_user(frame.f_code)
     if entered is not None and is_repeatable and allowlist.is_empty():
@@ -192,6 +198,8 @@ def _judge_first(
     mode = judged.mode_of(occurrence.door)
     if mode == "off" or allowlist.are_allowed(occurrence.source):
         return False, None
+    if mode == "observe" and process.adoption is not None and not local.stack:
+        process.adoption.report_limit()
     if mode == "error" and places and not in_force.is_named(occurrence.door):
         mode = "repair"
     if mode == "error":

@@ -29,6 +29,7 @@ __all__ = [
     "device_count",
     "driver_is_initialized",
     "Exchange",
+    "has_context",
     "index_named",
     "index_of",
     "is_in_bad_fork",
@@ -314,6 +315,11 @@ def restore_torchs_own_check() -> None:
     else:
         os.environ[_TORCHS_OWN_CHECK] = was
     sys.modules["torch"].cuda._get_stray_context_mode.cache_clear()
+
+
+def has_context(index: int) -> bool:
+    """Return whether this process, which has initialised CUDA, holds a context on a device; opens none."""
+    return bool(sys.modules["torch"]._C._cuda_hasPrimaryContext(index))
 
 
 def contexts() -> tuple[int, ...]:

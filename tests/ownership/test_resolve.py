@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,6 +85,32 @@ def test_devguard_device_for_a_single_local_rank_is_fine(size: str, value: str) 
 @pytest.mark.parametrize("size", SIZES)
 def test_several_local_ranks_may_all_own_the_cpu(size: str) -> None:
     assert found({"DEVGUARD_DEVICE": "cpu", size: "4"}) == "cpu"
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda launcher: launcher.rank)
+@pytest.mark.parametrize("form", ["{}", "cuda:{}"])
+def test_a_device_that_is_the_local_rank_was_named_for_each_rank(launcher: Any, form: str) -> None:
+    for rank in ("0", "1", "3"):
+        assert (
+            found({"DEVGUARD_DEVICE": form.format(rank), launcher.rank: rank, launcher.size[0]: "4"}) == f"cuda:{rank}"
+        )
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda launcher: launcher.rank)
+def test_a_device_that_is_not_the_local_rank_is_an_error_that_names_both(launcher: Any) -> None:
+    environ = {"DEVGUARD_DEVICE": "cuda:1", launcher.rank: "0", launcher.size[0]: "2"}
+    with pytest.raises(
+        ConfigError, match=rf"DEVGUARD_DEVICE=cuda:1 .* {launcher.size[0]} counts 2.* 0 \({launcher.rank}\)"
+    ):
+        found(environ)
+
+
+def test_one_device_for_all_ranks_is_right_where_each_rank_sees_one_gpu() -> None:
+    environ = {"DEVGUARD_DEVICE": "cuda:0", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "3"}
+    assert found(environ) == "cuda:0"
+    for visible in ("", "-1", "2,3"):
+        with pytest.raises(ConfigError, match="to every process"):
+            found({**environ, "CUDA_VISIBLE_DEVICES": visible})
 
 
 # --- launchers ---

@@ -27,7 +27,10 @@ from devguard.doors.arrivals.map_locations import (
     restorer_by_request,
 )
 from devguard.ownership import in_force
+from devguard.ownership.adoption import Adoption
 from devguard.ownership.owner import Owner, names_cuda
+from devguard.ownership.process import process
+from devguard.ownership.stack import local
 from devguard.reporting import allowlist
 from devguard.reporting.verdict import judge
 from devguard.support import accelerator, callsite
@@ -49,7 +52,9 @@ def install() -> None:
     def _get_restore_location(map_location: Any) -> Restore:
         owner = in_force.owner_at_door()
         if owner is None:
-            return original(map_location)
+            adoption = None if local.stack or map_location is not None else process.adoption
+            restore = original(map_location)
+            return restore if adoption is None else _restorer_without_owner(restore, adoption)
         by_tag = _restorer_by_tag(original(None), owner)
         if map_location is None:
             return by_tag
@@ -85,6 +90,17 @@ def uninstall() -> list[str]:
 def status() -> dict[str, Any]:
     """Return the copies of torch's functions from before the door opened, and the counts of relayed tags."""
     return {"early_copies": _patches.early_copies(), "relay": relayed_tags.status()}
+
+
+def _restorer_without_owner(restore: Restore, adoption: Adoption) -> Restore:
+    """Return the restoring function for a load in a process that has no owner yet: the tags decide."""
+
+    def restore_as_tagged(storage: Any, location: str) -> Any:
+        if names_cuda(location):
+            adoption.note_unowned(location)
+        return restore(storage, location)
+
+    return restore_as_tagged
 
 
 def _restorer_by_tag(restore: Restore, owner: Owner) -> Restore:

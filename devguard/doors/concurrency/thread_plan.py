@@ -141,7 +141,7 @@ def plan(work: Any, default: int | None) -> Start | None:
     Start or None
         None to leave it alone.
     """
-    owner = in_force.owner_at_door()
+    owner = in_force.owner_at_door(uses_gpu=False)
     judged = judged_here()
     start: Start | None = judged.start
     if start is None:

@@ -6,6 +6,7 @@ torch`` does.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -348,3 +349,122 @@ loaded = torch.export.load(file)
 print(loaded.state_dict["weight"].device, loaded.example_inputs[0][0].device)
 """
     assert out(code, DEVGUARD_DEVICE="cuda:1") == "cuda:1 cuda:1"
+
+
+RANK_1 = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize("other", [0, 3])
+def test_a_launchers_guess_that_was_never_used_is_not_owned_beside_an_explicit_guard(other: int) -> None:
+    code = f"""
+with devguard.guard({other}):
+    torch.ones(1).to("cuda")
+    print(devguard.owner(), devguard.status()["owned"], ctx())
+print(devguard.status()["owned"])
+"""
+    answer = run(code, **RANK_1)
+    assert answer["out"] == f"cuda:{other} ['cuda:{other}'] [{other}]\n['cuda:{other}']"
+    assert answer["strays"] == []
+
+
+REFUSED = "try: loads('cuda:0')\nexcept devguard.StrayDeviceError: pass"
+
+
+@pytest.mark.parametrize("before", ["", REFUSED], ids=["no stray before", "a refused stray before"])
+def test_a_context_on_the_launchers_guess_beside_an_explicit_guard_is_recorded(before: str) -> None:
+    code = f"{before}\nwith devguard.guard(3): torch.ones(1).to('cuda:1')\nprint(devguard.status()['owned'])"
+    answer = run(code, DEVGUARD="error", **RANK_1)
+    assert answer["out"].split("\n")[-1] == "['cuda:3']"
+    (stray,) = [stray for stray in answer["strays"] if stray["door"] == "native"]
+    assert (stray["source"], stray["owner"]) == ("cuda:1", "cuda:3")
+
+
+def test_a_guess_in_use_stays_owned_beside_a_guard_for_another_gpu() -> None:
+    code = "x = torch.ones(1).to('cuda')\nwith devguard.guard(3): torch.ones(1).to('cuda')\nprint(x.device, ctx())"
+    answer = run(code, **RANK_1)
+    assert answer["out"] == "cuda:1 [1, 3]"
+    assert answer["strays"] == []
+
+
+def test_the_guess_is_current_after_a_guard_that_was_the_first_use_of_cuda() -> None:
+    code = "with devguard.guard(3): pass\nprint(torch.ones(1).to('cuda').device, ctx())"
+    assert out(code, **RANK_1) == "cuda:1 [1, 3]"
+
+
+def test_after_work_in_an_explicit_guard_a_stray_outside_it_is_only_observed() -> None:
+    code = "with devguard.guard(3): kept = torch.ones(1).to('cuda')\nprint(loads('cuda:0'))"
+    answer = run(code, **RANK_1)
+    assert answer["out"] == "cuda:0"
+    assert actions(answer) == ["observed"]
+
+
+HELPER = """
+import multiprocessing
+def child(answers):
+    USE
+    status = devguard.status()
+    strays = [(s.door, s.source, s.owner, s.action) for s in devguard.strays()]
+    answers.put((found, str(devguard.owner()), ctx(), strays, status["adoption"]["source"], status["adoption"]["firm"]))
+fork = multiprocessing.get_context("fork")
+answers = fork.SimpleQueue()
+process = fork.Process(target=child, args=(answers,)); process.start(); process.join()
+print(json.dumps(answers.get()))
+"""
+INHERITED = "the local rank of its parent"
+
+
+def helper(use: str, **environ: str) -> Any:
+    return json.loads(out(HELPER.replace("USE", use), **environ))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "found = loads('cuda:0')",
+        "found = str(torch.ones(1).to('cuda').device)",
+        "found = str(torch.ones(1).cuda().device)",
+    ],
+)
+def test_a_helper_child_of_a_rank_works_on_the_gpu_of_its_rank(use: str) -> None:
+    found, owner, contexts, _, source, firm = helper(use, **RANK_1)
+    assert (found, owner, contexts, source, firm) == ("cuda:1", "cuda:1", [1], INHERITED, False)
+
+
+def test_a_context_of_a_helper_child_on_another_gpu_is_recorded() -> None:
+    _, owner, contexts, strays, _, _ = helper("found = str(torch.ones(1).to('cuda:0').device)", **RANK_1)
+    assert (owner, contexts) == ("cuda:1", [0])
+    assert [(stray[1], stray[2]) for stray in strays] == [("cuda:0", "cuda:1")]
+
+
+def test_a_helper_child_that_selects_a_device_owns_that() -> None:
+    assert helper("torch.cuda.set_device(3); found = loads('cuda:0')", **RANK_1)[:3] == ["cuda:3", "cuda:3", [3]]
+    thread = "import threading; t = threading.Thread(target=print); t.start(); t.join(); "
+    assert helper(f"{thread}torch.cuda.set_device(3); found = loads('cuda:0')", **RANK_1)[:2] == ["cuda:3", "cuda:3"]
+
+
+def test_a_helper_child_that_uses_no_gpu_has_no_owner_and_no_context() -> None:
+    assert helper("found = torch.ones(1).sum().item()", **RANK_1)[:4] == [1.0, "None", [], []]
+
+
+def test_a_helper_child_that_sees_fewer_gpus_than_its_rank_is_guarded_without_an_owner() -> None:
+    code = """
+from devguard.ownership import siblings
+from devguard.activation import activate as module
+devguard.uninstall()
+siblings.is_child = lambda: True
+activate({"DEVGUARD": "repair", "LOCAL_RANK": "7", "LOCAL_WORLD_SIZE": "8"})
+print(devguard.owner(), devguard.status()["mode"])
+"""
+    assert out(code) == "None repair"
+
+
+@pytest.mark.parametrize("rank", ["0", "1", "3"])
+def test_a_device_that_is_named_for_each_rank_is_firm(rank: str) -> None:
+    environ = {"DEVGUARD_DEVICE": f"cuda:{rank}", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "4"}
+    code = "print(loads('cuda:2'), devguard.owner(), devguard.status()['adoption']['firm'])"
+    assert out(code, **environ) == f"cuda:{rank} cuda:{rank} True"
+
+
+def test_a_helper_child_of_a_rank_with_a_named_device_inherits_that_as_a_guess() -> None:
+    environ = {"DEVGUARD_DEVICE": "cuda:1", **RANK_1}
+    assert helper("found = loads('cuda:0')", **environ)[:3] == ["cuda:1", "cuda:1", [1]]
