@@ -84,9 +84,12 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'devguard' has no attribute {name!r}")
     import importlib
 
+    from devguard.support.forks import opening
+
+    with opening:
+        module = importlib.import_module(f"devguard.{home or 'integrations'}")
     if home is None:
-        return importlib.import_module("devguard.integrations")
-    module = importlib.import_module(f"devguard.{home}")
+        return module
     value: object = getattr(module, name)
     globals()[name] = value
     return value

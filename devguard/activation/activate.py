@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from devguard.activation import environment
 from devguard.activation.environment import Settings
-from devguard.activation.install import lock, uninstall
+from devguard.activation.install import uninstall
 from devguard.doors import table
 from devguard.errors import DeviceResolutionError
 from devguard.ownership import siblings
@@ -19,6 +19,7 @@ from devguard.ownership.process import BY_ENVIRONMENT, INSTALLED, process, ungua
 from devguard.ownership.resolve import has_local_siblings, is_one_visible, owner_from_environment
 from devguard.reporting import allowlist
 from devguard.support import accelerator, process_exit
+from devguard.support.forks import opening
 
 __all__ = ["activate"]
 
@@ -50,7 +51,7 @@ def activate(environ: Mapping[str, str] | None = None) -> bool:
     settings = environment.read(environ)
     if settings.mode in (None, "off") or process.source == INSTALLED:
         return False
-    with lock:
+    with opening:
         try:
             table.open_all()
             if process.mode is None:  # Otherwise the parent process has set it, and knew more than the environment.
@@ -59,7 +60,7 @@ def activate(environ: Mapping[str, str] | None = None) -> bool:
                 _adopt(settings, environ)
                 process.restart_with(lambda: _adopt_again(settings, environ))
             accelerator.set_torchs_own_check(process.mode_of(""))
-        except Exception:
+        except BaseException:
             uninstall()
             raise
     siblings.watch_forks()

@@ -6,7 +6,6 @@ that knows the role of the process. ``uninstall`` restores torch.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,11 +21,10 @@ from devguard.ownership.resolve import owner_from_environment, owner_not_found
 from devguard.ownership.stack import local
 from devguard.reporting import allowlist
 from devguard.support import accelerator
+from devguard.support.forks import opening
 from devguard.support.installed_torch import import_torch
 
-__all__ = ["assign", "install", "lock", "on_uninstall", "uninstall"]
-
-lock = threading.RLock()  # reentrant, because importing torch inside it may activate devguard
+__all__ = ["assign", "install", "on_uninstall", "uninstall"]
 
 _undo: dict[Callable[[], list[str]], None] = {}  # called first by `uninstall`
 
@@ -100,7 +98,7 @@ def assign(device: Any, *, role: str) -> bool:
 def _own(owner: Owner, mode: Mode, doors: dict[str, DoorMode], source: str) -> None:
     """Make `owner` the firm owner of this process."""
     import_torch()  # Before the lock is taken: `import torch` may activate devguard, which takes the lock.
-    with lock:
+    with opening:
         table.open_all()
         prepare(owner, lambda door: doors.get(door, mode))
         process.configure(mode, doors, source)
@@ -125,7 +123,7 @@ def uninstall() -> list[str]:
     list of str
         The patched names that other code has replaced since, which stay as they are; normally empty.
     """
-    with lock:
+    with opening:
         left: list[str] = []
         while _undo:
             left += _undo.popitem()[0]()

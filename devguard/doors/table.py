@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -22,9 +21,11 @@ from typing import Any
 
 from devguard.errors import ConfigError
 from devguard.modes import MODES, DoorMode, is_killed
+from devguard.ownership import in_force
 from devguard.ownership.process import process
 from devguard.reporting.journal import journal
 from devguard.support.callsite import Origin
+from devguard.support.forks import opening
 from devguard.support.installed_torch import import_torch
 from devguard.support.patching import DoorError
 
@@ -68,9 +69,28 @@ ON_REQUEST = frozenset({"buffers"})
 # Modes that single doors accept in addition to those of every door.
 EXTRA_MODES: dict[str, tuple[DoorMode, ...]] = {"ipc": ("copy", "uuid")}
 
-_lock = threading.RLock()
 _open: dict[str, ModuleType] = {}
 _failed: dict[str, str] = {}
+
+
+class _Stage:
+    """How far the doors are open.
+
+    Attributes
+    ----------
+    complete : bool
+        Whether every door was opened, or has failed.
+    opening : bool
+        Whether a call of `open_all` is running.
+    dirty : bool
+        Whether a call of `open_all` or `close_all` has begun and has not ended.
+    """
+
+    def __init__(self) -> None:
+        self.complete = self.opening = self.dirty = False
+
+
+_stage = _Stage()
 
 
 def check_doors(doors: object) -> dict[str, DoorMode]:
@@ -101,24 +121,39 @@ def check_doors(doors: object) -> dict[str, DoorMode]:
 
 def open_all() -> None:
     """Open each door that is not open and has not failed; with ``DEVGUARD=off``, open none."""
-    if len(_open) + len(_failed) == len(NAMES) or is_killed():
+    if _stage.complete or is_killed():
         return
     import_torch()
-    with _lock:
-        for name in NAMES:
-            if name in _open or name in _failed:
-                continue
-            module = importlib.import_module(f"{__package__}.{DOORS[name]}.{name}")
-            try:
-                module.install()
-            except Exception as error:
-                module.uninstall()  # removes the patches from before the failure
-                if not isinstance(error, DoorError):
-                    raise
-                _failed[name] = str(error)
-            else:
-                _open[name] = module
-        _start_log()
+    with opening:
+        if _stage.complete or _stage.opening:  # by another thread; by this one, below a signal handler
+            return
+        try:
+            _stage.opening = True
+            if _stage.dirty:  # the last call was interrupted, and so was the removal of its doors
+                close_all()
+            _stage.dirty = True
+            for name in NAMES:
+                _open_door(name)
+            _start_log()
+            in_force.close_doors(False)
+            _stage.complete = True
+            _stage.dirty = False
+        except BaseException:  # all doors or none: the next call must find no half-opened door
+            close_all()
+            raise
+        finally:
+            _stage.opening = False
+
+
+def _open_door(name: str) -> None:
+    module = importlib.import_module(f"{__package__}.{DOORS[name]}.{name}")
+    _open[name] = module  # First, so that an interrupted door is closed again.
+    try:
+        module.install()
+    except DoorError as error:
+        module.uninstall()  # removes the patches from before the failure
+        _failed[name] = str(error)
+        del _open[name]
 
 
 def _start_log() -> None:
@@ -133,13 +168,20 @@ def _start_log() -> None:
 def close_all() -> list[str]:
     """Close every open door, the last one first; return the names that other code has patched since."""
     left_over: list[str] = []
-    with _lock:
+    with opening:
         if journal.log is not None:
             journal.log.stop()
+        in_force.close_doors(True)
+        _stage.dirty, _stage.complete = True, False
         while _open:
-            _, module = _open.popitem()
-            left_over += module.uninstall()
+            name, module = next(reversed(_open.items()))
+            try:
+                left_over += module.uninstall()
+            except Exception as error:  # noqa: BLE001 - the other doors must close
+                left_over.append(f"the door {name} ({type(error).__name__}: {error})")
+            del _open[name]  # Last, so that a second call goes on after an interrupt.
         _failed.clear()
+        _stage.dirty = False
     return left_over
 
 
@@ -180,7 +222,7 @@ def look(where: str) -> None:
 
 def status() -> dict[str, dict[str, Any]]:
     """Return for each door whether it is open, its own status, and why it could not be opened."""
-    with _lock:
+    with opening:
         report: dict[str, dict[str, Any]] = {}
         for name in NAMES:
             module = _open.get(name)

@@ -23,7 +23,7 @@ from devguard.ownership.owner import CPU, Owner, owned_tags, owner_of_index
 from devguard.ownership.prepare import prepare
 from devguard.ownership.siblings import has_siblings
 from devguard.ownership.stack import local
-from devguard.support import accelerator, callsite
+from devguard.support import accelerator, callsite, forks
 from devguard.support.callsite import Site
 from devguard.support.notices import alert, warn_user
 
@@ -107,7 +107,7 @@ class Adoption:
         self._named_work = NamedWork(is_accounted)
         self._is_reported = False
         self._away: tuple[CodeType | None, int] | None = None  # where the main thread left the owner's device
-        self._lock = threading.RLock()
+        self._lock = forks.new_lock()
 
     def watches(self) -> bool:
         """Return whether a change of the current device on this thread can change or refute the owner."""

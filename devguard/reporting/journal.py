@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections.abc import Callable, Set
 from types import CodeType
 from typing import NamedTuple, Protocol
@@ -16,7 +15,7 @@ from typing import NamedTuple, Protocol
 from devguard.ownership.process import process
 from devguard.reporting.rows import Key, Row, Tally, format_row
 from devguard.reporting.stray import Action, Occurrence, Stray
-from devguard.support import callsite
+from devguard.support import callsite, forks
 from devguard.support.callsite import Frame
 
 __all__ = ["Journal", "journal", "Mark"]
@@ -64,12 +63,12 @@ class Journal:
         self._max_rows = max_rows
         self._watches_forks = False
         self.log: Log | None = None
+        self._lock = forks.new_lock()  # reentrant, because a finalizer may stray while a row is written to the log
         self._start()
 
     def _start(self) -> None:
         self._pid = os.getpid()
         self.life = object()
-        self._lock = threading.RLock()  # reentrant, because a finalizer may stray while a row is written to the log
         self._rows: dict[Key, Row] = {}
         self._dropped = 0
         process.renew()  # Tallies handed out earlier are invalid.
@@ -85,7 +84,7 @@ class Journal:
         os.register_at_fork(after_in_child=self._start)
 
     def _restart_if_forked(self) -> None:
-        # A fork copies the parent's strays, and perhaps a lock that is held by a thread of the parent.
+        # A fork copies the parent's strays.
         if os.getpid() != self._pid:
             self._start()
 

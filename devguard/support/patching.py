@@ -15,9 +15,12 @@ from typing import Any
 from devguard.errors import DevGuardError
 from devguard.support.installed_torch import SUPPORTED
 
-__all__ = ["DoorError", "overwritten", "Parameters", "Patches", "unsupported"]
+__all__ = ["DoorError", "original_of", "overwritten", "Parameters", "Patches", "unsupported"]
 
 _all: weakref.WeakSet[Patches] = weakref.WeakSet()
+# Patch -> original, of patches that other code had replaced when they were to be removed, and may put back, as
+# ``unittest.mock.patch`` does at its end.
+_outlived: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 class DoorError(DevGuardError):
@@ -95,8 +98,11 @@ class Patches:
         _all.add(self)
 
     def find(self, owner: Any, name: Any, *, inherited: bool = False) -> Callable[..., Any]:
-        """Return the callable to replace, with `inherited` also one of a base; raise `DoorError` if there is none."""
-        original: Callable[..., Any] | None = _found(owner, name)
+        """Return the callable to replace, with `inherited` also one of a base; raise `DoorError` if there is none.
+
+        A patch of devguard that outlived its removal is no original, since one call would then pass two patches.
+        """
+        original: Callable[..., Any] | None = original_of(_found(owner, name))
         if original is None and inherited:
             original = _inherited(owner, name)
         if original is None:
@@ -109,9 +115,10 @@ class Patches:
         With `inherited`, the class `owner` may have it from a base; the attribute of the base stays as it is.
         """
         original = self.find(owner, name, inherited=inherited)
-        function = original.__func__ if isinstance(original, staticmethod) else original  # as __new__
+        function = _function(original)  # as __new__
         for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
-            setattr(ours, attribute, getattr(function, attribute, None))
+            if hasattr(function, attribute):  # a mock may lack it
+                setattr(ours, attribute, getattr(function, attribute))
         if _found(owner, name) is None:
             ours.__module__, ours.__qualname__ = owner.__module__, f"{owner.__qualname__}.{name}"
         ours.__wrapped__ = function  # type: ignore[attr-defined]
@@ -125,16 +132,24 @@ class Patches:
         return any(patched is owner for patched, _, _, _ in self.replaced)
 
     def restore(self) -> list[str]:
-        """Restore the originals; return the names that hold a foreign patch by now, which stay as they are."""
+        """Restore the originals; return the names that hold a foreign patch by now, which stay as they are.
+
+        An interrupted call can be repeated: a patch is forgotten only after it is removed.
+        """
         left = []
         while self.replaced:
-            owner, name, original, ours = self.replaced.pop()
-            if _found(owner, name) is not ours:
-                left.append(_label(owner, name))
-            elif _inherited(owner, name) is original:
+            owner, name, original, ours = self.replaced[-1]
+            found, base = _found(owner, name), _inherited(owner, name)
+            if found is ours and base is original:
                 delattr(owner, name)
-            else:
+            elif found is ours:
                 _put(owner, name, original)
+            elif _function(found) in _outlived:  # an earlier patch of devguard that came back
+                _put(owner, name, original_of(found))
+            elif found is not original and not (found is None and base is original):  # else an interrupt came first
+                _outlived[_function(ours)] = original
+                left.append(_label(owner, name))
+            self.replaced.pop()
         return left
 
     def early_copies(self) -> list[str]:
@@ -149,6 +164,17 @@ class Patches:
                 continue
             held += [f"{module_name}.{name}" for name, value in list(vars(module).items()) if id(value) in originals]
         return sorted(held)
+
+
+def original_of(found: Any) -> Any:
+    """Return `found`, or the original in its place if it is a patch that outlived its removal."""
+    while _function(found) in _outlived:
+        found = _outlived[_function(found)]
+    return found
+
+
+def _function(found: Any) -> Any:
+    return found.__func__ if isinstance(found, staticmethod) else found
 
 
 def overwritten() -> set[str]:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
+import sys
 import threading
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,11 +19,16 @@ import torch.package.package_importer
 import devguard
 from devguard import ConfigError, modes
 from devguard.doors import table
+from devguard.doors.concurrency import threads
+from devguard.doors.current_device import streams
+from devguard.support import patching
 from tests.helpers import tagging
 from tests.helpers.torch_state import changed, everything_in_torch, relay_something
 
 pytestmark = pytest.mark.usefixtures("clean")
 
+Originals = dict[tuple[int, Any], tuple[Any, Any]]
+PACKAGE = os.path.dirname(devguard.__file__)
 PAYLOAD = tagging.dumps(torch.arange(4.0))  # tagged cuda:3
 
 
@@ -145,3 +156,186 @@ def test_a_door_whose_relay_cannot_be_patched_leaves_nothing_patched(monkeypatch
         assert not devguard.status()["doors"]["load"]["open"]
     devguard.uninstall()
     assert changed(before, everything_in_torch()) == set()
+
+
+def interrupt_at(line: int) -> Callable[..., Any]:
+    """Return a trace function that raises KeyboardInterrupt at the n-th line that runs in devguard."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            count += 1
+            if count == line:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    return trace
+
+
+def interrupted(work: Callable[[], object], line: int) -> bool:
+    """Call `work`, with an interrupt at the n-th line of devguard; return whether that line was reached."""
+    sys.settrace(interrupt_at(line))
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def lines(work: Callable[[], object]) -> int:
+    """Return the number of lines of devguard that `work` runs."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(None)
+    return count
+
+
+def watched() -> Originals:
+    """Return each attribute that the open doors have replaced, by owner and name, with its original."""
+    return {
+        (id(owner), name): (owner, None if patching._inherited(owner, name) is original else original)
+        for patches in list(patching._all)
+        for owner, name, original, _ in reversed(patches.replaced)  # the oldest patch has the original
+    }
+
+
+def replaced(originals: Originals) -> list[Any]:
+    """Return the names of these attributes that do not hold their originals."""
+    return [name for (_, name), (owner, original) in originals.items() if patching._found(owner, name) is not original]
+
+
+@pytest.fixture
+def originals() -> Originals:
+    table.open_all()
+    found = watched()
+    table.close_all()
+    assert len(found) > 20
+    assert replaced(found) == []
+    return found
+
+
+STRIDE = 17  # all lines take minutes
+
+
+@pytest.mark.parametrize("first", [1, 6, 11])
+def test_an_interrupt_while_the_doors_open_leaves_all_closed_and_nothing_patched_twice(
+    first: int, originals: Originals
+) -> None:
+    number = lines(table.open_all)
+    table.close_all()
+    assert number > 300
+    for line in range(first, number + 1, STRIDE):
+        if interrupted(table.open_all, line) and not table._stage.complete:
+            assert replaced(originals) == [], f"line {line}"
+        table.open_all()
+        assert all(row["open"] for row in table.status().values()), f"line {line}"
+        assert table.close_all() == [], f"line {line}"
+        assert replaced(originals) == [], f"line {line}"
+
+
+@pytest.mark.parametrize("first", [1, 6, 11])
+def test_an_interrupt_while_the_doors_close_leaves_nothing_patched_twice(first: int, originals: Originals) -> None:
+    table.open_all()
+    number = lines(table.close_all)
+    assert number > 100
+    for line in range(first, number + 1, STRIDE):
+        table.open_all()
+        interrupted(table.close_all, line)
+        table.open_all()
+        assert all(row["open"] for row in table.status().values()), f"line {line}"
+        assert table.close_all() == [], f"line {line}"
+        assert replaced(originals) == [], f"line {line}"
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_a_second_interrupt_during_the_removal_leaves_nothing_patched_twice(first: int) -> None:
+    table.open_all()
+    table.close_all()
+    before = everything_in_torch()
+
+    class Interrupted:
+        def __init__(self, function: Callable[..., Any]) -> None:
+            self.function, self.calls = function, 0
+
+        def __call__(self) -> Any:
+            self.calls += 1
+            if self.calls <= first:
+                raise KeyboardInterrupt
+            return self.function()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threads, "install", Interrupted(threads.install))
+        patch.setattr(streams, "uninstall", Interrupted(streams.uninstall))
+        while not table._stage.complete:
+            with contextlib.suppress(KeyboardInterrupt):
+                table.open_all()
+        assert table.close_all() == []
+    assert changed(before, everything_in_torch()) == set()
+
+
+class TestPatchesThatOutliveUninstall:
+    def test_a_mock_that_ends_after_uninstall_brings_an_inert_function_back(self) -> None:
+        original = torch.serialization._get_restore_location
+        with devguard.guard("cpu"):
+            with mock.patch("torch.serialization._get_restore_location", lambda where: original(where)):
+                assert devguard.uninstall() == ["torch.serialization._get_restore_location"]
+            assert torch.serialization._get_restore_location is not original
+            with tagging.landings() as seen:  # the scope is still entered
+                pickle.loads(PAYLOAD)
+        assert seen == ["cuda:3"]
+        assert devguard.strays() == ()
+        with devguard.guard("cpu"):
+            pass
+        devguard.uninstall()
+        assert torch.serialization._get_restore_location is original
+
+    def test_doors_that_open_again_judge_once_and_restore_the_original(self) -> None:
+        before = everything_in_torch()
+        with devguard.guard("cpu"), mock.patch("torch.serialization._get_restore_location"):
+            devguard.uninstall()
+        with tagging.landings(), devguard.guard("cpu", mode="observe"):
+            pickle.loads(PAYLOAD)
+        assert [stray.count for stray in devguard.strays()] == [1]
+        assert devguard.uninstall() == []
+        assert changed(before, everything_in_torch()) == set()
+
+    def test_a_mock_may_outlive_uninstall_and_end_while_the_doors_are_open_again(self) -> None:
+        original = torch.serialization._get_restore_location
+        with devguard.guard("cpu"):
+            pass
+        with mock.patch("torch.serialization._get_restore_location"):
+            devguard.uninstall()
+            with devguard.guard("cpu"):
+                pass
+        with tagging.landings() as seen, devguard.guard("cpu"):
+            pickle.loads(PAYLOAD)
+        assert seen == []
+        assert [stray.action for stray in devguard.strays()] == ["repaired"]
+        devguard.uninstall()
+        assert torch.serialization._get_restore_location is original
+
+    @pytest.mark.parametrize("target", ["torch.frombuffer", "torch.jit.load", "torch.from_dlpack"])
+    def test_any_function_of_a_door(self, target: str) -> None:
+        before = everything_in_torch()
+        for _ in range(3):
+            with devguard.guard("cpu"), mock.patch(target):
+                assert target in devguard.uninstall()
+        with devguard.guard("cpu"):
+            pass
+        assert devguard.uninstall() == []
+        assert changed(before, everything_in_torch()) == set()

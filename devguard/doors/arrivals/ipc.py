@@ -78,6 +78,7 @@ def uninstall() -> list[str]:
             _patches.replaced.remove(row)
     if _add_receiver in on_prepare:
         on_prepare.remove(_add_receiver)
+    if _receivers.update in on_owner:
         on_owner.remove(_receivers.update)
     return _patches.restore()
 

@@ -6,14 +6,12 @@ handle alone, regardless of the device on which the allocation was opened.
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 from typing import Any
 
 from devguard.ownership.owner import Owner
 from devguard.ownership.process import process
-from devguard.support import accelerator
+from devguard.support import accelerator, forks
 
 __all__ = ["copy", "copy_opened_elsewhere", "find_obstacle", "is_visible", "opened_on", "Receivers"]
 
@@ -36,11 +34,9 @@ class Receivers:
 
     def __init__(self) -> None:
         self._entered: set[int] = set()
-        self._lock = threading.RLock()
+        self._lock = forks.new_lock(awaited=True)
         self.only = -1
         self.several = False
-        release = self._lock.release
-        os.register_at_fork(before=self._lock.acquire, after_in_parent=release, after_in_child=release)
 
     def add(self, owner: Owner) -> None:
         """Add an owner that is about to be entered."""

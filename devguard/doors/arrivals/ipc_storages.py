@@ -19,7 +19,7 @@ from devguard.doors.arrivals.ipc_memory import Receivers, find_obstacle, is_visi
 from devguard.ownership import in_force
 from devguard.ownership.owner import Owner
 from devguard.reporting.verdict import judge, obey
-from devguard.support import accelerator
+from devguard.support import accelerator, forks
 from devguard.support.patching import Patches
 
 __all__ = ["already_judged", "install", "opened_on", "opening"]
@@ -34,7 +34,7 @@ _ADVICE = (
 )
 
 # Held from the look at open allocations until the opening, where several owners were entered.
-opening = threading.RLock()
+opening = forks.new_lock()
 
 
 class _Thread(threading.local):

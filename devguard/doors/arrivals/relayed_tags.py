@@ -16,6 +16,7 @@ from typing import Any
 
 from devguard.doors.arrivals import host_requests
 from devguard.ownership import in_force
+from devguard.support import forks
 from devguard.support.patching import Patches
 
 __all__ = ["count", "install", "keep", "status", "tag_to_send", "uninstall"]
@@ -29,7 +30,7 @@ class _State:
 
     Attributes
     ----------
-    lock : Lock
+    lock : RLock
         Held while one of the others changes.
     kept : int
         How many storages were kept with a tag.
@@ -40,7 +41,7 @@ class _State:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = forks.new_lock(awaited=True)
         self.kept = 0
         self.relayed = 0
         self.waiting: Patches | None = None

@@ -16,14 +16,19 @@ import os
 import stat
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from devguard.ownership.resolve import LAUNCHERS
 
 __all__ = ["Claim", "claim", "describe_clash", "folder", "is_enabled", "others", "release"]
 
 VARIABLE = "DEVGUARD_RANK_LOCK"
+
+LOCK_TRIES, LOCK_PAUSE_S = 40, 0.002
+MAX_BYTES = 1 << 20  # thousands of claims
 
 # The variables that identify a job; the first row of which all variables are set counts.
 JOBS = (
@@ -179,30 +184,62 @@ def _update(uuid: str, new: Claim | None, *, keep: bool = False) -> list[Claim]:
     keep : bool
         Whether to keep the claim that this process has in the file.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(folder() / f"{uuid}.json", flags, 0o600)
-    with os.fdopen(descriptor, "r+") as file:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    path = folder() / f"{uuid}.json"
+    # O_NONBLOCK, because opening a named pipe or a device can wait.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is not a regular file")
+        _lock(descriptor)
         try:
-            living = [found for found in _read(file.read()) if _start_time(found.pid) == found.started]
             pid = os.getpid()
+            living = [found for found in _read(_content(descriptor)) if _start_time(found.pid) == found.started]
             rest = [found for found in living if found.pid != pid]
             own = [found for found in living if found.pid == pid] if keep else [new] if new else []
-            file.seek(0)
-            file.truncate()
-            file.write(json.dumps([asdict(found) for found in (*rest, *own)]))
-            file.flush()
+            text = json.dumps([asdict(found) for found in (*rest, *own)]).encode()
+            os.ftruncate(descriptor, os.pwrite(descriptor, text, 0))
         finally:
             # Closing the file is not enough: a child forked meanwhile holds the same lock.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
     return rest
 
 
-def _read(text: str) -> list[Claim]:
-    """Return the claims in a file; none if the file was written only in part."""
-    names = {field.name for field in fields(Claim)}
+def _lock(descriptor: int) -> None:
+    """Lock a file; raise BlockingIOError if another process holds its lock for long, since a guard may not wait."""
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # other ranks that claim at the same time need less than a millisecond
+            time.sleep(LOCK_PAUSE_S)
+        else:
+            return
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _content(descriptor: int) -> bytes:
+    """Return the bytes of a file; none if no list of claims is so long."""
+    content = os.pread(descriptor, MAX_BYTES + 1, 0)
+    return content if len(content) <= MAX_BYTES else b""
+
+
+def _read(content: bytes) -> list[Claim]:
+    """Return the claims in a file; none if it is damaged."""
     try:
-        rows = json.loads(text or "[]")
-        return [Claim(**row) for row in rows if row.keys() == names]
-    except (AttributeError, TypeError, ValueError):
+        rows = json.loads(content.decode()) if content else []
+        return [Claim(**row) for row in rows if _is_claim(row)]
+    except (RecursionError, TypeError, ValueError):
         return []
+
+
+def _is_claim(row: Any) -> bool:
+    """Return whether `row` has the fields of a claim, with values of their types."""
+    if not isinstance(row, dict) or row.keys() != {field.name for field in fields(Claim)}:
+        return False
+    numbers, texts = ("pid", "started", "index"), ("job", "local_rank", "parent")
+    return (
+        all(type(row[name]) is int and 0 <= row[name] < 1 << 63 for name in numbers)
+        and all(isinstance(row[name], str) for name in texts)
+        and isinstance(row["visible"], str | None)
+    )

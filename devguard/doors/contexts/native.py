@@ -24,14 +24,14 @@ from devguard.reporting import allowlist
 from devguard.reporting.journal import journal
 from devguard.reporting.stray import Occurrence
 from devguard.reporting.verdict import judge_too_late
-from devguard.support import accelerator, allocation_history
+from devguard.support import accelerator, allocation_history, forks
 from devguard.support.callsite import Origin
 
 __all__ = ["accept", "inspect", "install", "status", "uninstall"]
 
 NAME = "native"
 
-_lock = threading.Lock()
+_lock = forks.new_lock()
 
 
 class _State:

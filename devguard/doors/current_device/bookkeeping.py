@@ -22,7 +22,7 @@ from devguard.ownership.process import process
 from devguard.ownership.stack import local
 from devguard.reporting.verdict import judge
 from devguard.support import accelerator
-from devguard.support.patching import Patches
+from devguard.support.patching import Patches, original_of
 
 __all__ = ["install", "status", "uninstall"]
 
@@ -73,7 +73,7 @@ def install() -> None:
     wrappers: dict[Any, Callable[..., Any]] = {}
     for module, names in wanted:
         for name, position in names.items():
-            original = vars(module).get(name)
+            original = original_of(vars(module).get(name))
             if original is None or original in wrappers.values():
                 continue  # The module or this torch lacks the function, or it is replaced already.
             if original not in wrappers:

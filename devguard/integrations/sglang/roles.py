@@ -13,7 +13,6 @@ import functools
 import inspect
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,6 +21,7 @@ from typing import Any
 from devguard import modes
 from devguard.activation.install import assign, on_uninstall
 from devguard.integrations.sglang import messages, versions
+from devguard.support import forks
 from devguard.support.import_hooks import when_imported
 from devguard.support.notices import INFO, WARNING, alert, log
 from devguard.support.patching import Patches
@@ -79,7 +79,7 @@ class _State:
     """The state of the integration in this process."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = forks.new_lock()
         self.patches = Patches()
         self.armed = False
         self.warned = False

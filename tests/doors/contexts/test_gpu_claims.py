@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from devguard.doors.contexts import gpu_claims
 from devguard.doors.contexts.gpu_claims import Claim
@@ -19,6 +25,21 @@ from devguard.ownership.resolve import LAUNCHERS
 from tests.helpers.simulated import ROOT
 
 UUID = "64657667-0000-0000-0000-000000000001"
+FIELDS = [field.name for field in fields(Claim)]
+CONTENTS = {
+    "not UTF-8": b"\xff\xfe[",
+    "UTF-16": "[]".encode("utf-16"),
+    "NUL": b"\0" * 100,
+    "huge": b" " * (gpu_claims.MAX_BYTES + 1),
+    "huge number": b'[{"pid": ' + b"1" * 5000 + b"}]",
+    "deep": b"[" * 100_000,
+    "NaN": b"[NaN]",
+    "number": b"5",
+    "text": b'"claims"',
+    "pid of another type": json.dumps([dict.fromkeys(FIELDS, "../../dev/tty")]).encode(),
+    "list in place of text": json.dumps([{name: [] for name in FIELDS}]).encode(),
+    "negative": json.dumps([dict.fromkeys(FIELDS, -1)]).encode(),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +123,38 @@ class TestClaims:
         assert gpu_claims.claim(UUID, 1) == []
         assert written() == [os.getpid()]
 
+    @pytest.mark.parametrize("content", CONTENTS)
+    def test_a_file_of_any_bytes_is_read_as_empty_and_replaced(self, content):
+        (gpu_claims.folder() / f"{UUID}.json").write_bytes(CONTENTS[content])
+        assert gpu_claims.others(UUID) == []
+        (gpu_claims.folder() / f"{UUID}.json").write_bytes(CONTENTS[content])
+        assert gpu_claims.claim(UUID, 1) == []
+        assert written() == [os.getpid()]
+
+    def test_valid_claims_beside_invalid_ones_are_kept(self, other):
+        rows = [asdict(other), 5, None, {**asdict(other), "pid": "../../dev/tty"}, {**asdict(other), "job": []}]
+        (gpu_claims.folder() / f"{UUID}.json").write_text(json.dumps(rows))
+        assert gpu_claims.claim(UUID, 1) == [other]
+
+    @given(
+        st.binary()
+        | st.text().map(str.encode)
+        | st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+            lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(FIELDS) | st.text(), inner),
+        ).map(lambda value: json.dumps(value).encode())
+        | st.lists(
+            st.fixed_dictionaries(
+                {name: st.none() | st.integers() | st.text() | st.lists(st.integers(), max_size=1) for name in FIELDS}
+            )
+        ).map(lambda value: json.dumps(value).encode())
+    )
+    def test_no_content_makes_the_reader_fail(self, content):
+        for claim in gpu_claims._read(content):
+            assert gpu_claims._start_time(claim.pid) != claim.started or claim.pid in range(1, 1 << 22)
+            gpu_claims.describe_clash(claim, 0)
+            str(claim)
+
     def test_no_claim_is_lost_when_many_processes_claim_at_the_same_time(self):
         code = (
             f"from devguard.doors.contexts import gpu_claims; gpu_claims.claim({UUID!r}, 0); print(flush=True); input()"
@@ -117,6 +170,71 @@ class TestClaims:
         for process in processes:
             process.communicate(b"\n")
         assert gpu_claims.others(UUID) == []
+
+
+class TestObstacles:
+    """What lies at the place of the file: a claim fails at once, with an OSError, which the door reports."""
+
+    @pytest.mark.parametrize("kind", ["directory", "pipe", "socket", "link to nothing"])
+    def test_what_is_no_file_is_refused_and_not_waited_for(self, kind):
+        path = gpu_claims.folder() / f"{UUID}.json"
+        if kind == "directory":
+            path.mkdir()
+        elif kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "socket":
+            here = os.open(".", os.O_RDONLY)
+            os.chdir(path.parent)  # the path of a socket must be short
+            try:
+                with socket.socket(socket.AF_UNIX) as server:
+                    server.bind(path.name)
+            finally:
+                os.fchdir(here)
+                os.close(here)
+        else:
+            path.symlink_to(path.parent / "nothing")
+        with pytest.raises(OSError, match=UUID):
+            gpu_claims.claim(UUID, 1)
+        gpu_claims.release()
+
+    @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+    def test_a_file_that_cannot_be_written_is_refused(self):
+        path = gpu_claims.folder() / f"{UUID}.json"
+        path.write_text("")
+        path.chmod(0o400)
+        with pytest.raises(PermissionError):
+            gpu_claims.claim(UUID, 1)
+
+    def test_a_lock_that_another_process_holds_is_not_waited_for(self, monkeypatch):
+        pauses: list[float] = []
+        monkeypatch.setattr(time, "sleep", pauses.append)
+        path = gpu_claims.folder() / f"{UUID}.json"
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with pytest.raises(BlockingIOError):
+                gpu_claims.claim(UUID, 1)
+            with pytest.raises(BlockingIOError):
+                gpu_claims.others(UUID)
+            gpu_claims.release()
+        assert 0 < sum(pauses) < 1
+        assert gpu_claims.claim(UUID, 1) == []
+
+    def test_a_full_disk_loses_no_claim_of_another_process(self, other, monkeypatch):
+        def fail(*args: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as full:
+            full.setattr(os, "pwrite", fail)
+            with pytest.raises(OSError, match="No space"):
+                gpu_claims.claim(UUID, 1)
+        assert written() == [other.pid]
+
+    def test_no_descriptor_is_left_open(self):
+        os.mkfifo(gpu_claims.folder() / f"{UUID}.json")
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(OSError, match=UUID):
+            gpu_claims.claim(UUID, 1)
+        assert os.listdir("/proc/self/fd") == before
 
 
 class TestFolder:

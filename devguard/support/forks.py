@@ -1,0 +1,64 @@
+"""Locks that survive a fork.
+
+A fork copies each lock as it is. A lock that another thread held is never released in the child, because the child has
+no such thread. So every lock of devguard is made here: in the child it is free again. Where the data under a lock may
+not be copied half-changed, a fork also waits for the lock, `WAIT_S` at most.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import Any
+
+__all__ = ["new_lock", "opening"]
+
+WAIT_S = 2.0  # longer than any lock is held, unless the lock waits for the thread that forks
+
+_locks: weakref.WeakSet[Any] = weakref.WeakSet()
+_awaited: list[Any] = []
+_taken: dict[int, list[Any]] = {}  # thread -> the locks that its fork holds
+
+
+def new_lock(*, awaited: bool = False) -> Any:
+    """Return a reentrant lock that is free in a forked child, unless the thread that forked holds it.
+
+    Parameters
+    ----------
+    awaited : bool
+        Whether a fork waits until no other thread holds the lock. For locks of modules: it is never forgotten.
+    """
+    lock = threading.RLock()  # reentrant, because a finalizer or a signal handler may need it inside
+    _locks.add(lock)
+    if awaited:
+        _awaited.append(lock)
+    return lock
+
+
+def _before() -> None:
+    taken = _taken[threading.get_ident()] = []
+    for lock in _awaited:
+        if lock.acquire(timeout=WAIT_S):
+            taken.append(lock)
+
+
+def _after() -> None:
+    for lock in reversed(_taken.pop(threading.get_ident(), [])):
+        lock.release()
+
+
+def _after_in_child() -> None:
+    for lock in _locks:
+        renew = getattr(lock, "_at_fork_reinit", None)  # as Python's own modules do
+        if renew is not None and not lock._is_owned():
+            renew()
+    _after()
+    _taken.clear()
+
+
+# Held while doors open and close, and while a part of devguard is imported on demand. Awaited: a child could not import
+# a module that another thread was importing, and would open the doors a second time.
+opening = new_lock(awaited=True)
+
+os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_after_in_child)
