@@ -6,12 +6,16 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 from devguard.ownership.resolve import LAUNCHERS
 from tests.helpers import simulated
 
 pytest_plugins = ["pytester"]
+
+# `pytest --hypothesis-profile=long` for a run by hand.
+hypothesis.settings.register_profile("long", max_examples=10_000, deadline=None)
 
 if TYPE_CHECKING:
     from tests.helpers.fakecuda import FakeCuda

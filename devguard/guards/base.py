@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 from devguard.doors import table
+from devguard.errors import StrayDeviceError
 from devguard.guards import decorate, unwind
 from devguard.guards.coroutines import Steps
 from devguard.modes import DoorMode
 from devguard.ownership.stack import local
+from devguard.support.notices import warn_user
 
 __all__ = ["Bound", "Scope"]
 
@@ -69,23 +72,39 @@ class Scope:
     def after_call(self, function: Callable[..., Any]) -> None:
         """Look for contexts that no door explains, after the outermost call of a plain decorated function."""
         if not local.stack and _inspection.claim_turn():
-            table.inspect(f"after {getattr(function, '__qualname__', function)} had returned")
+            name = getattr(function, "__qualname__", type(function).__name__)
+            try:
+                table.inspect(f"after {name} had returned")
+            except StrayDeviceError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the call has worked, and its result must not be lost
+                warn_user(f"devguard could not look for contexts after {name}: {type(error).__name__}: {error}")
 
     def steps(self, inner: Any) -> Steps:
         """Return an awaitable iterator that runs each step of `inner` inside this scope."""
         return Steps(self, inner)
 
     def __enter__(self) -> Any:
-        local.stack.append((self, None, -1))
+        raise NotImplementedError
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         stack = local.stack
-        if not stack or stack[-1][0] is not self:
-            unwind.remove(self)
+        if stack and (entry := stack[-1])[0] is self:
+            # First the undo, by two instructions between which Python handles no signal.
+            del stack[-1]
+            _, owner, previous = entry
+            if owner is not None and previous == owner.index:
+                inside = stack.read()
+                if inside != previous:
+                    stack.give_back(previous)
+            else:
+                inside = stack.give_back(previous)
+            if stack.changes:
+                unwind.judge_changes(stack, entry, inside, kind is not None)
         else:
-            stack.pop()
+            unwind.leave(self, sys._getframe(1), kind is not None)
 
     async def __aenter__(self) -> NoReturn:
         name = type(self).__name__

@@ -1,7 +1,8 @@
 """Coroutines and generators in a scope: each step enters the scope, and each suspend leaves it.
 
 A suspended coroutine must not keep the device of its thread, because other tasks run on the thread. So a decorated
-function is driven step by step, with at most two exchanges of the device a step, and none if the device is right.
+function is driven step by step. The current device belongs to its frame, as its local variables do: a suspend saves the
+device that the code has made current, whatever made it so, and a resume restores that one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
+from devguard.guards import unwind
 from devguard.ownership.stack import Entry, Stack, local
+from devguard.support import accelerator
 
 __all__ = ["Steps", "unregistered"]
 
@@ -26,13 +29,31 @@ class Steps:
         The code to step. Scopes that `inner` holds across a suspend are left and entered with it.
     """
 
-    __slots__ = ("_advance", "_held", "_inner", "_within")
+    __slots__ = ("_advance", "_device", "_held", "_inner", "_within", "suspends")
 
-    def __init__(self, within: AbstractContextManager[Any], inner: Any) -> None:
+    def __init__(self, within: AbstractContextManager[Any], inner: Any = None) -> None:
         self._within = within
+        self._held: list[Entry] = []
+        self._device = -1  # the device that `inner` has made current, where it is not the one of the scope
+        self.suspends: type[BaseException] | None = None
+        self._advance: Any = None
+        self._inner: Any = None
+        self.drive(inner)
+
+    def drive(self, inner: Any, suspends: type[BaseException] | None = None) -> Steps:
+        """Step `inner` from now on: the next step of an asynchronous generator, which has an awaitable for each.
+
+        Parameters
+        ----------
+        inner : awaitable iterator
+            The step.
+        suspends : type, optional
+            An exception by which `inner` ends where the generator is only suspended.
+        """
         self._inner = inner
         self._advance = getattr(inner, "__next__", None)  # a coroutine has only send
-        self._held: list[Entry] = []
+        self.suspends = suspends
+        return self
 
     def __iter__(self) -> Steps:
         return self
@@ -61,42 +82,66 @@ class Steps:
             self._step(self._inner.close)
 
     def _step(self, resume: Any, *arguments: Any) -> Any:
-        within = self._within
         stack = local.stack
-        depth = len(stack) + 1
-        within.__enter__()
-        if self._held:
-            self._wake(stack)
+        depth = len(stack)
+        self._within.__enter__()
+        outside = -1
         try:
+            outside = stack[depth][2]
+            if outside < 0 or self._device >= 0 or self._held:
+                outside = self._resume(stack, depth, outside)
             result = resume(*arguments)
-            if stack.changes:  # suspended code may still undo them, and its device is given back now anyway
-                stack.changes = [change for change in stack.changes if change.depth < depth]
-            return result
-        finally:
-            if len(stack) > depth:  # a plain `with` inside is held across this suspend
-                self._sleep(stack, depth)
-            within.__exit__(None, None, None)
+        except BaseException as error:
+            failing = not isinstance(error, (StopIteration, StopAsyncIteration))
+            self._suspend(stack, depth, outside, self.suspends is None or not isinstance(error, self.suspends), failing)
+            raise
+        self._suspend(stack, depth, outside, False, False)
+        return result
 
-    def _sleep(self, stack: Stack, depth: int) -> None:
-        """Take the entries above `depth` off the stack, and give back the device that the lowest of them took."""
-        self._held = stack[depth:]
-        del stack[depth:]
-        for _, _, previous in self._held:
-            if previous >= 0:
-                stack.give_back(previous)
-                break
+    def _resume(self, stack: Stack, depth: int, outside: int) -> int:
+        """Put the entries that `inner` holds back, and restore its device; return the device outside, -1 for unknown.
 
-    def _wake(self, stack: Stack) -> None:
-        """Put the entries back: take the innermost device, and let the lowest entry give back the current one."""
+        A scope that takes no device leaves the one outside current, and gives it back only where `inner` has moved it.
+        """
         held, self._held = self._held, []
-        takers = [position for position, entry in enumerate(held) if entry[2] >= 0]
-        if takers:
-            within, owner, _ = held[takers[0]]
-            innermost = held[takers[-1]][1]
-            assert innermost is not None
-            held[takers[0]] = (within, owner, stack.take(innermost.index))
-        stack.extend(held)
-        stack.judged = None
+        if outside < 0:
+            outside = stack.read()
+            for position, (within, owner, previous) in enumerate(held):
+                if previous >= 0:  # the lowest that took a device gives back the one that is current outside now
+                    held[position] = (within, owner, outside)
+                    break
+        if held:
+            stack.extend(held)
+            stack.judged = None
+        if self._device >= 0:
+            accelerator.bind().to(self._device)
+        return outside
+
+    def _suspend(self, stack: Stack, depth: int, outside: int, ends: bool, failing: bool) -> None:
+        """Take the entries of this step off, save the device of `inner`, and give back the one outside."""
+        if len(stack) <= depth:
+            unwind.report_missing()
+            return
+        entry = stack[depth]
+        if len(stack) > depth + 1:  # a plain `with` inside is held across this suspend
+            self._held = stack[depth + 1 :]
+        del stack[depth:]
+        if entry[2] >= 0:
+            home = entry[1].index  # type: ignore[union-attr]  # a scope that took a device has an owner
+            inside = stack.read() if outside == home else stack.give_back(outside)
+            self._device = -1 if inside == home else inside
+            if inside != home == outside:
+                stack.give_back(outside)
+        else:
+            inside = stack.read()
+            self._device = inside if inside != max(outside, 0) or self._held else -1
+            if inside >= 0 and inside != outside:
+                accelerator.bind().back(max(outside, 0))  # before CUDA was initialised, device 0 was current
+        if stack.changes:
+            if ends:
+                unwind.judge_changes(stack, entry, inside, failing)
+            else:  # suspended code may still undo them, and its device is given back now anyway
+                stack.changes = [change for change in stack.changes if change.depth <= depth]
 
 
 def unregistered(generator: Any) -> Any:

@@ -169,18 +169,18 @@ def _generator(scope: DecoratingScope, function: Callable[..., Any], parameter: 
 def _async_generator(scope: DecoratingScope, function: Callable[..., Any], parameter: Parameter | None) -> Any:
     @functools.wraps(function)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        steps = scope.resolved(parameter, args, kwargs).steps
+        steps = scope.resolved(parameter, args, kwargs).steps(None)
         inner = function(*args, **kwargs)
         step = unregistered(inner)
         while True:
             try:
-                item = await steps(step)
+                item = await steps.drive(step, suspends=StopIteration)
             except StopAsyncIteration:
                 return
             try:
                 sent = yield item
             except GeneratorExit:
-                await steps(inner.aclose())
+                await steps.drive(inner.aclose())
                 raise
             except BaseException as error:  # noqa: BLE001 - whatever is thrown in belongs to the generator
                 step = inner.athrow(error)

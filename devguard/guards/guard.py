@@ -7,9 +7,9 @@ doors decide about work that would land elsewhere.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from devguard import modes
 from devguard.doors import table
@@ -23,12 +23,9 @@ from devguard.ownership.prepare import prepare
 from devguard.ownership.resolve import owner_from_environment, owner_not_found
 from devguard.ownership.stack import local
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 __all__ = ["guard"]
 
-_PLAIN_LIMIT = 64
+_owners: dict[int, Owner] = {}  # for guard(1), which programs write in loops
 
 
 class guard(Scope):
@@ -81,37 +78,24 @@ class guard(Scope):
     _options: _Options | None
     _owner: Owner
 
-    _plain: ClassVar[dict[int, Any]]  # guard(1) is a value, so one object serves every call
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls._plain = {}
-
-    def __new__(
-        cls,
+    def __init__(
+        self,
         device: Any = None,
         argument: str | None = None,
         resolve: Callable[[], Any] | None = None,
         mode: Mode | None = None,
         doors: Mapping[str, DoorMode] | None = None,
-    ) -> Self:
-        """Return the scope; the same object for the same plain index."""
+    ) -> None:
         if argument is None and resolve is None and mode is None and doors is None:
-            if device.__class__ is int:  # not True, nor numpy's integers, which are parsed
-                try:
-                    shared: Self = cls._plain[device]
-                    return shared
-                except KeyError:
-                    pass
-            options = None
+            self._options = None
+            if device.__class__ is int and device in _owners:  # not True, nor numpy's integers, which are parsed
+                self._owner = _owners[device]
+                return
         else:
-            options = _check_options(device, argument, resolve, mode, doors)
-        self = super().__new__(cls)
-        self._options = options
-        self._owner = UNKNOWN if device is None else cls._parse(device)
-        if options is None and device.__class__ is int and device < _PLAIN_LIMIT:
-            cls._plain[device] = self
-        return self
+            self._options = _check_options(device, argument, resolve, mode, doors)
+        self._owner = owner = UNKNOWN if device is None else self._parse(device)
+        if device.__class__ is int:
+            _owners[device] = owner
 
     @classmethod
     def _parse(cls, device: Any) -> Owner:
@@ -186,25 +170,11 @@ class guard(Scope):
             owner = self._prepare()
             device = owner.device
         stack = local.stack
-        stack.append((self, owner, stack.take(owner.index)))
+        if stack and unwind.is_entered(stack, self):
+            unwind.enter_again(self, owner, sys._getframe(1))
+        else:
+            stack.append((self, owner, stack.take(owner.index)))
         return device
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        stack = local.stack
-        try:
-            entered, owner, previous = entry = stack.pop()
-        except IndexError:
-            unwind.remove(self)
-            return
-        if entered is not self:
-            stack.append(entry)
-            unwind.remove(self)
-        elif stack.moved:
-            unwind.restore_device(entry, kind is not None)
-        elif previous != owner.index:  # type: ignore[union-attr]  # only unguarded() enters without an owner
-            stack.give_back(previous)
 
     def _prepare(self) -> Owner:
         """Return the owner, found first if no device was named, and prepare this process for its first entry."""
@@ -243,9 +213,6 @@ class guard(Scope):
         parts = [] if device is None else [repr(device)]
         parts += [f"{name}={dict(v) if name == 'doors' else v!r}" for name, v in zip(names, options, strict=True) if v]
         return f"devguard.{type(self).__name__}({', '.join(parts)})"
-
-
-guard._plain = {}
 
 
 class _Options:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from types import TracebackType
 
+from devguard.guards import unwind
 from devguard.guards.base import Scope
 from devguard.modes import DoorMode
 from devguard.ownership.process import unguarded_contexts
+from devguard.ownership.stack import local
 from devguard.support import accelerator
 
 __all__ = ["unguarded"]
@@ -20,11 +24,23 @@ class unguarded(Scope):
 
     __slots__ = ()
 
+    def __enter__(self) -> None:
+        stack = local.stack
+        if unwind.is_entered(stack, self):
+            unwind.enter_again(self, None, sys._getframe(1))
+        else:
+            stack.append((self, None, -1))
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        unguarded_contexts.update(accelerator.contexts())  # the code inside opened them on purpose
-        super().__exit__(kind, error, traceback)
+        stack = local.stack
+        if stack and stack[-1][0] is self:
+            del stack[-1]
+        else:
+            unwind.leave(self, sys._getframe(1), kind is not None)
+        with contextlib.suppress(Exception):
+            unguarded_contexts.update(accelerator.contexts())  # the code inside opened them on purpose
 
     def mode_of(self, door: str) -> DoorMode | None:
         """Return ``'off'``."""

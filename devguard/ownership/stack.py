@@ -24,7 +24,6 @@ __all__ = [
     "local",
     "look_for_changes",
     "mark_changes",
-    "moves_are_watched",
     "ScopePolicy",
     "Stack",
     "stacks",
@@ -61,14 +60,18 @@ def _take_first(index: int) -> int:
     exchange = accelerator.bind()
     previous = exchange.choose(index)
     stack = local.stack
-    stack.take, stack.give_back = exchange.to, exchange.back
-    if moves_are_watched() and all(taken < 0 for _, _, taken in stack):
-        stack.moved = False  # no entered scope must restore a device, so earlier moves do not count
+    stack.take, stack.give_back, stack.read = exchange.to, exchange.back, exchange.read
     return previous
 
 
 def _give_back_none(index: int) -> int:
-    raise AssertionError("a device was given back before one was taken")
+    """Give nothing back: this thread has taken no device."""
+    assert index < 0, "a device was given back before one was taken"
+    return -1
+
+
+def _read_if_initialized() -> int:
+    return accelerator.current_device() if accelerator.is_initialized() else -1
 
 
 class Stack(list[Entry]):
@@ -80,11 +83,11 @@ class Stack(list[Entry]):
         ``take(index) -> previous index``. Makes a device current; for -1, the ``cpu`` owner's index, it does nothing.
         At first a function that prepares the thread, then torch's own.
     give_back : callable
-        ``give_back(index) -> previous index``. Restores the device that was current before an entry took its own. Set
-        by the first `take`; until then it raises.
-    moved : bool
-        Whether the current device may have been moved inside a scope that found it current; see
-        doors/current_device/set_device.py.
+        ``give_back(index) -> previous index``. Restores the device that was current before an entry took its own, and
+        returns the one that its code left current; for -1 it does nothing. Set by the first `take`.
+    read : callable
+        ``read() -> index``. The current device; -1 before CUDA is initialised, which a query would do. Set by the first
+        `take` to torch's own.
     changes : list
         Changes of the current device that may still be put back; the door ``set_device`` keeps them.
     judged : Judged or None
@@ -95,21 +98,20 @@ class Stack(list[Entry]):
         while `judged` is not None.
     """
 
-    __slots__ = ("__weakref__", "changes", "give_back", "judged", "moved", "starts", "take")
+    __slots__ = ("__weakref__", "changes", "give_back", "judged", "read", "starts", "take")
 
     def __init__(self) -> None:
         super().__init__()
-        self.moved = True
         self.changes: list[Any] = []
         self.judged: Any = None
         self.starts: dict[Any, Any] = {}
         self.take: Callable[[int], int] = _take_first
         self.give_back: Callable[[int], int] = _give_back_none
+        self.read: Callable[[], int] = _read_if_initialized
 
     def forget_device(self) -> None:
         """Prepare this thread again the next time that it takes a device: the doors were closed."""
         self.take = _take_first
-        self.moved = True
         self.changes.clear()
 
 
@@ -124,7 +126,9 @@ def stacks() -> list[Stack]:
 class JudgePending(Protocol):
     """The door ``set_device``: judges changes of the current device when their authors have returned."""
 
-    def __call__(self, stack: Stack, *, leaving: bool = False, failing: bool = False) -> None: ...
+    def __call__(
+        self, stack: Stack, *, leaving: bool = False, failing: bool = False, current: int | None = None
+    ) -> None: ...
 
 
 class _Hooks:
@@ -141,10 +145,7 @@ _hooks = _Hooks()
 
 
 def watch_moves(judge: JudgePending) -> None:
-    """Let `judge` judge pending changes of the current device: at the next door, and when a scope is left.
-
-    The caller sets `Stack.moved` whenever the current device of a thread is moved.
-    """
+    """Let `judge` judge pending changes of the current device: at the next door, and when a scope is left."""
     _hooks.judge_pending = judge
 
 
@@ -153,12 +154,7 @@ def unwatch_moves() -> None:
     _hooks.judge_pending = None
 
 
-def moves_are_watched() -> bool:
-    """Return whether `Stack.moved` is kept up to date."""
-    return _hooks.judge_pending is not None
-
-
-def judge_pending(stack: Stack, *, leaving: bool = False, failing: bool = False) -> None:
+def judge_pending(stack: Stack, *, leaving: bool = False, failing: bool = False, current: int | None = None) -> None:
     """Judge the pending changes of the current device, if they are watched.
 
     Parameters
@@ -169,10 +165,12 @@ def judge_pending(stack: Stack, *, leaving: bool = False, failing: bool = False)
         Whether the innermost scope, or the thread's task, ends here.
     failing : bool
         Whether an exception is on its way out of that scope; then no other is raised.
+    current : int, optional
+        The device that the code of that scope left current, if it has been given back since.
     """
     judge = _hooks.judge_pending  # read once: another thread may close the door
     if judge is not None:
-        judge(stack, leaving=leaving, failing=failing)
+        judge(stack, leaving=leaving, failing=failing, current=current)
 
 
 def inherit_with(inherit: Callable[[Stack], None] | None) -> None:

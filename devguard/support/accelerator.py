@@ -52,7 +52,7 @@ _CUDA_ERROR_NOT_INITIALIZED = 3
 
 
 class Exchange:
-    """The three calls that move the current device of this thread, as torch's C functions.
+    """The calls that move the current device of this thread, and the one that reads it, as torch's C functions.
 
     Attributes
     ----------
@@ -62,14 +62,23 @@ class Exchange:
         ``back(index) -> previous index``. The same, but a device without a context stays without one.
     choose : callable
         ``choose(index) -> previous index``. As ``torch.cuda.set_device``: binds the context to a fresh thread.
+    read : callable
+        ``read() -> index``. The current device.
     """
 
-    __slots__ = ("back", "choose", "to")
+    __slots__ = ("back", "choose", "read", "to")
 
-    def __init__(self, to: Callable[[int], int], back: Callable[[int], int], choose: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        to: Callable[[int], int],
+        back: Callable[[int], int],
+        choose: Callable[[int], int],
+        read: Callable[[], int],
+    ) -> None:
         self.to = to
         self.back = back
         self.choose = choose
+        self.read = read
 
 
 def bind() -> Exchange:
@@ -94,7 +103,7 @@ def bind() -> Exchange:
         torch._C._cuda_setDevice(index)  # what set_device calls; torch's own check of contexts is for users' calls
         return previous
 
-    return Exchange(to, back, choose)
+    return Exchange(to, back, choose, torch._C._cuda_getDevice)
 
 
 def device_count() -> int:

@@ -680,3 +680,113 @@ def test_asynchronous_generators_left_open_at_the_end_of_the_loop_clean_up_on_th
 
     asyncio.run(main())
     assert seen == [ONE] * 16
+
+
+# --- the current device belongs to the frame ---
+
+
+@contextlib.contextmanager
+def torchs_block(cuda: FakeCuda, index: int) -> Iterator[None]:
+    """As ``torch.cuda.device``."""
+    before = cuda.exchange(index)
+    yield
+    cuda.maybe_exchange(before)
+
+
+BLOCKS = {
+    "torch.cuda.device": torchs_block,
+    "guard": lambda cuda, index: devguard.guard(index),
+}
+
+
+class Turn:
+    """Awaits one turn of the event loop, or of the code that steps the coroutine."""
+
+    def __await__(self) -> Iterator[None]:
+        yield
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("how", ["generator", "coroutine", "run", "asynchronous generator"])
+def test_a_device_chosen_inside_is_kept_over_a_suspend(cuda: FakeCuda, block: Any, how: str) -> None:
+    seen: list[int] = []
+
+    def generate() -> Iterator[None]:
+        with block(cuda, 2):
+            yield
+            seen.append(cuda.current)
+        seen.append(cuda.current)
+        yield
+
+    async def coroutine() -> None:
+        for _ in generate():
+            await Turn()
+
+    async def items() -> AsyncGenerator[None, None]:
+        for _ in generate():
+            yield
+
+    scope = devguard.guard(1)
+    torch.cuda.set_device(3)
+    if how == "generator":
+        steps: Any = scope(generate)()
+    elif how == "asynchronous generator":
+        inner = scope(items)()
+
+        async def consume() -> None:
+            async for _ in inner:
+                assert cuda.current == 3
+                await Turn()
+
+        steps = consume().__await__()
+    else:
+        steps = (scope(coroutine)() if how == "coroutine" else scope.run(coroutine())).__await__()
+    for _ in steps:
+        assert where(cuda) == (3, "None")
+        torch.cuda.set_device(3)
+    assert seen == [2, 1]
+    assert where(cuda) == (3, "None")
+
+
+@pytest.mark.parametrize("scope", [devguard.unguarded(), devguard.guard("cpu")], ids=repr)
+def test_a_scope_that_takes_no_device_keeps_and_gives_back_as_well(cuda: FakeCuda, scope: Any) -> None:
+    with devguard.guard(1):
+        pass
+    seen = []
+
+    @scope
+    def work() -> Iterator[None]:
+        seen.append(cuda.current)
+        yield
+        seen.append(cuda.current)  # it has chosen none, so it follows its surroundings
+        with torchs_block(cuda, 2):
+            yield
+            seen.append(cuda.current)
+        seen.append(cuda.current)
+        yield
+
+    steps = work()
+    for outside in (3, 4, 5):
+        torch.cuda.set_device(outside)
+        next(steps)
+        assert cuda.current == outside
+    assert seen == [3, 4, 2, 4]
+
+
+def test_a_scope_held_in_an_asynchronous_generator_is_suspended_with_it(cuda: FakeCuda) -> None:
+    @devguard.guard(1)
+    async def items() -> AsyncGenerator[Any, None]:
+        with devguard.guard(2):
+            yield where(cuda)
+            yield where(cuda)
+        yield where(cuda)
+
+    async def main() -> None:
+        seen = []
+        async for item in items():
+            assert where(cuda) == UNOWNED
+            assert not local.stack
+            seen.append(item)
+        assert seen == [TWO, TWO, ONE]
+
+    asyncio.run(main())

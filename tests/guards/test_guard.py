@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -252,6 +253,36 @@ def test_the_device_is_restored_after_the_block_moved_it(cuda: FakeCuda, outer: 
         with devguard.guard(1):
             torch.cuda.set_device(3)
         assert cuda.current == 1
+    assert cuda.current == outer
+
+
+MOVERS: dict[str, Callable[[FakeCuda], object]] = {
+    "exchange": lambda cuda: torch._C._cuda_exchangeDevice(3),
+    "maybe_exchange": lambda cuda: torch._C._cuda_maybeExchangeDevice(3),
+    "set_device": lambda cuda: torch.cuda.set_device(3),
+    "native code": lambda cuda: setattr(cuda._local, "index", 3),  # as cudaSetDevice in a library: no call of torch
+}
+
+
+@pytest.mark.parametrize("move", MOVERS.values(), ids=MOVERS)
+@pytest.mark.parametrize("make", [lambda: devguard.guard(1), lambda: devguard.guard("cuda:1", mode="observe")])
+@pytest.mark.parametrize("outer", [0, 1])
+def test_the_device_is_restored_whatever_moved_it(
+    cuda: FakeCuda, move: Callable[[FakeCuda], object], make: Callable[[], Any], outer: int
+) -> None:
+    with make():
+        pass
+    torch.cuda.set_device(outer)
+    with make():
+        move(cuda)
+    assert cuda.current == outer
+    make()(lambda: move(cuda))()
+    assert cuda.current == outer
+    with make():
+        with make():
+            move(cuda)
+        assert cuda.current == 1
+        move(cuda)
     assert cuda.current == outer
 
 

@@ -75,19 +75,17 @@ def test_forget_device_prepares_the_thread_again(cuda: FakeCuda) -> None:
 def test_pending_changes_are_judged_only_while_moves_are_watched() -> None:
     judged: list[Any] = []
 
-    def judge(stack: Stack, *, leaving: bool = False, failing: bool = False) -> None:
-        judged.append((stack, leaving, failing))
+    def judge(stack: Stack, *, leaving: bool = False, failing: bool = False, current: int | None = None) -> None:
+        judged.append((stack, leaving, failing, current))
 
     stack_module.judge_pending(local.stack)
     stack_module.watch_moves(judge)
     try:
-        assert stack_module.moves_are_watched()
-        stack_module.judge_pending(local.stack, leaving=True)
+        stack_module.judge_pending(local.stack, leaving=True, current=2)
     finally:
         stack_module.unwatch_moves()
-    assert not stack_module.moves_are_watched()
     stack_module.judge_pending(local.stack)
-    assert judged == [(local.stack, True, False)]
+    assert judged == [(local.stack, True, False, 2)]
 
 
 @pytest.fixture

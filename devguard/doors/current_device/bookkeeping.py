@@ -104,7 +104,7 @@ def _wrap(original: Callable[..., Any], name: str, position: int) -> Callable[..
     def of_the_current_device() -> Any:
         stack = local.stack
         if stack:
-            if not stack.moved and stack[-1][2] >= 0:  # the owner's device, or the device of a `with` inside
+            if stack[-1][2] >= 0 and not stack.changes:  # the owner's device, or one that the program chose since
                 return original()
         else:
             owner = process.owner
@@ -117,7 +117,7 @@ def _wrap(original: Callable[..., Any], name: str, position: int) -> Callable[..
         if device is None:
             stack = local.stack
             if stack:
-                if not stack.moved and stack[-1][2] >= 0:
+                if stack[-1][2] >= 0 and not stack.changes:
                     return original(get_device())  # torch takes longer to resolve None
             else:
                 owner = process.owner
@@ -132,7 +132,7 @@ def _wrap(original: Callable[..., Any], name: str, position: int) -> Callable[..
 
     def of_any(*args: Any, **kwargs: Any) -> Any:
         stack = local.stack
-        if stack and not stack.moved and stack[-1][2] >= 0:
+        if stack and stack[-1][2] >= 0 and not stack.changes:
             return original(*args, **kwargs)
         owner = _find_target(name) if _has_no_device(args, kwargs, position) else None
         return original(*args, **kwargs) if owner is None else _run_on_owner(original, name, owner, args, kwargs)

@@ -5,9 +5,8 @@ has returned and the device is still there: at the next door, when a guard is le
 Mode ``error`` raises at a door or at a guard's exit, so after the change; at the end of a thread or task it records
 ``refused`` and raises nothing. Code that no other package called chooses its own device. See docs/doors.md.
 
-The same watch lets a guard be left without a query to the runtime: a scope that found its device current restores none
-unless `Stack.moved` is set. Not watched: context managers that restore the device themselves, such as
-``torch.cuda.device``, and C++ code that calls ``cudaSetDevice``.
+Not watched: context managers that restore the device themselves, such as ``torch.cuda.device``, and C++ code that calls
+``cudaSetDevice``. A guard restores its device after them, too, but nothing records them.
 """
 
 from __future__ import annotations
@@ -102,7 +101,6 @@ def _wrap(original: Callable[..., Any], get_device: Callable[[], int]) -> Callab
 
     def move(*args: Any, **kwargs: Any) -> Any:
         stack = local.stack
-        stack.moved = bool(stack)  # Outside every scope there is no device to restore.
         owner = stack[-1][1] if stack else process.owner
         adoption = None if stack else process.adoption
         follows = False
@@ -206,7 +204,7 @@ def _package_of(frame: FrameType) -> str:
     return str(name).partition(".")[0]
 
 
-def _judge_pending(stack: Stack, *, leaving: bool = False, failing: bool = False) -> None:
+def _judge_pending(stack: Stack, *, leaving: bool = False, failing: bool = False, current: int | None = None) -> None:
     """Judge the newest change of the innermost scope, if the code that made the change has returned.
 
     Parameters
@@ -218,6 +216,8 @@ def _judge_pending(stack: Stack, *, leaving: bool = False, failing: bool = False
         changes are dropped.
     failing : bool
         Whether an exception is leaving that scope; then no other is raised.
+    current : int, optional
+        The device that was current at the end of that scope; by default the one that is current now.
     """
     changes: list[Change] = stack.changes
     if not changes:
@@ -228,7 +228,8 @@ def _judge_pending(stack: Stack, *, leaving: bool = False, failing: bool = False
     try:
         if change.depth != depth or owner is None or owner.index < 0 or _is_running(change):
             return
-        current = accelerator.current_device()
+        if current is None:
+            current = accelerator.current_device()
         if current not in (change.after, owner.index):
             return  # Other code moved the device since, perhaps temporarily.
         _drop_changes(changes, depth)  # One change is one stray, whatever the verdict is.

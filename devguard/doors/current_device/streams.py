@@ -125,8 +125,8 @@ def _wrap_record(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def record(self: Any, stream: Any = None) -> None:
         stack = local.stack
-        # As in the door bookkeeping: in a guard in which the device was not moved, no check is needed.
-        needless = stream is not None or (stack and not stack.moved and stack[-1][2] >= 0)
+        # As in the door bookkeeping: in a guard that took a device, no check is needed.
+        needless = stream is not None or (stack and stack[-1][2] >= 0 and not stack.changes)
         owner = None if needless else stack[-1][1] if stack else process.owner
         if owner is not None and owner.index > 0 and accelerator.device_0_is_unchosen():
             index = _place(None)
