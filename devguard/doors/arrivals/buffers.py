@@ -35,7 +35,7 @@ def install() -> None:
         tensor = original(*args, **kwargs)
         known = {"dtype": str(tensor.dtype), "shape": tensor.shape}
         if judge(NAME, "cpu", owner, tensor.nbytes, _ADVICE, target=owner.tag, **known):
-            tensor = tensor.to(owner.device)
+            tensor = tensor.to(owner.tag)  # not its device, which is unset where another thread has closed the doors
         return tensor.requires_grad_() if requires_grad else tensor  # after the move, so that it is a leaf
 
     _patches.replace(torch, "frombuffer", frombuffer)

@@ -218,7 +218,7 @@ def _patch_received_events(reductions: Any, name: str) -> None:
             source = f"cuda:{index}" if isinstance(index, int) else f"GPU {sent}"
             target = owner.tag if reason is None else None
             if judge(NAME, source, owner, 0, advice, target=target, note=reason):
-                return original(*parameters.changed(args, "device", owner.device))
+                return original(*parameters.changed(args, "device", import_torch().device(owner.tag)))
         device = import_torch().device("cuda", _visible_index_of(sent))
         return original(*parameters.changed(args, "device", device))
 

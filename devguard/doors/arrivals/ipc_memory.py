@@ -96,7 +96,7 @@ def find_obstacle(owner: Owner, index: Any, empty: bool) -> str | None:
 
 def copy(tensor: Any, owner: Owner) -> Any:
     """Return a copy of `tensor` on the owner, of the same kind."""
-    return _as_kind_of(tensor, tensor.detach().to(owner.device, copy=True))
+    return _as_kind_of(tensor, tensor.detach().to(owner.tag, copy=True))
 
 
 def copy_opened_elsewhere(cache: Any, key: tuple[Any, ...], rebuild: Any, args: tuple[Any, ...]) -> Any:

@@ -151,7 +151,7 @@ def _wrap_group_device(original: Callable[..., Any]) -> Callable[..., Any]:
             group.bound_device_id = None  # A refused group must keep no device.
         target = owner.tag if owner.index >= 0 else None
         if judge(NAME, str(device), owner, 0, _ADVICE_GROUP, target=target):
-            device = owner.device
+            device = sys.modules["torch"].device(owner.tag)
         if group is not None:
             group.bound_device_id = device
         return device
