@@ -4,8 +4,8 @@ Tracing turns ``device=x.device`` into this constant, so the program creates its
 - ``torch.export.load``, owner on a GPU: mode ``repair`` reads a program that names one other GPU as if it named the
   owner, so nothing lands there first (torch's ``move_to_device_pass`` moves afterwards). A program that names several
   GPUs is recorded and left. Mode ``error`` refuses at the first other GPU, before anything is allocated on it.
-- ``torch.export.load``, owner ``cpu``, and ``torch.jit.load``: the program is loaded first, then its constants are
-  judged. They are never rewritten. Mode ``error`` refuses before the program can run.
+- ``torch.export.load``, owner ``cpu``: mode ``error`` refuses in the same way; no mode rewrites the program.
+- ``torch.jit.load``: the program is loaded first, then its constants are judged, which allocate nothing before they run.
 
 The doors ``load`` and ``jit`` decide where the tensors of an archive land. A constant ``cuda`` without an index is no
 stray. Not seen: AOTInductor's packages, pickled ``torch.fx`` graphs, TensorRT engines, ONNX files. See docs/doors.md.
@@ -74,7 +74,7 @@ class _Stop(Exception):
 
 
 class _Reading:
-    """One reading of a program by ``torch.export.load``, for an owner with a GPU.
+    """One reading of a program by ``torch.export.load``, in which each GPU that the program names is seen.
 
     Attributes
     ----------
@@ -165,8 +165,8 @@ def _patch_export(module: ModuleType) -> None:
         owner = in_force.owner_at_door()
         if owner is None or (mode := in_force.mode_of(NAME)) == "off":
             return original(*args, **kwargs)
-        moves = mode in ("repair", "error") and owner.index >= 0
-        program = _read_for(owner, mode, original, args, kwargs) if moves else None
+        watches = mode == "error" or (mode == "repair" and owner.index >= 0)
+        program = _read_for(owner, mode, original, args, kwargs) if watches else None
         if program is None:
             program = original(*args, **kwargs)
         _judge_constants(_constants_of_export(program), owner)

@@ -264,6 +264,15 @@ class TestExportedPrograms:
             assert devices_in(torch.export.load(program)) == {"cuda:0"}
         assert ("artefacts", "cuda:0", "observed") in found()
 
+    @pytest.mark.parametrize("program", [Weighted], indirect=True)
+    @pytest.mark.parametrize("load", ["off", "repair", "error"])
+    def test_the_cpu_owner_refuses_in_mode_error_before_a_byte_is_on_the_gpu(self, program, load):
+        before = torch.cuda.memory_stats(0).get("allocation.all.allocated", 0)
+        with guard("cpu", doors={"artefacts": "error", "load": load}), pytest.raises(devguard.StrayDeviceError):
+            torch.export.load(program)
+        assert torch.cuda.memory_stats(0).get("allocation.all.allocated", 0) == before
+        assert ("artefacts", "cuda:0", "refused") in found()
+
     def test_torchs_own_errors_are_raised(self, tmp_path):
         with guard(1), pytest.raises((OSError, RuntimeError, ValueError)):
             torch.export.load(tmp_path / "nothing.pt2")
