@@ -1,18 +1,24 @@
 """The entry point ``devguard`` of the group ``torch.backends``, which torch calls at the end of ``import torch``.
 
-If ``DEVGUARD`` is not set, it does nothing and imports nothing. It never raises: ``import torch`` would then fail.
+If none of devguard's variables asks for a guard, it does nothing and imports nothing. It never raises: ``import torch``
+would then fail. A guard that cannot be in force is reported on standard error, whatever the filters of warnings.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 __all__ = ["activate"]
 
 
 def activate() -> None:
-    """Apply ``DEVGUARD`` and devguard's other variables; if that fails, warn once and leave devguard off."""
-    if not os.environ.get("DEVGUARD", "").strip():
+    """Apply ``DEVGUARD`` and devguard's other variables; if that fails, report it and leave devguard off."""
+    mode, doors = (os.environ.get(name, "").strip() for name in ("DEVGUARD", "DEVGUARD_DOORS"))
+    if not mode:
+        if doors:
+            problem = "without DEVGUARD it has no effect. Set DEVGUARD=repair or another mode, or unset DEVGUARD_DOORS."
+            _report(f"DEVGUARD_DOORS={doors!r}", problem)
         return
     try:
         from devguard import integrations
@@ -26,12 +32,30 @@ def activate() -> None:
                 uninstall()
                 raise
     except Exception as error:  # noqa: BLE001 - an error here would make `import torch` fail
-        _warn(f"{type(error).__name__}: {error}")
+        _report(f"DEVGUARD={os.environ.get('DEVGUARD')!r}", f"{type(error).__name__}: {error}{_advise(error)}")
 
 
-def _warn(problem: str) -> None:
-    from devguard.ownership.process import process
-    from devguard.support.notices import warn_user
+def _advise(error: Exception) -> str:
+    """Return what to do about a package that devguard needs; empty for other errors, which say it themselves."""
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "wrapt":
+        return ". Install it in this environment: pip install 'wrapt>=2'."
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "devguard":
+        return ". This devguard is incomplete, or two versions are mixed: install torch-devguard again."
+    return ""
 
-    process.fail(problem)
-    warn_user(f"devguard is off in this process, although DEVGUARD={os.environ.get('DEVGUARD')!r}: {problem}")
+
+def _report(asked: str, problem: str) -> None:
+    text = f"devguard is off in this process, although {asked}: {problem}"
+    try:
+        from devguard.ownership.process import process
+
+        process.fail(problem)
+    except Exception as error:  # noqa: BLE001 - this devguard is broken: say at least that
+        text = f"{text} ({type(error).__name__}: {error})"
+    try:
+        from devguard.support.strictness import report_off
+    except Exception:  # noqa: BLE001 - as above
+        if sys.stderr is not None:
+            sys.stderr.write(f"{text}\n")
+        return
+    report_off(text)

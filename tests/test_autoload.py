@@ -10,6 +10,7 @@ import pytest
 import devguard
 from devguard import autoload, integrations
 from devguard.ownership.process import process
+from devguard.support import notices
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -22,6 +23,12 @@ def armed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     before = process.problem
     yield calls
     process.problem = before
+
+
+@pytest.fixture
+def alerts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the alerts of this process, each of which is shown once."""
+    monkeypatch.setattr(notices, "_alerts", {})
 
 
 def is_open() -> bool:
@@ -50,20 +57,24 @@ def test_off_arms_nothing(armed: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     assert armed == []
 
 
-def test_an_invalid_value_is_a_warning_and_a_problem_in_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_value_is_an_alert_and_a_problem_in_the_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], alerts: None
+) -> None:
     monkeypatch.setenv("DEVGUARD", "loud")
-    with pytest.warns(RuntimeWarning, match="devguard is off in this process, although DEVGUARD='loud'"):
-        autoload.activate()
+    autoload.activate()
+    assert "devguard is off in this process, although DEVGUARD='loud'" in capsys.readouterr().err
     assert "'loud' is not a mode" in devguard.status()["problem"]
     assert not is_open()
 
 
-def test_an_error_while_arming_closes_the_doors_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_arming_closes_the_doors_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], alerts: None
+) -> None:
     def fail() -> Any:
         raise LookupError("no such module")
 
     monkeypatch.setattr(integrations, "arm", fail)
     monkeypatch.setenv("DEVGUARD", "repair")
-    with pytest.warns(RuntimeWarning, match="LookupError: no such module"):
-        autoload.activate()
+    autoload.activate()
+    assert "LookupError: no such module" in capsys.readouterr().err
     assert not is_open()

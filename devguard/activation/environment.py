@@ -1,7 +1,7 @@
 """The settings in devguard's environment variables, read and checked; they guard a program that does not use devguard.
 
-The variables are ``DEVGUARD`` (a mode), ``DEVGUARD_DEVICE``, ``DEVGUARD_DOORS`` and ``DEVGUARD_LOG``. activate.py
-applies them. This module reads no device and needs no torch.
+The variables are ``DEVGUARD`` (a mode), ``DEVGUARD_DEVICE``, ``DEVGUARD_DOORS``, ``DEVGUARD_LOG`` and
+``DEVGUARD_STRICT``. activate.py applies them. This module reads no device and needs no torch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from devguard.doors import table
 from devguard.errors import ConfigError, DevGuardError
 from devguard.modes import DoorMode, Mode
 from devguard.ownership.owner import Owner, parse_owner
+from devguard.support import strictness
 
 __all__ = ["find_problems", "parse_doors", "read", "Settings"]
 
@@ -38,12 +39,15 @@ class Settings:
         ``DEVGUARD_DOORS``: the modes of single doors.
     log : Path or None
         ``DEVGUARD_LOG``: the folder for the journals of all processes.
+    is_strict : bool
+        ``DEVGUARD_STRICT``: whether a process ends where its guard cannot be in force.
     """
 
     mode: Mode | None = None
     owner: Owner | None = None
     doors: dict[str, DoorMode] = field(default_factory=dict)
     log: Path | None = None
+    is_strict: bool = False
 
 
 def read(environ: Mapping[str, str] | None = None) -> Settings:
@@ -83,6 +87,7 @@ def _parse(environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
         owner=parsed("DEVGUARD_DEVICE", lambda text: parse_owner(text, "DEVGUARD_DEVICE")),
         doors=parsed("DEVGUARD_DOORS", parse_doors) or {},
         log=parsed("DEVGUARD_LOG", _parse_folder),
+        is_strict=parsed(strictness.VARIABLE, strictness.parse_strict) or False,
     )
     return settings, wrong
 

@@ -12,6 +12,7 @@ import os
 import sys
 
 from devguard._version import __version__
+from devguard.cli import program
 from devguard.errors import DevGuardError
 from devguard.support.terminal import complain, printable
 
@@ -30,6 +31,9 @@ COMMANDS = {
     "run": "run any program guarded, without changing it; or report which calls open CUDA contexts (--trace-contexts)",
     "sim": "run any program on simulated GPUs, on a machine that has none",
 }
+
+
+PROGRAMS = ("run", "sim")  # the commands that end with a program and its arguments
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,13 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"devguard {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     chosen = next((a for a in arguments if not a.startswith("-")), None)
+    words: list[str] | None = None  # of the program that devguard runs
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == chosen:
             module = importlib.import_module(f"devguard.cli.{name}")
             module.configure(command)
             command.set_defaults(run=module.run)
+            if name in PROGRAMS:
+                before = arguments.index(chosen) + 1
+                own, words = program.split(command, arguments[before:])
+                arguments = [*arguments[:before], *own]
     parsed = parser.parse_args(arguments)
+    if words is not None:
+        parsed.program = words
     if parsed.command is None:
         parser.print_help()
         return 0

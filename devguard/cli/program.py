@@ -1,17 +1,63 @@
-"""Find the program named after ``--`` and replace this process with it, for ``devguard sim`` and ``devguard run``."""
+"""The program of ``devguard sim`` and ``devguard run``: separate it from their options, find it, and become it.
+
+The program begins at the first word that is no option of devguard, or after ``--``; all that follows belongs to it.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from devguard.support.notices import flush
 from devguard.support.terminal import complain
 
-__all__ = ["become", "find"]
+__all__ = ["become", "find", "name_options", "split"]
 
 NOT_FOUND, NOT_RUNNABLE = 127, 126  # the exit statuses of a shell
+
+
+def split(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return devguard's own options, and the words of the program."""
+    takes_value = {name: action.nargs != 0 for action in parser._actions for name in action.option_strings}
+    place = 0
+    while place < len(words):
+        word = words[place]
+        if word == "--":
+            return list(words[:place]), list(words[place + 1 :])
+        if word == "-" or not word.startswith("-"):
+            break
+        name, equals, _ = word.partition("=")
+        # argparse accepts the beginning of a long option as well.
+        known = [name] if name in takes_value else [each for each in takes_value if each.startswith(name)]
+        place += 2 if not equals and any(takes_value[each] for each in known) else 1
+    return list(words[:place]), list(words[place:])
+
+
+def name_options(message: str, given: Mapping[str, tuple[str, str | None]]) -> str:
+    """Return a message about variables in terms of the options that set them.
+
+    Parameters
+    ----------
+    message : str
+        A message that names the variables.
+    given : mapping of str to tuple
+        For each variable the option, and its value; None if the option was not given.
+    """
+    for variable, (option, value) in given.items():
+        if value is None:
+            continue
+        written = f"{option} {value}"
+        for known, shown in (
+            (f"{variable}={value!r}", f"{written}: {value!r}"),
+            (f"{variable} is {value!r}", f"{written}: the device is {value!r}"),
+            (f"{variable}={value}", written),
+            (f"Unset {variable}:", f"Leave out {option}:"),
+            (f"{variable}:", f"{written}:"),
+        ):
+            message = message.replace(known, shown)
+    return message
 
 
 def find(command: str, program: str) -> str | None:

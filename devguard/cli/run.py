@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 
-from devguard.cli import program
-from devguard.errors import ConfigError
+from devguard import modes
+from devguard.cli import interpreter, program
+from devguard.errors import ConfigError, DevGuardError
 from devguard.ownership.resolve import owner_from_environment
-from devguard.support.terminal import complain
 
 __all__ = ["configure", "run"]
 
-USAGE = """devguard run [--mode MODE] [--device DEVICE] [--doors DOOR=MODE,...] [--log DIR] -- COMMAND [ARGUMENT ...]
-       devguard run --trace-contexts [--output FILE] [--json] [--mode MODE] [...] -- COMMAND [ARGUMENT ...]"""
+USAGE = """devguard run [--mode MODE] [--device DEVICE] [--doors DOOR=MODE,...] [--log DIR] COMMAND [ARGUMENT ...]
+       devguard run --trace-contexts [--output FILE] [--json] [--mode MODE] [...] COMMAND [ARGUMENT ...]"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = USAGE
     parser.epilog = (
         "devguard run sets DEVGUARD and related variables, then becomes the program. Every process of the program "
-        "that imports torch is guarded. On simulated GPUs: devguard sim --gpus 2 -- devguard run -- COMMAND"
+        "that imports torch is guarded. On simulated GPUs: devguard sim --gpus 2 devguard run COMMAND"
     )
     guarding = parser.add_argument_group("guarding")
     guarding.add_argument("--mode", help="off, observe, warn, repair or error (default: DEVGUARD, or repair)")
@@ -45,28 +45,44 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     tracing.add_argument("--output", metavar="FILE", help="append the reports to this file (default: standard error)")
     tracing.add_argument("--json", action="store_true", help="report one JSON object a line")
-    parser.add_argument("program", nargs="*", metavar="COMMAND", help="the program to run, after --")
+    parser.add_argument("program", nargs="*", metavar="COMMAND", help="the program to run, with its arguments")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Set the environment, and replace this process with the program."""
     command: list[str] = arguments.program
     if not command:
-        raise ConfigError(f"no program given; name a program to run after --\nusage: {USAGE}")
+        raise ConfigError(f"no program given; name a program to run, after the options\nusage: {USAGE}")
     if not arguments.trace_contexts and (arguments.output or arguments.json):
         raise ConfigError("--output and --json are only valid with --trace-contexts. Add it, or leave them out.")
     environment = dict(os.environ)
     guarding = (arguments.mode, arguments.device, arguments.doors, arguments.log)
-    if not arguments.trace_contexts or any(option is not None for option in guarding):
-        _set_guard(arguments, environment)
+    guards = not arguments.trace_contexts or any(option is not None for option in guarding)
+    if guards:
+        try:
+            _set_guard(arguments, environment)
+        except DevGuardError as error:
+            raise ConfigError(program.name_options(str(error), _given(arguments))) from None
     path = program.find("run", command[0])
     if path is None:
         return program.NOT_FOUND
+    if guards and not modes.is_killed(environment):
+        _check_program(path, command, environment)
     if arguments.trace_contexts:
         from devguard import tracing
 
         environment = tracing.environment(arguments.output, json=arguments.json, base=environment)
     return program.become("run", path, command, environment)
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, tuple[str, str | None]]:
+    """Return the options that stand for variables, with their values."""
+    return {
+        "DEVGUARD_DEVICE": ("--device", arguments.device),
+        "DEVGUARD_DOORS": ("--doors", arguments.doors),
+        "DEVGUARD_LOG": ("--log", arguments.log),
+        "DEVGUARD": ("--mode", arguments.mode),
+    }
 
 
 def _set_guard(arguments: argparse.Namespace, environment: dict[str, str]) -> None:
@@ -77,20 +93,23 @@ def _set_guard(arguments: argparse.Namespace, environment: dict[str, str]) -> No
         "DEVGUARD": arguments.mode or environment.get("DEVGUARD", "").strip() or "repair",
         "DEVGUARD_DEVICE": arguments.device,
         "DEVGUARD_DOORS": arguments.doors,
-        "DEVGUARD_LOG": arguments.log and os.path.abspath(arguments.log),
+        "DEVGUARD_LOG": arguments.log,
     }
     environment.update({name: value for name, value in settings.items() if value is not None})
     if read(environment).owner is not None:
         owner_from_environment(environment)
+    if arguments.log is not None:
+        environment["DEVGUARD_LOG"] = os.path.abspath(arguments.log)
+
+
+def _check_program(path: str, command: list[str], environment: dict[str, str]) -> None:
+    """Refuse a program that would run without the guard, with the reason."""
     if environment.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
         raise ConfigError(
             "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it, or guard in code, with the "
             "decorator or devguard.install()."
         )
-    import importlib.metadata
-
-    if not any(found.name == "devguard" for found in importlib.metadata.entry_points(group="torch.backends")):
-        complain(
-            "devguard run: warning: devguard is importable here but not installed, so torch will not load it. "
-            "Install it with pip in the environment of the program."
-        )
+    python = interpreter.find(path, command)
+    problem = python and interpreter.find_problem(python, environment)
+    if problem:
+        raise ConfigError(f"{command[0]} would run unguarded, so it was not started: {problem}")

@@ -21,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     forms = ("devguard sim [options] -- COMMAND [ARGUMENT ...]", "devguard sim --state FILE [--json]", "devguard sim")
     parser.usage = "\n       ".join(forms)
     parser.epilog = (
+        "The -- may be left out. "
         "Without a command, --state shows what each process holds on each GPU. Without --state too, devguard sim only "
         "prepares the simulation."
     )
@@ -30,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state", metavar="FILE", help="the file that records what each process holds on each GPU")
     parser.add_argument("--log", metavar="FILE", help="write one line for each interesting CUDA call")
     parser.add_argument("--json", action="store_true", help="print JSON: the state, or the path of the overlay")
-    parser.add_argument("program", nargs="*", metavar="COMMAND", help="the program to run, after --")
+    parser.add_argument("program", nargs="*", metavar="COMMAND", help="the program to run, with its arguments")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,8 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
     from devguard.simgpu import launch
 
     arguments.gpus = 2 if arguments.gpus is None else arguments.gpus
-    arguments.memory = None if arguments.memory is None else _parse_size(arguments.memory)
-    launch.checked(arguments.gpus, arguments.memory)
+    try:
+        launch.checked(arguments.gpus, None)
+    except SimulationError as error:
+        raise SimulationError(f"--gpus {arguments.gpus}: {error}") from None
+    if arguments.memory is not None:
+        arguments.memory = _check_memory(arguments.memory)
     if arguments.program:
         return _execute(arguments)
     if arguments.state:
@@ -135,6 +140,17 @@ def _format_cell(device: object) -> str:
     if not device.context:
         return "-"
     return f"{device.bytes / 2**20:.0f} ({device.peak_bytes / 2**20:.0f})"
+
+
+def _check_memory(text: str) -> int:
+    """Return the bytes that ``--memory`` names."""
+    from devguard.simgpu import launch
+
+    size = _parse_size(text)
+    try:
+        return launch.checked(1, size)
+    except SimulationError as error:
+        raise SimulationError(f"--memory {text}: {error}") from None
 
 
 def _parse_size(text: str) -> int:

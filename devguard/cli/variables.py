@@ -20,6 +20,7 @@ KNOWN = (
     "DEVGUARD_DOORS",
     "DEVGUARD_LOG",
     "DEVGUARD_RANK_LOCK",
+    "DEVGUARD_STRICT",
 )
 SIMULATION = "DEVGUARD_SIM_"
 # Variables set by `devguard sim`, by the tests of this package, and by `devguard run --trace-contexts`.
@@ -38,6 +39,8 @@ OTHERS = (
 def check_settings(environ: Mapping[str, str]) -> list[str]:
     """Return what is wrong with devguard's own variables, one sentence each."""
     wrong = environment.find_problems(environ)
+    if environ.get("DEVGUARD_DOORS", "").strip() and not environ.get("DEVGUARD", "").strip():
+        wrong.append("DEVGUARD_DOORS has no effect without DEVGUARD. Set DEVGUARD=repair, or unset DEVGUARD_DOORS.")
     wrong += [
         f"{name} is not a variable of devguard. Valid: {', '.join(KNOWN)}."
         for name in sorted(environ)

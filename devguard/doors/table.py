@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,7 @@ from devguard.support.callsite import Origin
 from devguard.support.forks import opening
 from devguard.support.installed_torch import import_torch
 from devguard.support.patching import DoorError
+from devguard.support.strictness import report_off
 
 __all__ = [
     "accept_contexts",
@@ -40,6 +42,7 @@ __all__ = [
     "NAMES",
     "ON_REQUEST",
     "open_all",
+    "report_missing_activation",
     "status",
 ]
 
@@ -143,6 +146,9 @@ def open_all() -> None:
             raise
         finally:
             _stage.opening = False
+        failed = dict(_failed)
+    for name, problem in failed.items():
+        report_off(f"devguard: the door {name} stays closed in this process: {problem}")
 
 
 def _open_door(name: str) -> None:
@@ -163,6 +169,23 @@ def _start_log() -> None:
         from devguard.reporting import log_file
 
         log_file.start(Path(os.path.abspath(folder)), last_look=look)
+
+
+def report_missing_activation() -> None:
+    """Report that ``DEVGUARD`` is set and torch has not loaded devguard, so that only guards in the code work."""
+    mode = os.environ.get("DEVGUARD", "").strip()
+    if not mode or is_killed() or "devguard.autoload" in sys.modules or process.source:
+        return
+    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+        why = "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it"
+    else:
+        why = (
+            "torch has not loaded devguard, which is not installed in this environment, or torch is too old. Install it"
+        )
+    report_off(
+        f"devguard is off in this process, except for the guards in its code, although DEVGUARD={mode!r}: {why}, or "
+        "unset DEVGUARD."
+    )
 
 
 def close_all() -> list[str]:

@@ -181,6 +181,7 @@ class guard(Scope):
         owner = self._find() if self._owner is UNKNOWN else self._owner
         if owner.device is None:
             table.open_all()
+            table.report_missing_activation()
             prepare(owner, self.mode_of)
         return owner
 

@@ -112,7 +112,7 @@ def _version(torch: str | None) -> str:
     version = (torch or wheels.installed_torch() or DEFAULT_TORCH).partition("+")[0]
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None or not re.fullmatch(r"[0-9A-Za-z.]+", version):
-        raise SimulationError(f"{torch!r} is not a version of torch: give a version such as {DEFAULT_TORCH}")
+        raise SimulationError(f"{torch!r} is not a version of torch (--torch): give a version such as {DEFAULT_TORCH}")
     if (int(numbers[1]), int(numbers[2])) < OLDEST_TORCH:
         raise SimulationError(
             f"torch {version} is too old for simulated GPUs: 2.6 is the oldest, {DEFAULT_TORCH} the default"

@@ -118,3 +118,86 @@ def test_without_a_program_the_usage_is_printed(become: dict[str, str], capsys: 
 def test_a_program_that_does_not_exist_returns_127(become: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "--", "no-such-program"]) == 127
     assert capsys.readouterr().err == "devguard run: there is no program 'no-such-program' on PATH\n"
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The programs that the command would have become."""
+    programs: list[list[str]] = []
+    monkeypatch.setattr(program, "become", lambda command, path, words, environment: programs.append(words) or 0)
+    monkeypatch.setattr(program, "find", lambda command, name: f"/bin/{name}")
+    for name in [name for name in os.environ if name.startswith("DEVGUARD") or "RANK" in name]:
+        monkeypatch.delenv(name)
+    return programs
+
+
+PROGRAM = ["torchrun", "--nproc-per-node", "2", "x.py", "--mode", "fix", "--json", "--", "-h"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--"],
+        ["--mode", "warn"],
+        ["--mode=warn", "--log", "logs"],
+        ["--mode", "warn", "--device", "cuda:1", "--"],
+        ["--mod", "warn"],
+        ["--doors=ipc=error"],
+    ],
+)
+def test_everything_from_the_first_word_that_is_no_option_is_the_program(
+    ran: list[list[str]], options: list[str]
+) -> None:
+    assert cli.main(["run", *options, *PROGRAM]) == 0
+    assert ran == [PROGRAM]
+
+
+@pytest.mark.parametrize("words", [["python", "-S", "-m", "x", "-c"], ["./x", "--help"], ["-", "a"], ["run", "run"]])
+def test_the_words_of_a_program_are_not_read(ran: list[list[str]], words: list[str]) -> None:
+    assert cli.main(["run", "--mode", "off", *words]) == 0
+    assert cli.main(["run", "--mode", "off", "--", *words]) == 0
+    assert ran == [words, words]
+
+
+@pytest.mark.parametrize(
+    ("options", "environ", "words"),
+    [
+        (["--mode", "fix"], {}, "--mode fix: 'fix' is not a mode"),
+        (["--device", "gpu1"], {}, "--device gpu1: the device is 'gpu1'"),
+        (["--device", "cuda:1"], {"LOCAL_WORLD_SIZE": "4"}, "--device cuda:1 would give one GPU"),
+        (["--doors", "lod=warn"], {}, "--doors lod=warn: there is no door 'lod'"),
+        (["--doors", "load"], {}, "--doors load: 'load' cannot be read"),
+        (["--log", __file__], {}, f"--log {__file__}: "),
+    ],
+)
+def test_messages_name_what_the_user_wrote(
+    ran: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    environ: dict[str, str],
+    words: str,
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["run", *options, "true"]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert "DEVGUARD" not in err.partition("Valid")[0]
+    assert ran == []
+
+
+@pytest.mark.parametrize("flag", ["-S", "-I"])
+def test_a_program_that_would_run_unguarded_is_not_started(tmp_path: Path, flag: str) -> None:
+    python = tmp_path / "venv/bin/python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("DEVGUARD")}
+    command = [sys.executable, "-m", "devguard", "run", str(python), flag, "-c", "print('ran')"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{python} would run unguarded, so it was not started: {python} {flag} cannot import torch" in done.stderr
+    done = subprocess.run([*command[:4], "--mode", "off", *command[4:]], env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "ran\n")

@@ -23,8 +23,9 @@ from devguard.activation.install import assign, on_uninstall
 from devguard.integrations.sglang import messages, versions
 from devguard.support import forks
 from devguard.support.import_hooks import when_imported
-from devguard.support.notices import INFO, WARNING, alert, log
+from devguard.support.notices import INFO, WARNING, log
 from devguard.support.patching import Patches
+from devguard.support.strictness import report_off
 
 __all__ = ["announce", "arm", "device_argument", "DEVICE_ARGUMENTS", "disarm", "Role", "ROLES", "take"]
 
@@ -119,7 +120,7 @@ def take(role: Role, function: Callable[..., Any], args: tuple[Any, ...], kwargs
         _take(role, function, args, kwargs)
     except Exception as error:  # noqa: BLE001 - devguard must not keep a server from starting
         _state.to_announce = None
-        alert(f"devguard: this {role.name} is NOT guarded: {type(error).__name__}: {error}")
+        report_off(f"devguard: this {role.name} is NOT guarded: {type(error).__name__}: {error}")
 
 
 def _take(role: Role, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -158,7 +159,7 @@ def announce() -> None:
         closed = [f"{name} ({row['problem']})" for name, row in found["doors"].items() if "problem" in row]
         owner, mode = found["process_owner"], found["mode"]
         if owner is None or not doors:
-            alert(f"devguard: {label} is NOT guarded: no door is open")
+            report_off(f"devguard: {label} is NOT guarded: no door is open")
             return
         log(f"devguard: {label} owns {owner}, mode {mode}, doors {', '.join(doors)}", INFO, LOGGER)
         if closed:
