@@ -244,7 +244,7 @@ def obey(door: str, tag: str, owner: Owner, nbytes: int = 0, start: FrameType | 
     occurrence = Occurrence(door, tag, owner.tag, nbytes, sys._getframe(1) if start is None else start)
     if mode == "error":
         raise refusal(occurrence, NAMED_BY_PROGRAM)
-    _enter(occurrence, "kept")
+    _enter(occurrence, "kept", warns=mode == "warn")
 
 
 def refusal(occurrence: Occurrence, advice: str, problem: str | None = None) -> StrayDeviceError:
@@ -268,15 +268,17 @@ def refusal(occurrence: Occurrence, advice: str, problem: str | None = None) -> 
 
 
 def _enter(
-    occurrence: Occurrence, action: Action, target: str | None = None, level: int = 4
+    occurrence: Occurrence, action: Action, target: str | None = None, level: int = 4, *, warns: bool = False
 ) -> tuple[Frame | None, Row | None]:
-    """Record a stray in the journal; in mode ``warn``, warn once per call site.
+    """Record a stray in the journal; if it `warns`, or was warned of, warn once per call site.
 
     The warning names the line of user code; without one, the door, which is `level` frames out.
     """
     site, row, is_new = journal.enter(occurrence, action, target)
-    if is_new and action == "warned":
+    if is_new and (warns or action == "warned"):
         note = f" ({occurrence.note})" if occurrence.note else ""
+        if action == "kept":
+            note += " (the program names that device itself)"
         message = (
             f"{occurrence.door}: {occurrence.what} went to {occurrence.source}; this scope owns "
             f"{occurrence.owner}{note}."

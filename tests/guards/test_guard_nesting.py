@@ -101,6 +101,27 @@ def test_generators_in_any_order_of_steps_see_their_own_device_only(steps: list[
         assert cuda.current == home
 
 
+DOORS = ["load", "jit", "threads"]
+BY_NAME = st.dictionaries(st.sampled_from(DOORS), st.sampled_from(MODES))
+
+
+@FEW
+@given(
+    process_wide=st.tuples(st.sampled_from(MODES), BY_NAME),
+    levels=st.lists(st.tuples(st.none() | st.sampled_from(MODES), BY_NAME), max_size=4),
+)
+def test_a_mode_set_by_name_holds_until_a_scope_names_the_door_or_sets_a_mode(process_wide: Any, levels: Any) -> None:
+    mode, by_name = process_wide
+    with FakeCuda(3).installed(), contextlib.ExitStack() as stack:
+        devguard.install(mode, "cuda:0", doors=by_name)
+        stack.callback(devguard.uninstall)
+        expected = {door: by_name.get(door, mode) for door in DOORS}
+        for inner, named in levels:
+            stack.enter_context(devguard.guard(1, mode=inner, doors=named))
+            expected = {door: named.get(door, inner or expected[door]) for door in DOORS}
+            assert {door: in_force.mode_of(door) for door in DOORS} == expected
+
+
 @FEW
 @given(
     device=st.none() | st.integers(0, 200) | st.sampled_from(["cpu", "cuda:3"]),

@@ -291,3 +291,23 @@ def test_an_error_survives_pickling() -> None:
     back = pickle.loads(pickle.dumps(caught.value))
     assert type(back) is StrayDeviceError
     assert str(back) == str(caught.value)
+
+
+def test_mode_warn_warns_once_of_a_device_that_the_program_names() -> None:
+    with devguard.guard("cpu", mode="warn"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            verdict.obey("load", "cuda:3", CPU, 16)
+    assert [str(warning.message) for warning in caught] == [
+        "load: 16 bytes went to cuda:3; this scope owns cpu (the program names that device itself)."
+    ]
+    assert caught[0].category is StrayDeviceWarning
+    assert caught[0].filename == __file__
+    assert [(stray.action, stray.count) for stray in devguard.strays()] == [("kept", 3)]
+
+
+@pytest.mark.parametrize("mode", ["observe", "repair"])
+def test_other_modes_keep_a_named_device_without_a_warning(mode: Any) -> None:
+    with devguard.guard("cpu", mode=mode):
+        verdict.obey("load", "cuda:3", CPU, 16)  # Warnings are errors here.
+    assert [stray.action for stray in devguard.strays()] == ["kept"]

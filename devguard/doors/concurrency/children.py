@@ -137,9 +137,15 @@ def _settings(child: Any) -> Settings | None:
         return None
     owner = in_force.owner()
     mode: DoorMode | None
+    doors: dict[str, DoorMode]
     if owner is not None and in_force.mode_of(NAME) == "off":
         return None
-    if owner is None or not local.stack:
+    loader = owner is not None and _is_loader_worker(child)
+    if process.source == BY_ENVIRONMENT and not loader and os.environ.get("DEVGUARD", "").strip():
+        # The child reads the same variables, or those set for it. A scope holds for the code here; only a loader worker
+        # works for that code.
+        mode, doors = None, {}
+    elif owner is None or not local.stack:
         # The process's own settings: unguarded() holds for the code here, not for the child's.
         mode, doors = process.mode, dict(process.doors)
     else:
@@ -149,7 +155,6 @@ def _settings(child: Any) -> Settings | None:
             known += [name for name in table.ON_REQUEST if in_force.is_requested(name)]
         doors = {name: in_force.mode_of(name) for name in known}
         doors = {name: own for name, own in doors.items() if own != mode or name in table.ON_REQUEST}
-    loader = owner is not None and _is_loader_worker(child)
     allowed = allowlist.allowances()
     nothing_new = not loader and not doors and not allowed and mode in (None, DEFAULT_MODE)
     if nothing_new and not os.environ.get("DEVGUARD"):
@@ -195,7 +200,8 @@ def _arrive_forked(child: Any) -> None:
     settings = _settings(child)
     disown()
     if settings is not None:
-        process.configure(None, process.doors, process.source)  # the parent's own mode; the settings hold it
+        if settings.mode is not None:
+            process.configure(None, process.doors, process.source)  # the parent's own mode; the settings hold it
         _take_over(settings)
     _explain_bad_fork()
 

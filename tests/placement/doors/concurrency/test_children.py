@@ -113,6 +113,36 @@ class TestSettings:
         assert (row["owner"], row["owned"], row["contexts"], row["mode"]) == (None, [], [], "observe")
 
 
+@pytest.mark.parametrize("method", METHODS)
+class TestSettingsOfTheEnvironment:
+    ACTIVATE = (
+        "import os\nfrom devguard.activation.activate import activate\n"
+        "os.environ.update(DEVGUARD='error', DEVGUARD_DOORS='jit=off'); activate()\n"
+    )
+
+    @pytest.mark.parametrize(
+        "scope",
+        ["devguard.guard(1, mode='observe')", "devguard.guard('cpu', doors={'load': 'off'})", "devguard.unguarded()"],
+    )
+    def test_the_childs_own_variable_comes_before_the_scope_of_the_parent(self, method, scope):
+        if method == "fork" and "(1" in scope:
+            scope = scope.replace("(1", "('cpu'")  # After a fork CUDA would not work.
+        row = out(f"{self.ACTIVATE}with {scope}:\n  offspring.run_in_child({method!r})")
+        assert (row["owner"], row["mode"], row["guarded"]["mode"]) == (None, "error", "error")
+
+    def test_a_variable_that_is_set_for_the_child_counts(self, method):
+        code = f"{self.ACTIVATE}os.environ['DEVGUARD'] = 'warn'\noffspring.run_in_child({method!r})"
+        assert out(code)["mode"] == ("warn" if method == "spawn" else "error")  # A forked child has read it already.
+
+    def test_what_the_parent_installed_comes_before_the_variable(self, method):
+        code = f"{self.ACTIVATE}devguard.install('observe', 'cpu')\noffspring.run_in_child({method!r})"
+        assert out(code)["mode"] == "observe"
+
+    def test_a_loader_worker_takes_over_the_scope(self, method):
+        row = out(f"{self.ACTIVATE}with devguard.guard('cpu', mode='observe'):\n  offspring.load({method!r})")
+        assert (row["owner"], row["mode"], row["error"]) == ("cpu", "observe", None)
+
+
 class TestForkServer:
     def test_a_loader_worker_owns_cpu(self):
         row = out("with devguard.guard('cpu', mode='error'):\n  offspring.load('forkserver')")
