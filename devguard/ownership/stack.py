@@ -25,6 +25,7 @@ __all__ = [
     "look_for_changes",
     "mark_changes",
     "ScopePolicy",
+    "site_of_work",
     "Stack",
     "stacks",
     "unwatch_moves",
@@ -96,15 +97,39 @@ class Stack(list[Entry]):
     starts : dict
         The threads that were started under the same entry; doors/concurrency/thread_plan.py keeps them. Valid only
         while `judged` is not None.
+    inherited : Start or None
+        What the thread took over when it was started; doors/concurrency/thread_run.py keeps it.
+    task : Start or None
+        What the task of a pool that the thread runs now took over; doors/concurrency/thread_run.py keeps it.
+    hidden : tuple of Entry
+        The thread's own entries, while it runs a task.
+    selected : bool
+        Set to True whenever code selects a device, the current one included; the door ``set_device`` sets it.
     """
 
-    __slots__ = ("__weakref__", "changes", "give_back", "judged", "read", "starts", "take")
+    __slots__ = (
+        "__weakref__",
+        "changes",
+        "give_back",
+        "hidden",
+        "inherited",
+        "judged",
+        "read",
+        "selected",
+        "starts",
+        "take",
+        "task",
+    )
 
     def __init__(self) -> None:
         super().__init__()
         self.changes: list[Any] = []
         self.judged: Any = None
         self.starts: dict[Any, Any] = {}
+        self.inherited: Any = None
+        self.task: Any = None
+        self.hidden: tuple[Entry, ...] = ()
+        self.selected = False
         self.take: Callable[[int], int] = _take_first
         self.give_back: Callable[[int], int] = _give_back_none
         self.read: Callable[[], int] = _read_if_initialized
@@ -113,6 +138,12 @@ class Stack(list[Entry]):
         """Prepare this thread again the next time that it takes a device: the doors were closed."""
         self.take = _take_first
         self.changes.clear()
+
+
+def site_of_work(stack: Stack) -> Any:
+    """Return the call site that started what this thread runs, if that work itself has no line of user code."""
+    start = stack.task or stack.inherited
+    return None if start is None else start.site
 
 
 _stacks: weakref.WeakValueDictionary[int, Stack] = weakref.WeakValueDictionary()  # by identity

@@ -13,6 +13,7 @@ from types import CodeType
 from typing import NamedTuple, Protocol
 
 from devguard.ownership.process import process
+from devguard.ownership.stack import local, site_of_work
 from devguard.reporting.rows import Key, Row, Tally, format_row
 from devguard.reporting.stray import Action, Occurrence, Stray
 from devguard.support import callsite, forks
@@ -129,6 +130,8 @@ class Journal:
             code, line, via, _ = origin
         elif start is not None:
             code, line, via = callsite.find(start)
+            if code is None and (submitted := site_of_work(local.stack)) is not None:
+                code, line = submitted[:2]
         # The identity of the code object, because its own hash reads all of its bytecode. The row keeps the object
         # alive.
         key = (id(code), line, door, source, target or source, owner, action)

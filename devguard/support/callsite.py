@@ -16,7 +16,18 @@ from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
-__all__ = ["find", "Frame", "is_user", "module_of", "Origin", "origin_of", "runs_user_code", "Site", "stack_of"]
+__all__ = [
+    "find",
+    "Frame",
+    "has_user_code",
+    "is_user",
+    "module_of",
+    "Origin",
+    "origin_of",
+    "runs_user_code",
+    "Site",
+    "stack_of",
+]
 
 STACK_DEPTH = 12
 MAX_KINDS = 1 << 16
@@ -24,8 +35,9 @@ MAX_KINDS = 1 << 16
 # Packages that carry objects from one process to another. The call site of a stray that comes through one of them is
 # in its caller.
 TRANSPORTS = frozenset({"cloudpickle", "dill", "joblib", "loky", "multiprocess", "safetensors", "torch_xla", "zmq"})
-# Other packages that never hold the call site.
+# Other packages that never hold the call site: event loops and pools run what other code hands to them.
 OURS = frozenset({"devguard", "torch", "torchgen", "triton", "wrapt"})
+POOLS = frozenset({"anyio", "asgiref", "eventlet", "gevent", "trio", "uvloop"})
 
 _USER, _INTERNAL = 0, 1
 # Keyed by the identity of the code object, because its own hash reads all of its bytecode (microseconds for a function
@@ -106,16 +118,27 @@ def is_user(code: CodeType) -> bool:
 
 def runs_user_code(work: Any) -> bool:
     """Return whether a callable is user code: not torch's, not the standard library's, not decorated by devguard."""
-    code = getattr(work, "__code__", None)
+    code = _code_of(work)
+    return work is not None and (code is None or is_user(code))
+
+
+def has_user_code(work: Any) -> bool:
+    """Return whether a callable runs in a frame of user code, which a function of C or of a library does not."""
+    code = _code_of(work)
+    return code is not None and is_user(code)
+
+
+def _code_of(work: Any) -> CodeType | None:
+    """Return the code object of a callable, through partial objects; None for a function of C."""
+    code: CodeType | None = getattr(work, "__code__", None)
     if code is not None:  # a function, or a method
-        return is_user(code)
+        return code
     while isinstance(work, functools.partial):
         in_context = isinstance(getattr(work.func, "__self__", None), contextvars.Context)  # asyncio.to_thread
         work = work.args[0] if in_context and work.args else work.func
     work = getattr(work, "__func__", work)
     call = work if hasattr(work, "__code__") else vars(type(work)).get("__call__")
-    code = getattr(call, "__code__", None)
-    return work is not None and (code is None or is_user(code))
+    return getattr(call, "__code__", None)
 
 
 def find(start: FrameType) -> tuple[CodeType | None, int, str | None]:
@@ -197,7 +220,7 @@ def _classify(code: CodeType) -> int | str:
     if top is not None:
         if top in TRANSPORTS:
             return top
-        return _INTERNAL if top in OURS else _USER
+        return _INTERNAL if top in OURS or top in POOLS else _USER
     torch = sys.modules.get("torch")
     torch_file = getattr(torch, "__file__", None)
     if torch_file and path.startswith(os.path.dirname(os.path.abspath(torch_file)) + os.sep):

@@ -109,7 +109,7 @@ class Patches:
             raise unsupported(_full_name(owner, name), "has no such function")
         return original
 
-    def replace(self, owner: Any, name: Any, ours: Callable[..., Any], *, inherited: bool = False) -> None:
+    def replace(self, owner: Any, name: Any, ours: Any, *, inherited: bool = False) -> None:
         """Replace ``owner.name``, keeping the names by which pickle and allow-lists know it.
 
         With `inherited`, the class `owner` may have it from a base; the attribute of the base stays as it is.
@@ -121,9 +121,10 @@ class Patches:
                 setattr(ours, attribute, getattr(function, attribute))
         if _found(owner, name) is None:
             ours.__module__, ours.__qualname__ = owner.__module__, f"{owner.__qualname__}.{name}"
-        ours.__wrapped__ = function  # type: ignore[attr-defined]
+        ours.__wrapped__ = function
         if function is not original and name != "__new__":
-            ours = staticmethod(ours)
+            kind: Any = type(original)
+            ours = kind(ours)
         self.replaced.append((owner, name, original, ours))
         _put(owner, name, ours)
 
@@ -174,7 +175,7 @@ def original_of(found: Any) -> Any:
 
 
 def _function(found: Any) -> Any:
-    return found.__func__ if isinstance(found, staticmethod) else found
+    return found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
 
 
 def overwritten() -> set[str]:

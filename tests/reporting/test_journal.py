@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import devguard
+from devguard.ownership.stack import local
 from devguard.reporting import journal
 from devguard.reporting.journal import MAX_ROWS, Journal
 from devguard.reporting.stray import Occurrence
@@ -291,3 +293,18 @@ def test_a_mark_from_before_the_journal_was_cleared_hides_nothing_new() -> None:
     book.clear()
     stray()
     assert [row.count for row in book.since(mark)] == [1]
+
+
+def test_work_without_a_line_of_user_code_has_the_line_that_started_it() -> None:
+    origin = callsite.origin_of(sys._getframe())
+    library: Any = types.SimpleNamespace(f_code=inspect.getmodule.__code__, f_lineno=1, f_back=None)
+    stack = local.stack
+    stack.task = types.SimpleNamespace(site=origin)
+    try:
+        frame, _, _ = Journal().enter(Occurrence("load", "cuda:0", "cuda:1", start=library), "repaired")
+        assert frame == (origin.code, origin.line)
+        own, _, _ = Journal().enter(Occurrence("load", "cuda:0", "cuda:1", start=sys._getframe()), "repaired")
+        assert own is not None
+        assert own.line > origin.line
+    finally:
+        stack.task = None

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import _thread
 import concurrent.futures
+import contextvars
+import functools
 import inspect
 import io
+import json
 import linecache
 import multiprocessing
 import os
 import pickle
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -159,14 +164,28 @@ def test_the_call_site_of_a_nested_pickle_is_the_line_that_unpickles_it() -> Non
     assert the_stray().site.file == tagging.__file__
 
 
-def test_a_stack_of_library_code_only_has_no_call_site() -> None:
+def test_work_of_a_pool_without_user_code_has_the_line_that_submits_it() -> None:
     with devguard.guard("cpu"), concurrent.futures.ThreadPoolExecutor(1) as pool:
         guarded = devguard.guard("cpu").bind(pickle.loads)
+        line = here() + 1
         assert pool.submit(guarded, PAYLOAD).result().tolist() == [0, 1, 2, 3]
     stray = the_stray()
-    assert stray.site is None
+    assert stray.site is not None
+    assert (stray.site.file, stray.site.line) == (__file__, line)
     assert stray.via == "concurrent"
     assert stray.thread.startswith("ThreadPoolExecutor")
+    assert stray.stack
+
+
+def test_a_stack_of_library_code_only_has_no_call_site() -> None:
+    done = threading.Event()
+    loading = functools.partial(devguard.guard("cpu").bind(pickle.loads))
+    weakref.finalize(loading, done.set)
+    _thread.start_new_thread(loading, (PAYLOAD,))
+    del loading
+    done.wait()
+    stray = the_stray()
+    assert stray.site is None
     assert stray.stack
     assert "no line of user code" in str(stray)
 
@@ -268,3 +287,18 @@ def test_the_cache_of_code_kinds_is_bounded(monkeypatch: pytest.MonkeyPatch) -> 
     for number in range(100):
         assert callsite.is_user(compile(str(number), f"made_{number}.py", "eval"))
         assert len(callsite._kinds) <= 10
+
+
+def test_work_with_and_without_a_frame_of_user_code_is_distinguished() -> None:
+    class Work:
+        def __call__(self) -> None: ...
+
+        def method(self) -> None: ...
+
+    def work() -> None: ...
+
+    context = contextvars.copy_context()
+    of_user = [work, Work(), Work().method, functools.partial(work), functools.partial(context.run, work)]
+    of_others = [torch.load, pickle.loads, [].append, functools.partial(pickle.loads, b""), json.loads, None]
+    assert [callsite.has_user_code(each) for each in of_user] == [True] * len(of_user)
+    assert [callsite.has_user_code(each) for each in of_others] == [False] * len(of_others)

@@ -162,3 +162,20 @@ def test_overwritten_names_a_patch_that_other_code_replaced(module: types.Module
     assert overwritten() - before == {"made.work"}
     patches.restore()
     assert overwritten() == before
+
+
+def test_a_class_method_stays_a_class_method() -> None:
+    class Owner:
+        @classmethod
+        def name(cls) -> str:
+            return cls.__name__
+
+    class Derived(Owner): ...
+
+    patches, before = Patches(), vars(Owner)["name"]
+    find = patches.find(Owner, "name")
+    patches.replace(Owner, "name", lambda cls: f"patched {find.__func__(cls)}")  # type: ignore[attr-defined]
+    assert (Owner.name(), Derived.name(), Owner().name()) == ("patched Owner", "patched Derived", "patched Owner")
+    assert Owner.name.__qualname__ == before.__qualname__
+    assert patches.restore() == []
+    assert vars(Owner)["name"] is before

@@ -5,34 +5,40 @@ This module plans, on the thread that starts; thread_run.py runs, on the thread 
 
 from __future__ import annotations
 
-import multiprocessing.pool
 import sys
 import threading
-from concurrent.futures import thread as futures
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 from devguard.errors import StrayDeviceError, StrayDeviceWarning
 from devguard.ownership import in_force
 from devguard.ownership.owner import Owner
 from devguard.ownership.process import process
-from devguard.ownership.stack import Entry, ScopePolicy, local
+from devguard.ownership.stack import Entry, ScopePolicy, Stack, local
 from devguard.reporting.journal import MAX_ROWS
-from devguard.reporting.verdict import judge, judged_here
+from devguard.reporting.verdict import count_repeat, judge, judged_here
 from devguard.support import callsite
 from devguard.support.notices import Failures
 
 __all__ = [
     "ADVICE",
+    "at_site",
     "failures",
     "Inherited",
+    "is_worker",
     "judge_placement",
+    "keep",
     "NAME",
     "plan",
+    "plan_quietly",
     "plan_thread",
     "plan_worker",
     "planned",
+    "recall",
     "Start",
+    "WORKERS",
 ]
 
 NAME = "threads"  # the door
@@ -45,14 +51,30 @@ ADVICE = (
 
 
 class Inherited:
-    """A scope that was taken over: the policy of the original, which this thread cannot leave."""
+    """A scope that was taken over: the policy of the original, which this thread cannot leave.
 
-    __slots__ = ("mode_of", "names", "requests")
+    Attributes
+    ----------
+    entry, home : Entry, weak reference to Stack
+        The original entry, and the stack on which it was entered.
+    """
 
-    def __init__(self, original: ScopePolicy) -> None:
+    __slots__ = ("entry", "home", "mode_of", "names", "requests")
+
+    def __init__(self, entry: Entry, stack: Stack) -> None:
+        original: ScopePolicy = entry[0]
+        self.entry: Entry = original.entry if isinstance(original, Inherited) else entry
+        self.home: weakref.ref[Stack] = original.home if isinstance(original, Inherited) else weakref.ref(stack)
         self.mode_of = original.mode_of
         self.requests = original.requests
         self.names = original.names
+
+    def is_in_force(self) -> bool:
+        """Return whether the original is still entered on its own thread."""
+        home = self.home()
+        if home is None:
+            return False
+        return any(entry is self.entry for entry in (*home, *home.hidden))
 
 
 @dataclass(slots=True, eq=False)
@@ -70,13 +92,26 @@ class Start:
         work that is only observed.
     observed : bool
         Whether it starts as torch starts it, and is judged by what it did.
+    restores : bool
+        Whether a task gives the worker's device back.
+    site : Origin or None
+        Where it was started, for strays of work that has no line of user code: ``Thread(target=torch.load)``.
     """
 
     entries: tuple[Entry, ...]
     device: int
     origin: callsite.Origin | None = None
     observed: bool = False
+    restores: bool = False
+    site: callsite.Origin | None = None
 
+
+# Threads of libraries that outlive the scope in which they happen to start: module and qualified name of what they run.
+WORKERS = {
+    ("anyio._backends._asyncio", "WorkerThread.run"),
+    ("concurrent.futures.thread", "_worker"),
+    ("multiprocessing.pool", "worker"),
+}
 
 # identity of a thread that runs, or is about to -> what it starts with
 planned: dict[int, Start] = {}
@@ -93,7 +128,7 @@ def plan_thread(thread: threading.Thread, key: Any, code: Any) -> Start | None:
         The thread's class, the identity of its target's code object, and the code object and instruction of the call
         that starts it; None if they are unknown.
     code : code object or None
-        The target's code object; it is kept, so that its identity stays its own.
+        The target's code object.
 
     Returns
     -------
@@ -103,27 +138,70 @@ def plan_thread(thread: threading.Thread, key: Any, code: Any) -> Start | None:
     work: Any = type(thread).run
     if work is threading.Thread.run:
         work = getattr(thread, "_target", None)
-        if work is futures._worker or work is multiprocessing.pool.worker:  # type: ignore[attr-defined]
-            return plan_worker()  # a worker outlives the scope in which it happens to start
-        is_known = code is not None
+        key = None if code is None else key
     elif work is threading.Timer.run:
-        work, is_known = thread.function, False  # type: ignore[attr-defined]
-    else:
-        is_known = True
-    judged = judged_here()
+        work, key = thread.function, None  # type: ignore[attr-defined]
+    if is_worker(work):
+        return plan_worker()
     start = plan(work, 0)
-    owner = in_force.owner()
-    adopts = not local.stack and process.adoption is not None  # an adoption must see each stray
-    if not is_known or key is None or adopts or start is None or start is not judged.start or owner is None:
+    return start and keep(key, at_site(start, work, sys._getframe(1)), work, code, 0)
+
+
+def recall(stack: Stack, key: Any) -> Start | None:
+    """Return the plan that `keep` remembered, counted once more, if it is still valid."""
+    known = stack.starts.get(key)
+    if (
+        known is None
+        or known[1] is not (stack[-1] if stack else None)
+        or known[2] is not process.era
+        or stack.judged is None
+        or stack.changes
+    ):
+        return None
+    start: Start
+    start, _, _, repeat, _ = known
+    if repeat is not None:
+        count_repeat(repeat, 0)
+    return start
+
+
+def keep(key: Any, start: Start, work: Any, code: Any, default: int) -> Start:
+    """Remember a plan under `key` if it depends on nothing else; return the plan.
+
+    Parameters
+    ----------
+    key : tuple or None
+        The plan is for each start with an equal key. It ends with the code object, by identity, and the instruction of
+        the call; None if the plan must not be remembered.
+    start, work, default : Start, callable, int
+        As for `plan`.
+    code : code object or None
+        The code object of `work`; it is kept, so that its identity stays its own.
+    """
+    owner, judged = in_force.owner(), judged_here()
+    usual: Start | None = judged.start
+    if (
+        key is None
+        or owner is None
+        or usual is None
+        or (not local.stack and process.adoption is not None)  # an adoption must see each stray
+        or (start.entries, start.device, start.origin) != (usual.entries, usual.device, None)
+        or (start.site is not None and id(start.site.code) != key[-2])  # a library starts it for several lines
+    ):
         return start
-    is_recorded = owner.index > 0 and callsite.runs_user_code(work)
-    repeat = judged.rows.get((NAME, "cuda:0", owner.tag, owner.tag, *key[2:])) if is_recorded else None
+    is_recorded = owner.index >= 0 and owner.index != default and callsite.runs_user_code(work)
+    repeat = judged.rows.get((NAME, f"cuda:{default}", owner.tag, owner.tag, *key[-2:])) if is_recorded else None
     if repeat is not None or not is_recorded:
         starts = local.stack.starts
         if len(starts) >= MAX_ROWS:
             starts.clear()
         starts[key] = start, judged.top, judged.era, repeat, code
     return start
+
+
+def at_site(start: Start, work: Any, caller: FrameType) -> Start:
+    """Return `start` with its call site, if strays of `work` would have no line of user code."""
+    return start if callsite.has_user_code(work) else replace(start, site=callsite.origin_of(caller))
 
 
 def plan(work: Any, default: int | None) -> Start | None:
@@ -145,8 +223,10 @@ def plan(work: Any, default: int | None) -> Start | None:
     judged = judged_here()
     start: Start | None = judged.start
     if start is None:
-        entries = tuple([(Inherited(scope), scope_owner, -1) for scope, scope_owner, _ in local.stack])
-        start = judged.start = Start(entries, -1 if owner is None else owner.index)
+        stack = local.stack
+        entries = tuple([(Inherited(entry, stack), entry[1], -1) for entry in stack])
+        index = -1 if owner is None else owner.index
+        start = judged.start = Start(entries, index, restores=bool(entries) and index < 0)
     if owner is None:
         return start if start.entries else None
     mode = judged.mode_of(NAME)
@@ -169,6 +249,17 @@ def plan(work: Any, default: int | None) -> Start | None:
 def judge_placement(owner: Owner, default: int, origin: callsite.Origin | None = None) -> bool:
     """Judge work that would start on the device `default`; return whether to place it on the owner's device."""
     return judge(NAME, f"cuda:{default}", owner, 0, ADVICE, owner.tag, sys._getframe(1), origin=origin, places=True)
+
+
+def plan_quietly() -> Start | None:
+    """Plan the start of a callback or an initializer in the scopes of this thread, without a verdict."""
+    return plan(None, 0) if local.stack else None  # what runs no user code is placed without a record
+
+
+def is_worker(work: Any) -> bool:
+    """Return whether a thread runs the loop of a pool that is known to outlive the scope in which the thread starts."""
+    work = getattr(work, "__func__", work)
+    return (getattr(work, "__module__", None), getattr(work, "__qualname__", None)) in WORKERS
 
 
 def plan_worker() -> Start | None:

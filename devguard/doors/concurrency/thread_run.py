@@ -37,6 +37,7 @@ def inherit(stack: Stack) -> None:
         start = planned.get(id(thread)) if thread is not None and thread._ident == ident else None
         if start is not None:
             stack.extend(start.entries)
+            stack.inherited = start
             if not start.observed:
                 call_at_end(thread, judge_leftovers)
             return
@@ -78,27 +79,79 @@ def call_forgotten(thread: Any) -> None:
         thread._delete()
 
 
-def enter(start: Start) -> tuple[int, int, Start | None]:
-    """Enter the scopes of a task and set its device.
+# What `leave` needs: the start, the device to give back (-1: none), whether to judge the end of the task, the task
+# around this one, and what `_hide` returned (None: nothing was hidden).
+Left = tuple[Start, int, bool, "Start | None", Any]
 
-    Returns
-    -------
-    tuple of int, int and Start or None
-        The depth of the stack before, the device to give back, and the start that `judge_end` judges.
-    """
+
+def enter(start: Start) -> Left:
+    """Enter the scopes of a task, in place of those of its worker, and set its device."""
     stack = local.stack
-    depth = len(stack)
-    stack.extend(start.entries)
+    hidden = _hide(stack) if stack and start.entries else None
+    outer, stack.task = stack.task, start
     try:
+        stack.extend(start.entries)
         if start.origin is None:
-            return depth, stack.take(start.device), None
+            device = _current_device() if start.restores else stack.take(start.device)
+            return start, device, False, outer, hidden
         if start.observed and _strayed_to() is None:
-            return depth, -1, start
+            return start, -1, True, outer, hidden
         # The worker, or an earlier task, chose a device: the context at the end says nothing about this task.
-        return depth, stack.take(start.device if _may_move(start.origin) else -1), None
-    except Exception:
-        del stack[depth:]  # without their device the scopes would be wrong
+        device = stack.take(start.device if _may_move(start.origin) else -1)
+        return start, device, False, outer, hidden
+    except Exception:  # without their device the scopes would be wrong
+        _end(stack, start, outer, hidden)
         raise
+
+
+def leave(left: Left | None) -> None:
+    """Leave the scopes of a task, and those that it did not leave itself, and give the worker's device back."""
+    stack = local.stack
+    if stack.changes:
+        judge_leftovers()
+    if left is not None:
+        start, device, is_judged, outer, hidden = left
+        if is_judged:
+            judge_end(start)
+        _end(stack, start, outer, hidden)
+        if device >= 0:
+            if start.restores:
+                _restore(device)
+            else:
+                stack.give_back(device)
+
+
+def _hide(stack: Stack) -> tuple[Any, ...]:
+    """Take all entries off the stack of a worker; return what `_end` needs."""
+    own = tuple(stack), stack.hidden, stack.changes
+    stack.hidden += own[0]
+    stack.clear()
+    stack.changes = []
+    return own
+
+
+def _end(stack: Stack, start: Start, outer: Start | None, hidden: tuple[Any, ...] | None) -> None:
+    """Remove the entries of a task, and put those of its worker back."""
+    stack.task = outer
+    if hidden is not None:
+        stack[:], stack.hidden, stack.changes = hidden
+        stack.judged = None
+    elif start.entries:
+        stack.clear()
+
+
+def _current_device() -> int:
+    """Return the current device; 0 before CUDA is initialised, -1 where it cannot be known."""
+    try:
+        return accelerator.current_device() if accelerator.is_initialized() else 0
+    except RuntimeError:  # a forked child that cannot use CUDA
+        return -1
+
+
+def _restore(device: int) -> None:
+    """Make a device current again, if it is not."""
+    if _current_device() not in (device, -1):
+        accelerator.bind().back(device)
 
 
 def _may_move(origin: callsite.Origin) -> bool:
@@ -131,19 +184,6 @@ def judge_end(start: Start) -> None:
     if owner is not None and owner.index >= 0 and device is not None:
         with contextlib.suppress(StrayDeviceError, StrayDeviceWarning):  # no code is left that could catch them
             judge(NAME, f"cuda:{device}", owner, 0, ADVICE, origin=start.origin, places=True)
-
-
-def leave(left: tuple[int, int, Start | None] | None) -> None:
-    """Leave the scopes of a task, and those that it did not leave itself, and give the worker's device back."""
-    judge_leftovers()
-    if left is not None:
-        depth, previous, start = left
-        if start is not None:
-            judge_end(start)
-        stack = local.stack
-        del stack[depth:]
-        if previous >= 0:
-            stack.give_back(previous)
 
 
 def judge_leftovers() -> None:

@@ -10,6 +10,7 @@ import devguard
 from devguard.doors.concurrency import thread_plan
 from devguard.doors.concurrency.thread_plan import Start
 from devguard.ownership.owner import owner_of_index
+from devguard.ownership.stack import local
 from tests.helpers.fakecuda import FakeCuda
 
 pytestmark = pytest.mark.usefixtures("clean", "cuda")
@@ -74,7 +75,7 @@ def test_the_mode_error_refuses_only_where_it_names_the_door() -> None:
 
 def test_an_inherited_scope_sets_the_same_modes() -> None:
     scope = devguard.guard(1, mode="warn", doors={"load": "off"})
-    inherited = thread_plan.Inherited(scope)
+    inherited = thread_plan.Inherited((scope, None, -1), local.stack)
     assert (inherited.mode_of("load"), inherited.mode_of("jit")) == ("off", "warn")
     assert inherited.names("load")
     assert not inherited.names("jit")

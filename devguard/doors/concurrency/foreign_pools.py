@@ -1,0 +1,184 @@
+"""Work handed to the threads of anyio, asgiref and gevent; for the door ``threads``.
+
+Starlette and FastAPI use anyio, Django uses asgiref. What they hand to a thread, and what a thread hands back to the
+event loop, runs within the scopes of the code that hands it over. A coroutine holds them only while it runs, as under
+``guard(...).run()``. The libraries may be imported later, or never.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Generator
+from types import ModuleType
+from typing import Any
+
+from devguard.doors.concurrency import thread_plan, thread_run
+from devguard.doors.concurrency.pools import quiet_task, task
+from devguard.doors.concurrency.thread_plan import Start, failures
+from devguard.ownership.process import process
+from devguard.ownership.stack import Entry, Stack, local
+from devguard.support.import_hooks import when_imported
+from devguard.support.patching import Patches
+
+__all__ = ["step_within", "unwatch", "watch"]
+
+
+class _State:
+    """The patches of the door; None while it is closed."""
+
+    def __init__(self) -> None:
+        self.patches: Patches | None = None
+
+
+_state = _State()
+
+
+def watch(patches: Patches) -> None:
+    """Patch the libraries, now or when they are imported."""
+    _state.patches = patches
+    for name, patch in _LIBRARIES.items():
+        when_imported(name, patch)
+
+
+def unwatch() -> None:
+    """Patch no library that is imported from here on."""
+    _state.patches = None
+
+
+def _replace(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace ``owner.name`` by what `make` returns for it; a release that lacks it is recorded."""
+    patches = _state.patches
+    if patches is not None:
+        failures.safely(_replace_in, patches, owner, name, make)
+
+
+def _replace_in(patches: Patches, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    original = patches.find(owner, name)
+    patches.replace(owner, name, make(getattr(original, "__func__", original)))
+
+
+def _patch_anyio(module: ModuleType) -> None:
+    """Patch a backend of anyio; all of anyio's functions end there, early copies of them too."""
+    backend = module.backend_class
+    _replace(backend, "run_sync_in_worker_thread", _to_worker)
+    _replace(backend, "run_sync_from_thread", functools.partial(_handing_over, quiet_task))
+    _replace(backend, "run_async_from_thread", functools.partial(_handing_over, _stepping))
+
+
+def _patch_portal(module: ModuleType) -> None:
+    for name in ("start_task_soon", "start_task"):
+        _replace(module.BlockingPortal, name, functools.partial(_handing_over, _stepping))
+
+
+def _patch_current_thread_executor(module: ModuleType) -> None:
+    _replace(module.CurrentThreadExecutor, "submit", _submitting)
+
+
+def _patch_async_to_sync(module: ModuleType) -> None:
+    _replace(module.AsyncToSync, "main_wrap", _wrapping)
+
+
+def _patch_gevent(module: ModuleType) -> None:
+    _replace(module.ThreadPool, "spawn", _submitting)
+
+
+_LIBRARIES: dict[str, Callable[[ModuleType], None]] = {
+    "anyio._backends._asyncio": _patch_anyio,
+    "anyio._backends._trio": _patch_anyio,
+    "anyio.from_thread": _patch_portal,
+    "asgiref.current_thread_executor": _patch_current_thread_executor,
+    "asgiref.sync": _patch_async_to_sync,
+    "gevent.threadpool": _patch_gevent,
+}
+
+
+def _to_worker(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``run_sync_in_worker_thread``; its first step runs in the scopes of the code that awaits it."""
+
+    async def run_sync_in_worker_thread(cls: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+        if local.stack or process.owner is not None:
+            func = task(func, None)
+        return await original(cls, func, *args, **kwargs)
+
+    return run_sync_in_worker_thread
+
+
+def _submitting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that submits its argument to a pool."""
+
+    def submit(self: Any, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if local.stack or process.owner is not None:
+            fn = task(fn, self)
+        return original(self, fn, *args, **kwargs)
+
+    return submit
+
+
+def _handing_over(scoped: Callable[[Any], Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that hands its argument to an event loop."""
+
+    def hand_over(self: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(self, scoped(func) if local.stack else func, *args, **kwargs)
+
+    return hand_over
+
+
+def _wrapping(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that returns a coroutine; another thread steps it, within the scopes of this thread."""
+
+    def wrap(self: Any, *args: Any, **kwargs: Any) -> Any:
+        coroutine = original(self, *args, **kwargs)
+        start = failures.safely(thread_plan.plan_quietly)
+        return coroutine if start is None else step_within(start, coroutine)
+
+    return wrap
+
+
+def _stepping(function: Any) -> Any:
+    """Return a function within the scopes of this thread; if it returns a coroutine, its steps are, too."""
+    called = quiet_task(function)
+    start = called.start if called is not function else None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = called(*args, **kwargs)
+        return step_within(start, result) if start is not None and inspect.isawaitable(result) else result
+
+    return call
+
+
+async def step_within(start: Start, awaitable: Any) -> Any:
+    """Await `awaitable`; each of its steps runs in the scopes of `start`, which are left while it is suspended."""
+    return await _steps(start, awaitable if hasattr(awaitable, "send") else awaitable.__await__())
+
+
+@types.coroutine
+def _steps(start: Start, inner: Any) -> Generator[Any, Any, Any]:
+    held: list[Entry] = []
+    resume, value = inner.send, None
+    while True:
+        left = failures.safely(thread_run.enter, start)
+        stack = local.stack
+        depth = len(stack)
+        _wake(stack, held)
+        try:
+            yielded = resume(value)
+        except StopIteration as done:
+            return done.value
+        finally:
+            held = stack[depth:]  # scopes that the coroutine holds across a suspend
+            failures.safely(thread_run.leave, left)
+        try:
+            value = yield yielded
+            resume = inner.send
+        except BaseException as error:  # noqa: BLE001 - whatever is thrown in belongs to the coroutine
+            resume, value = inner.throw, error
+
+
+def _wake(stack: Stack, held: list[Entry]) -> None:
+    """Enter the scopes that a coroutine held when it was suspended."""
+    stack.extend(held)
+    devices = [owner.index for _, owner, taken in held if owner is not None and taken >= 0]
+    if devices:
+        stack.take(devices[-1])
