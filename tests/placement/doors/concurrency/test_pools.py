@@ -451,7 +451,7 @@ class TestTheCallSiteOfWorkWithoutUserCode:
         async def main() -> int:
             loop = asyncio.get_running_loop()
             loaded = await loop.run_in_executor(None, torch.load, path)
-            line = sys._getframe().f_lineno
+            line = sys._getframe().f_lineno - 1
             assert str(loaded.device) == "cuda:1"
             return line
 
@@ -460,7 +460,7 @@ class TestTheCallSiteOfWorkWithoutUserCode:
     def test_to_thread_in_a_task(self, path, owning):
         async def main() -> int:
             both = [asyncio.to_thread(torch.load, path) for _ in range(2)]
-            line = sys._getframe().f_lineno
+            line = sys._getframe().f_lineno - 1
             await asyncio.gather(*both)
             return line
 
@@ -469,65 +469,65 @@ class TestTheCallSiteOfWorkWithoutUserCode:
     def test_an_executor(self, path, owning):
         with futures.ThreadPoolExecutor(1) as pool:
             pool.submit(torch.load, path).result()
-            line = sys._getframe().f_lineno
+            line = sys._getframe().f_lineno - 1
         self.check(line)
 
     def test_an_executor_with_an_initializer(self, path, owning):
         with futures.ThreadPoolExecutor(1, initializer=int) as pool:
             pool.submit(torch.load, path).result()
-            line = sys._getframe().f_lineno
+            line = sys._getframe().f_lineno - 1
         self.check(line)
 
     def test_partial_objects(self, path, owning):
         with futures.ThreadPoolExecutor(1) as pool:
             pool.submit(functools.partial(torch.load, path)).result()
-            line = sys._getframe().f_lineno
+            line = sys._getframe().f_lineno - 1
         self.check(line)
 
     def test_functions_of_c(self, owning):
         data = pickle.dumps(torch.ones(4).to("cuda:0"))
         with futures.ThreadPoolExecutor(1) as pool:
             pool.submit(pickle.loads, data).result()
-            line = sys._getframe().f_lineno
+            line = sys._getframe().f_lineno - 1
         self.check(line)
 
     def test_bound_methods_of_c(self, owning):
         data = pickle.dumps(torch.ones(4).to("cuda:0"))
         with ThreadPool(1) as pool:
             pool.apply(pickle.Unpickler(io.BytesIO(data)).load)
-            line = sys._getframe().f_lineno
+            line = sys._getframe().f_lineno - 1
         self.check(line)
 
     def test_map(self, path, owning):
         with futures.ThreadPoolExecutor(1) as pool:
             list(pool.map(torch.load, [path] * 3))
-            line = sys._getframe().f_lineno
+            line = sys._getframe().f_lineno - 1
         self.check(line, 3)
 
     @pytest.mark.parametrize("name", ["map", "imap", "imap_unordered"])
     def test_the_methods_of_a_thread_pool(self, path, owning, name):
         with ThreadPool(1) as pool:
             list(getattr(pool, name)(torch.load, [path] * 3))
-            line = sys._getframe().f_lineno
+            line = sys._getframe().f_lineno - 1
         self.check(line, 3)
 
     def test_starmap(self, path, owning):
         with ThreadPool(1) as pool:
             pool.starmap(torch.load, [(path,)])
-            line = sys._getframe().f_lineno
+            line = sys._getframe().f_lineno - 1
         self.check(line)
 
     def test_threads(self, path, owning):
         thread = threading.Thread(target=torch.load, args=(path,))
         thread.start()
-        line = sys._getframe().f_lineno
+        line = sys._getframe().f_lineno - 1
         thread.join()
         self.check(line)
 
     def test_timers(self, path, owning):
         thread = threading.Timer(0, torch.load, [path])
         thread.start()
-        line = sys._getframe().f_lineno
+        line = sys._getframe().f_lineno - 1
         thread.join()
         self.check(line)
 
@@ -536,9 +536,9 @@ class TestTheCallSiteOfWorkWithoutUserCode:
         with futures.ThreadPoolExecutor(1) as pool:
             for _ in range(3):
                 pool.submit(torch.load, path).result()
-                lines.add(sys._getframe().f_lineno)
+                lines.add(sys._getframe().f_lineno - 1)
                 pool.submit(torch.load, path).result()
-                lines.add(sys._getframe().f_lineno)
+                lines.add(sys._getframe().f_lineno - 1)
         strays = [stray for stray in devguard.strays() if stray.door == "load"]
         assert {(stray.site.line, stray.count) for stray in strays if stray.site} == {(line, 3) for line in lines}
 
@@ -552,7 +552,7 @@ class TestTheCallSiteOfWorkWithoutUserCode:
     def test_work_of_the_user_keeps_its_own_line(self, path, owning):
         def work() -> int:
             torch.load(path)
-            return sys._getframe().f_lineno
+            return sys._getframe().f_lineno - 1
 
         with futures.ThreadPoolExecutor(1) as pool:
             line = pool.submit(work).result()
