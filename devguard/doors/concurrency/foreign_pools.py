@@ -18,7 +18,8 @@ from devguard.doors.concurrency import thread_plan, thread_run
 from devguard.doors.concurrency.pools import quiet_task, task
 from devguard.doors.concurrency.thread_plan import Start, failures
 from devguard.ownership.process import process
-from devguard.ownership.stack import Entry, Stack, local
+from devguard.ownership.stack import Entry, local
+from devguard.support import accelerator
 from devguard.support.import_hooks import when_imported
 from devguard.support.patching import Patches
 
@@ -156,29 +157,29 @@ async def step_within(start: Start, awaitable: Any) -> Any:
 @types.coroutine
 def _steps(start: Start, inner: Any) -> Generator[Any, Any, Any]:
     held: list[Entry] = []
+    device = -1  # the device that the code has made current, where it is not the one of its scopes
     resume, value = inner.send, None
     while True:
         left = failures.safely(thread_run.enter, start)
         stack = local.stack
-        depth = len(stack)
-        _wake(stack, held)
+        depth, own = len(stack), stack.read()
+        if held:
+            stack.extend(held)
+            stack.judged = None
+        if device >= 0:
+            accelerator.bind().to(device)
         try:
             yielded = resume(value)
         except StopIteration as done:
             return done.value
         finally:
-            held = stack[depth:]  # scopes that the coroutine holds across a suspend
+            held, device = stack[depth:], stack.read()
+            device = -1 if device == own else device
+            if held and stack.changes:  # suspended code may still undo them
+                stack.changes = [change for change in stack.changes if change.depth <= depth]
             failures.safely(thread_run.leave, left)
         try:
             value = yield yielded
             resume = inner.send
         except BaseException as error:  # noqa: BLE001 - whatever is thrown in belongs to the coroutine
             resume, value = inner.throw, error
-
-
-def _wake(stack: Stack, held: list[Entry]) -> None:
-    """Enter the scopes that a coroutine held when it was suspended."""
-    stack.extend(held)
-    devices = [owner.index for _, owner, taken in held if owner is not None and taken >= 0]
-    if devices:
-        stack.take(devices[-1])

@@ -70,12 +70,11 @@ class _Initializer(Task):
         start, stack = self.start, local.stack
         assert start is not None
         left = failures.safely(thread_run.enter, start)
-        moved, stack.moved = stack.moved, False
+        stack.selected = False
         try:
             return self.function(*args, **kwargs)
         finally:
             failures.safely(self._leave, start, left)
-            stack.moved |= moved
 
     @staticmethod
     def _leave(start: Start, left: thread_run.Left | None) -> None:
@@ -84,7 +83,7 @@ class _Initializer(Task):
         stack = local.stack
         own = stack[len(start.entries) :]
         current = accelerator.current_device() if start.device >= 0 else -1
-        is_chosen = stack.moved or current != start.device
+        is_chosen = stack.selected or current != start.device
         stack.changes.clear()  # the choice of a device is what an initializer is for
         thread_run.leave(left)
         stack.extend(own)

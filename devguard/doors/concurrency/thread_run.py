@@ -92,7 +92,7 @@ def enter(start: Start) -> Left:
     try:
         stack.extend(start.entries)
         if start.origin is None:
-            device = _current_device() if start.restores else stack.take(start.device)
+            device = stack.read() if start.restores else stack.take(start.device)
             return start, device, False, outer, hidden
         if start.observed and _strayed_to() is None:
             return start, -1, True, outer, hidden
@@ -114,11 +114,10 @@ def leave(left: Left | None) -> None:
         if is_judged:
             judge_end(start)
         _end(stack, start, outer, hidden)
-        if device >= 0:
-            if start.restores:
-                _restore(device)
-            else:
-                stack.give_back(device)
+        if not start.restores:
+            stack.give_back(device)
+        elif (inside := stack.read()) >= 0 and inside != max(device, 0):
+            accelerator.bind().back(max(device, 0))  # before CUDA was initialised, device 0 was current
 
 
 def _hide(stack: Stack) -> tuple[Any, ...]:
@@ -138,20 +137,6 @@ def _end(stack: Stack, start: Start, outer: Start | None, hidden: tuple[Any, ...
         stack.judged = None
     elif start.entries:
         stack.clear()
-
-
-def _current_device() -> int:
-    """Return the current device; 0 before CUDA is initialised, -1 where it cannot be known."""
-    try:
-        return accelerator.current_device() if accelerator.is_initialized() else 0
-    except RuntimeError:  # a forked child that cannot use CUDA
-        return -1
-
-
-def _restore(device: int) -> None:
-    """Make a device current again, if it is not."""
-    if _current_device() not in (device, -1):
-        accelerator.bind().back(device)
 
 
 def _may_move(origin: callsite.Origin) -> bool:

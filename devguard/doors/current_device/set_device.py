@@ -101,6 +101,7 @@ def _wrap(original: Callable[..., Any], get_device: Callable[[], int]) -> Callab
 
     def move(*args: Any, **kwargs: Any) -> Any:
         stack = local.stack
+        stack.selected = True
         owner = stack[-1][1] if stack else process.owner
         adoption = None if stack else process.adoption
         follows = False

@@ -400,3 +400,27 @@ def test_the_call_site_of_a_stray_is_the_line_that_hands_it_over(way):
     assert str(loaded.device) == "cuda:1"
     (stray,) = [stray for stray in devguard.strays() if stray.door == "load"]
     assert (stray.site.file, stray.site.line) == (__file__, line)
+
+
+def test_the_device_that_a_coroutine_makes_current_is_its_own():
+    async def step() -> Any:
+        with torch.cuda.device(3):
+            await asyncio.sleep(0)
+            inside = seen()
+        await asyncio.sleep(0)
+        return inside, seen()
+
+    async def main() -> Any:
+        noted: list[Any] = []
+
+        async def watch() -> None:
+            for _ in range(10):
+                noted.append(seen())
+                await asyncio.sleep(0)
+
+        watching = asyncio.create_task(watch())
+        result = await guard(1).run(anyio.to_thread.run_sync(lambda: anyio.from_thread.run(step)))
+        await watching
+        return result, set(noted)
+
+    assert asyncio.run(main()) == (((3, "cuda:1"), (1, "cuda:1")), {(0, "None")})
