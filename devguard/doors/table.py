@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +38,7 @@ __all__ = [
     "DOORS",
     "EXTRA_MODES",
     "inspect",
+    "is_open",
     "look",
     "NAMES",
     "ON_REQUEST",
@@ -208,11 +209,16 @@ def close_all() -> list[str]:
     return left_over
 
 
-def accept_contexts() -> None:
-    """Accept the contexts that exist now: the door ``native`` does not report them."""
+def accept_contexts(devices: Iterable[int] | None = None) -> None:
+    """Accept the contexts that exist now, or contexts on `devices`: the door ``native`` does not report them."""
     native = _open.get("native")
     if native is not None:
-        native.accept()
+        native.accept(devices)
+
+
+def is_open(name: str) -> bool:
+    """Return whether a door is open."""
+    return name in _open
 
 
 def inspect(where: str, origin: Origin | None = None) -> None:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from types import TracebackType
 
 from devguard.doors import table
-from devguard.errors import StrayDeviceError
-from devguard.reporting.journal import Mark, journal
+from devguard.errors import StrayDeviceError, StrayDeviceWarning
+from devguard.ownership import in_force
+from devguard.ownership.process import forget_past_owners, process
+from devguard.ownership.stack import local, stacks
+from devguard.reporting import foreign_memory
+from devguard.reporting.journal import journal
+from devguard.reporting.stray import Stray
+from devguard.support import allocation_history
 
-__all__ = ["no_strays"]
+__all__ = ["judge_blocks", "no_strays", "renew_blocks"]
+
+_END = "at the end of no_strays()"
 
 
 class no_strays:
     """A block at the end of which `StrayDeviceError` is raised if work strayed in it, repaired or not.
 
-    A thread that was placed on the owner's device (action ``"placed"``) has not strayed.
+    Contexts and memory count as well, wherever this process opened or allocated them: also on other threads, and if the
+    memory is free again. What came before the block does not count, nor a thread that was placed on the owner's device
+    (action ``"placed"``). In the block, torch keeps a history of its allocations, so that the error names their lines.
 
     Raises
     ------
@@ -27,25 +40,121 @@ class no_strays:
     ...     step()
     """
 
-    __slots__ = ("_marks",)
+    __slots__ = ("_blocks",)
 
     def __init__(self) -> None:
-        self._marks: list[Mark] = []
+        self._blocks: list[_Block] = []
 
     def __enter__(self) -> None:
-        self._marks.append(journal.mark())
+        self._blocks.append(_Block())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        mark = self._marks.pop()
-        if error is not None:
-            return
-        table.inspect("at the end of no_strays()")
-        found = [stray for stray in journal.since(mark) if stray.action != "placed"]
-        dropped = journal.dropped_since(mark)
+        block = self._take()
+        try:
+            if error is None:
+                block.judge()
+            else:
+                with contextlib.suppress(Exception):  # the block's own exception is on its way
+                    block.judge()
+        finally:
+            block.end()
+        if error is None:
+            block.raise_for_strays()
+
+    def _take(self) -> _Block:
+        """Return the newest block that this thread entered; another thread may share this object."""
+        ident = threading.get_ident()
+        own = [block for block in self._blocks if block.thread == ident] or self._blocks
+        self._blocks.remove(own[-1])
+        return own[-1]
+
+
+class _Block:
+    """One entered block: what was there when it was entered.
+
+    Attributes
+    ----------
+    thread : int
+        The thread that entered it.
+    """
+
+    def __init__(self) -> None:
+        self.thread, self._pid = threading.get_ident(), os.getpid()
+        in_force.owner_at_door()  # a change of the device that was not undone came before
+        table.look("before no_strays()")
+        # Otherwise a GPU that had an owner once would be owned for ever. Owners that the block enters are owned in it.
+        self._past_owners = forget_past_owners()
+        table.accept_contexts(owner.index for owner in self._past_owners)
+        self._mark = journal.mark()
+        self._picture = foreign_memory.take_picture()
+        self._before = set(self._picture.contexts)
+        allocation_history.record(self)
+        _blocks.append(self)
+
+    def judge(self) -> None:
+        """Record what the doors have not seen: memory, contexts and device changes since the block was entered."""
+        if process.adoption is not None:
+            process.adoption.freeze_owner()  # a guess counts here, since the program requests the check
+        # The strays are in the journal now, and the block raises for all of them.
+        with contextlib.suppress(StrayDeviceError, StrayDeviceWarning):
+            in_force.owner_at_door()
+        with contextlib.suppress(StrayDeviceWarning):
+            self.judge_memory()
+        with contextlib.suppress(StrayDeviceWarning):
+            table.inspect(_END)
+
+    def judge_memory(self) -> None:
+        """Record the memory on devices without an owner since the last picture."""
+        if table.is_open("native") and not _is_other_thread_unguarded():
+            foreign_memory.record_growth(self._picture, self._mark, in_force.mode_of("native"))
+
+    def renew(self) -> None:
+        """Take a new picture: memory until now is no stray, or is recorded already."""
+        self._picture = foreign_memory.take_picture()
+
+    def end(self) -> None:
+        """Restore what the block changed."""
+        if self in _blocks:
+            _blocks.remove(self)
+        allocation_history.stop(self)
+        if os.getpid() == self._pid and table.is_open("native"):
+            for owner, device in self._past_owners.items():
+                owner.device = owner.device or device
+
+    def raise_for_strays(self) -> None:
+        """Raise for the strays of the block."""
+        found = [stray for stray in journal.since(self._mark) if stray.action != "placed" and not self._is_old(stray)]
+        dropped = journal.dropped_since(self._mark)
         if found or dropped:
             more = f"\n  and {dropped} more at call sites beyond the journal's limit" if dropped else ""
             total = sum(stray.count for stray in found) + dropped
             lines = "".join(f"\n  {stray}" for stray in found)
             raise StrayDeviceError(f"{total} stray(s) inside no_strays():{lines}{more}")
+
+    def _is_old(self, stray: Stray) -> bool:
+        """Return whether a stray is a context from before the block, which only had to wait for an owner."""
+        is_context = stray.door in ("native", "first_touch") and not foreign_memory.is_memory(stray)
+        return is_context and self._before.issuperset(stray.source.split(","))
+
+
+_blocks: list[_Block] = []  # the entered blocks of all threads
+
+
+def judge_blocks() -> None:
+    """Judge the memory of all blocks: unguarded code is about to run."""
+    for block in tuple(_blocks):
+        with contextlib.suppress(Exception):  # a scope is about to be entered
+            block.judge_memory()
+
+
+def renew_blocks() -> None:
+    """Take new pictures for all blocks: what unguarded code has allocated is no stray."""
+    for block in tuple(_blocks):
+        block.renew()
+
+
+def _is_other_thread_unguarded() -> bool:
+    """Return whether another thread runs unguarded code now: the counters do not tell which thread allocates."""
+    return any(stack and stack[-1][1] is None for stack in stacks() if stack is not local.stack)

@@ -8,6 +8,7 @@ from types import TracebackType
 
 from devguard.guards import unwind
 from devguard.guards.base import Scope
+from devguard.guards.no_strays import judge_blocks, renew_blocks
 from devguard.modes import DoorMode
 from devguard.ownership.process import unguarded_contexts
 from devguard.ownership.stack import local
@@ -25,6 +26,7 @@ class unguarded(Scope):
     __slots__ = ()
 
     def __enter__(self) -> None:
+        judge_blocks()
         stack = local.stack
         if unwind.is_entered(stack, self):
             unwind.enter_again(self, None, sys._getframe(1))
@@ -41,6 +43,7 @@ class unguarded(Scope):
             unwind.leave(self, sys._getframe(1), kind is not None)
         with contextlib.suppress(Exception):
             unguarded_contexts.update(accelerator.contexts())  # the code inside opened them on purpose
+            renew_blocks()
 
     def mode_of(self, door: str) -> DoorMode | None:
         """Return ``'off'``."""

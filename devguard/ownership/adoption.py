@@ -131,12 +131,20 @@ class Adoption:
             self._holder.own(self._rank, self)
         return self._holder.owner
 
-    def make_owner_current(self) -> None:
-        """Make the owner's device current on this thread, which is initialising CUDA; opens no context."""
+    def make_owner_current(self, *, opens: bool) -> None:
+        """Make the owner's device current on this thread, which is initialising CUDA.
+
+        Parameters
+        ----------
+        opens : bool
+            Whether to open its context, as entering a guard does. Without one, torch only notes the device, and loses
+            it again in ``torch.empty(1, device="cuda")``, which then opens GPU 0.
+        """
         owner = self.owner_at_first_use()
         if self.pin and owner is not None and owner.index >= 0 and not local.stack:
-            back = accelerator.bind().back
-            accelerator.call_when_initialized(lambda: back(owner.index))
+            exchange = accelerator.bind()
+            make_current = exchange.choose if opens else exchange.back
+            accelerator.call_when_initialized(lambda: make_current(owner.index))
 
     def freeze_owner(self, source: str = "") -> None:
         """Freeze the owner before a stray to `source` is handled; demote it if this process has left it since."""

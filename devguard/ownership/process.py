@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from devguard.modes import DEFAULT_MODE, DoorMode, Mode
 from devguard.ownership.adoption import Adoption
@@ -123,9 +124,14 @@ def disown() -> None:
         process.restart()
 
 
-def forget_past_owners() -> None:
-    """Forget the owners that are no longer in force anywhere: from here on their devices are not owned."""
+def forget_past_owners() -> dict[Owner, Any]:
+    """Forget the owners that are no longer in force anywhere; return them with their devices.
+
+    From here on their devices are not owned. To undo it, give an owner its device back.
+    """
     in_force = {owner for stack in stacks() for _, owner, _ in tuple(stack)} | {process.owner}
-    for owner in list(INTERNED.values()):
-        if owner not in in_force:
-            owner.device = None
+    past = [owner for owner in list(INTERNED.values()) if owner.device is not None and owner not in in_force]
+    forgotten = {owner: owner.device for owner in past}
+    for owner in forgotten:
+        owner.device = None
+    return forgotten

@@ -107,6 +107,13 @@ class Stray:
     note: str | None
     stack: tuple[Site, ...]
 
+    @property
+    def devices_used(self) -> list[str]:
+        """The devices, away from the owner's, on which this stray may have put something."""
+        if self.action in ("repaired", "placed") or (self.action == "refused" and self.door != "set_device"):
+            return []
+        return self.source.split(",")
+
     def as_dict(self) -> dict[str, Any]:
         """Return the record as plain data, fit for JSON."""
         return asdict(self)

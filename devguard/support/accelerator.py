@@ -1,4 +1,4 @@
-"""The one place that calls ``torch.cuda``: the current device, the devices, their contexts and their memory.
+"""The one place, with allocator.py, that calls ``torch.cuda``: the current device, the devices and their contexts.
 
 CUDA is the accelerator (ROCm builds of torch have the same names). A function opens a context only if its docstring
 says so, and only `bind` and `set_torchs_own_check` import torch. Queries about contexts never initialise CUDA, so that
@@ -34,16 +34,11 @@ __all__ = [
     "index_of",
     "is_in_bad_fork",
     "is_initialized",
-    "keeps_memory_history",
-    "memory_history",
-    "memory_stats",
     "name_of",
     "out_of_range",
     "queries",
-    "record_memory_history",
     "restore_torchs_own_check",
     "set_torchs_own_check",
-    "stop_memory_history",
     "unwatched_set_device",
     "uuid_of",
 ]
@@ -251,44 +246,14 @@ def unwatched_set_device() -> Callable[[int], None] | None:
 
 
 def call_when_initialized(function: Callable[[], object]) -> None:
-    """Call `function` at the end of the initialisation of CUDA that is under way on this thread.
+    """Call `function` once at the end of the initialisation of CUDA that is due, or under way on this thread.
 
-    As ``torch.cuda._lazy_call``, but torch holds the lock of that function now: a call into CUDA before the end of the
-    initialisation would wait forever.
+    As ``torch.cuda._lazy_call``, but torch may hold the lock of that function now: a call into CUDA before the end of
+    the initialisation would wait forever.
     """
-    sys.modules["torch"].cuda._queued_calls.append((function, []))
-
-
-def memory_stats(index: int) -> dict[str, Any]:
-    """Return the statistics of torch's allocator for a device, nested; empty before torch initialises CUDA."""
-    if not is_initialized():
-        return {}
-    stats: dict[str, Any] = sys.modules["torch"]._C._cuda_memoryStats(index)
-    return stats
-
-
-def keeps_memory_history() -> bool:
-    """Return whether torch keeps a history of its allocations."""
-    # The C function crashes before CUDA is initialised.
-    check = getattr(sys.modules["torch"]._C, "_cuda_isHistoryEnabled", None) if is_initialized() else None
-    return check is not None and bool(check())
-
-
-def record_memory_history(max_entries: int) -> None:
-    """Make torch keep a history of `max_entries` allocations and releases, with their Python stacks."""
-    memory = sys.modules["torch"].cuda.memory
-    memory._record_memory_history(enabled="all", context="alloc", stacks="python", max_entries=max_entries)
-
-
-def stop_memory_history() -> None:
-    """Make torch stop its history."""
-    sys.modules["torch"].cuda.memory._record_memory_history(enabled=None)
-
-
-def memory_history(index: int) -> list[dict[str, Any]]:
-    """Return the history of the allocations on a device, oldest first."""
-    history: list[dict[str, Any]] = sys.modules["torch"]._C._cuda_memorySnapshot(None)["device_traces"][index]
-    return history
+    queue = getattr(sys.modules.get("torch"), "cuda", None)
+    if queue is not None and (function, []) not in queue._queued_calls:
+        queue._queued_calls.append((function, []))
 
 
 _TORCHS_OWN_CHECK = "TORCH_CUDA_CHECK_STRAY_CONTEXT"

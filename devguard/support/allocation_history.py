@@ -1,47 +1,101 @@
 """The lines that allocated memory on a device, read from torch's history of its allocations.
 
 A context that a call opens by naming another device passes no door, and afterwards only the context is there. If torch
-records its memory history (``torch.cuda.memory._record_memory_history``), the line is in it. The pytest plugin records
-the history, and a program can do so too. Recording costs less than a microsecond per allocation. Nothing here
-initialises CUDA. Memory that is allocated without torch's allocator is not in the history.
+records its memory history (``torch.cuda.memory._record_memory_history``), the line is in it. ``no_strays()`` and the
+pytest plugin record the history, and a program can do so too. Recording costs less than a microsecond per allocation.
+Nothing here initialises CUDA. Memory that is allocated without torch's allocator is not in the history; the allocator
+``cudaMallocAsync`` keeps none, and counts only the bytes in use.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
-from devguard.support import accelerator, callsite
+from devguard.support import accelerator, allocator, callsite
 from devguard.support.callsite import Frame, Origin
 
-__all__ = ["count", "newest", "record", "stop"]
+__all__ = ["count", "newest", "newest_lines", "record", "stop", "Usage", "usage"]
 
 MAX_ENTRIES = 20_000  # allocations and releases, over all devices; torch forgets older ones
 
-_recording = False
+
+class _State:
+    """The users of the history, and whether it was started here; torch itself has one history for the process."""
+
+    def __init__(self) -> None:
+        self.users: list[object] = []
+        self.recording = False
 
 
-def record() -> None:
-    """Make torch keep a history from now on, unless CUDA is not initialised or torch keeps one already."""
-    global _recording
-    if accelerator.is_initialized() and not accelerator.keeps_memory_history():
-        accelerator.record_memory_history(MAX_ENTRIES)
-        _recording = True
+_state = _State()
 
 
-def stop() -> None:
-    """Make torch stop its history, if `record` started it."""
-    global _recording
-    if _recording and accelerator.is_initialized():
-        accelerator.stop_memory_history()
-    _recording = False
+def record(user: object = None) -> None:
+    """Make torch keep a history until every user has called `stop`; from the initialisation of CUDA on, if it is due.
+
+    Where torch keeps a history already, or its allocator cannot keep one, do nothing.
+    """
+    if user not in _state.users:
+        _state.users.append(user)
+    if accelerator.is_initialized():
+        _start()
+    else:
+        accelerator.call_when_initialized(_start)
+
+
+def stop(user: object = None) -> None:
+    """Make torch stop its history after its last user, if `record` started it."""
+    if user in _state.users:
+        _state.users.remove(user)
+    if _state.recording and not _state.users:
+        _state.recording = False
+        if accelerator.is_initialized():
+            allocator.stop_history()
+
+
+def _start() -> None:
+    if _state.users and not allocator.keeps_history():
+        _state.recording = allocator.record_history(MAX_ENTRIES)
+
+
+class Usage(NamedTuple):
+    """What torch's allocator counts on one device.
+
+    Attributes
+    ----------
+    number, total : int
+        The number and the bytes of all allocations so far; 0 if the allocator does not count them.
+    held : int
+        The bytes in use.
+    """
+
+    number: int
+    total: int
+    held: int
+
+    def since(self, before: Usage) -> Usage:
+        """Return the number and the bytes of the allocations since `before`, and the bytes of them in use, at least."""
+        if self.number < before.number or self.total < before.total:
+            before = Usage(0, 0, before.held)  # the program has reset the counters
+        held = max(0, self.held - before.held)
+        return Usage(self.number - before.number, max(self.total - before.total, held), held)
+
+
+def usage(index: int) -> Usage:
+    """Return what torch's allocator has counted on the device `index` in this process; opens no context."""
+    stats = allocator.statistics(index)
+    if not stats:
+        return Usage(0, 0, 0)
+    number, memory = stats["allocation"]["all"], stats["allocated_bytes"]["all"]
+    return Usage(number["allocated"], memory["allocated"], memory["current"])
 
 
 def count(index: int) -> int:
     """Return the number of allocations that torch's allocator has made on the device `index` in this process."""
-    stats = accelerator.memory_stats(index)
-    return int(stats["allocation"]["all"]["allocated"]) if stats else 0
+    return usage(index).number
 
 
 def newest(index: int, number: int) -> tuple[Origin | None, int]:
@@ -61,12 +115,24 @@ def newest(index: int, number: int) -> tuple[Origin | None, int]:
     nbytes : int
         The bytes of those allocations that are in the history.
     """
-    if number < 1 or not accelerator.keeps_memory_history():
-        return None, 0
-    made = [entry for entry in accelerator.memory_history(index) if entry["action"] == "alloc"][-number:]
-    if not made:
-        return None, 0
-    return _origin(made[0]["frames"]), sum(entry["size"] for entry in made)
+    made = newest_lines(index, number)
+    return (made[0][0], sum(nbytes for _, _, nbytes in made)) if made else (None, 0)
+
+
+def newest_lines(index: int, number: int) -> list[tuple[Origin | None, int, int]]:
+    """Return the newest allocations on a device by call site, the oldest site first: origin, number and bytes."""
+    if number < 1 or not allocator.keeps_history():
+        return []
+    made: dict[object, list[dict[str, Any]]] = {}
+    for entry in [entry for entry in allocator.history(index) if entry["action"] == "alloc"][-number:]:
+        made.setdefault(_site(entry["frames"]), []).append(entry)
+    return [(_origin(row[0]["frames"]), len(row), sum(entry["size"] for entry in row)) for row in made.values()]
+
+
+def _site(frames: list[dict[str, Any]]) -> tuple[str, int] | None:
+    """Return file and line of the innermost frame of user code in a stack of torch's history."""
+    origin = _origin(frames)
+    return None if origin is None or origin.code is None else (origin.code.co_filename, origin.line)
 
 
 def _origin(frames: list[dict[str, Any]]) -> Origin | None:
@@ -78,6 +144,7 @@ def _origin(frames: list[dict[str, Any]]) -> Origin | None:
     return None
 
 
+@functools.lru_cache(4096)
 def _code(file: str, name: str) -> CodeType:
     """Return a code object for a function that is known by name only, because a call site holds a code object."""
     names = ("co_name", "co_qualname") if sys.version_info >= (3, 11) else ("co_name",)

@@ -18,12 +18,10 @@ from devguard.doors import table
 from devguard.errors import StrayDeviceError
 from devguard.guards.base import Scope
 from devguard.ownership import in_force
-from devguard.ownership.owner import owned_tags
 from devguard.ownership.process import forget_past_owners, process, unguarded_contexts
 from devguard.ownership.stack import local
-from devguard.reporting import allowlist
+from devguard.reporting import foreign_memory
 from devguard.reporting.journal import journal
-from devguard.reporting.stray import Occurrence, Stray
 from devguard.support import accelerator, allocation_history, patching
 from devguard.support.callsite import Frame, Origin, Site
 from devguard.testing.findings import Finding, from_stray, left_behind
@@ -62,7 +60,7 @@ class Watch:
         self._unguarded = set(unguarded_contexts)
         unguarded_contexts.clear()
         allocation_history.record()
-        self._allocations = _count_allocations()
+        self._picture = foreign_memory.take_picture()
         self._called = False
         self._patched: set[str] = set()
 
@@ -142,35 +140,10 @@ class Watch:
     def _record_unowned(self) -> None:
         """Record contexts that no door explains, and memory on devices that have no owner here."""
         table.inspect("at the end of a test", self._origin)
-        before, self._allocations = self._allocations, _count_allocations()
-        owned = owned_tags()
-        if not owned or in_force.mode_of("native") == "off":
-            return  # If there is no owner, the test has uninstalled devguard.
-        explained = {tag for stray in journal.since(self._mark) for tag in _touched(stray)}
-        for index, number in self._allocations.items():
-            tag = f"cuda:{index}"
-            grown = number - before.get(index, 0)
-            if grown < 1 or tag in owned or tag in explained:
-                continue
-            if index in unguarded_contexts or allowlist.is_allowed(tag):
-                continue
-            origin, nbytes = allocation_history.newest(index, grown)
-            note = f"torch allocated memory there {grown} x, unseen by any door"
-            where = origin or self._origin
-            found = Occurrence("native", tag, ", ".join(owned), nbytes, note=note, origin=where)
-            journal.record(found, "observed")
-
-
-def _touched(stray: Stray) -> list[str]:
-    """Return the devices on which this stray may have put something."""
-    if stray.action in ("repaired", PLACED) or (stray.action == "refused" and stray.door != "set_device"):
-        return []
-    return stray.source.split(",")
-
-
-def _count_allocations() -> dict[int, int]:
-    """Return the number of allocations so far on each device with a context."""
-    return {index: allocation_history.count(index) for index in accelerator.contexts()}
+        before, self._picture = self._picture, foreign_memory.take_picture()
+        # If there is no owner, the test has uninstalled devguard.
+        mode = in_force.mode_of("native")
+        foreign_memory.record_growth(before, self._mark, mode, self._origin, unguarded_contexts)
 
 
 def _current_device() -> int:

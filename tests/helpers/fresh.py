@@ -32,14 +32,23 @@ for line in sys.stdin:
 """
 
 
+_preloaded: list[str] = []
+
+
+def preload(*modules: str) -> None:
+    """Let the next server import modules, which its processes then need not import themselves."""
+    _preloaded[:] = modules
+
+
 @functools.cache
 def _server() -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", _SERVER]
+    command = [sys.executable, "-c", "\n".join([*(f"import {module}" for module in _preloaded), _SERVER])]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 def stop() -> None:
     """Stop the server, if it runs."""
+    _preloaded.clear()
     if _server.cache_info().currsize:
         server = _server()
         _server.cache_clear()

@@ -2,11 +2,13 @@
 
 It is a stray where the owner is ``cpu``: mode ``error`` refuses it before the driver is initialised, and the call may
 be repeated later. It is also a stray if it came before there was an owner and left a context on another device than the
-first owner's. This is recorded when the owner becomes known; a context cannot be closed again.
+first owner's. This is recorded when the owner becomes known; a context cannot be closed again. Contexts that later
+lines opened belong to the door ``native``.
 
 Every initialisation by torch ends in ``torch._C._cuda_init``, once in the life of a process, so watching it costs
-nothing afterwards. Not seen: libraries, and a bare ``torch.cuda.Stream()``, which use CUDA without this function (doors
-``native`` and ``streams``), and an initialisation before the door opened, which ``status()`` reports.
+nothing afterwards. Calls that use CUDA without torch's initialisation get it first (uninitialised.py). Not seen:
+libraries and operators that do so (door ``native``), and an initialisation before the door opened, which ``status()``
+reports.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from devguard.doors import first_use
+from devguard.doors.contexts import uninitialised
 from devguard.doors.first_use import Touch
 from devguard.modes import DoorMode
 from devguard.ownership import in_force
@@ -29,7 +33,7 @@ from devguard.ownership.stack import local
 from devguard.reporting.allowlist import is_allowed
 from devguard.reporting.stray import Occurrence
 from devguard.reporting.verdict import judge, judge_too_late
-from devguard.support import accelerator, callsite
+from devguard.support import accelerator, call_end, callsite
 from devguard.support.patching import Patches
 
 __all__ = ["install", "status", "uninstall"]
@@ -38,9 +42,12 @@ NAME = "first_touch"
 
 _patches = Patches()
 _ADVICE = (
-    "This process owns no GPU. Keep the work on the CPU, give it to a process that owns a GPU, or run it inside "
-    "devguard.guard('cuda:...') or devguard.unguarded()."
+    "This process owns no GPU. Keep the work on the CPU (without pin_memory, which opens a GPU too), give it to a "
+    "process that owns a GPU, or run it inside devguard.guard('cuda:...') or devguard.unguarded()."
 )
+_NOTE = "this process owns no GPU: keep the work on the CPU, without pin_memory, or give it to a process that owns one"
+# The functions of torch that choose a device for good: the owner's must not be opened before.
+_CHOOSING = frozenset({"set_device", "set_device_index", "set_stream", "move"})
 
 
 class _State:
@@ -56,6 +63,8 @@ class _State:
         Whether an owner of a GPU is known.
     pending : Touch or None
         A touch without an owner, until the first owner of a GPU is known.
+    opened : tuple of int or None
+        The devices with a context when the call of that touch had returned; None if that is unknown.
     """
 
     def __init__(self) -> None:
@@ -63,6 +72,7 @@ class _State:
         self.contexts_before: tuple[int, ...] = ()
         self.is_owned = False
         self.pending: Touch | None = None
+        self.opened: tuple[int, ...] | None = None
 
 
 _state = _State()
@@ -77,6 +87,7 @@ def install() -> None:
     _state.contexts_before = accelerator.contexts()
     if hasattr(torch._C, "_cuda_getDeviceCount"):
         _patches.replace(torch._C, "_cuda_init", _wrap(_patches.find(torch._C, "_cuda_init")))
+        uninitialised.patch(_patches)
     on_prepare.append(_judge_early_touch)
 
 
@@ -103,22 +114,38 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         # A GPU that is allowed here can be used only after CUDA is initialised.
         stray = owner is not None and owner.index < 0 and not _is_some_gpu_allowed()
         if stray and owner is not None and in_force.mode_of(first_use.door()) == "error":
-            judge(first_use.door(), "cuda", owner, 0, _ADVICE)  # raises
+            judge(first_use.door(), "cuda", owner, 0, _ADVICE, note=_NOTE)  # raises
         result = original(*args)
         if process.adoption is not None:
-            process.adoption.make_owner_current()
+            process.adoption.make_owner_current(opens=not _is_choosing(sys._getframe(1)))
         unowned = not _state.is_owned and owner is None and not local.stack
         frame = sys._getframe(1)
         thread, module = threading.current_thread().name, callsite.module_of(frame)
         touch = Touch(callsite.origin_of(frame), os.getpid(), thread, time.time(), unowned, module)
         first_use.record(touch)
         if unowned:
-            _state.pending = touch
+            _state.pending, _state.opened = touch, None
+            call_end.call_afterwards(frame, _look_after_touch)
         if stray and owner is not None:
-            judge(first_use.door(), "cuda", owner, 0, _ADVICE)
+            judge(first_use.door(), "cuda", owner, 0, _ADVICE, note=_NOTE)
         return result
 
     return _cuda_init
+
+
+def _is_choosing(start: FrameType) -> bool:
+    """Return whether the program initialises CUDA by choosing a device for good."""
+    frame: FrameType | None = start
+    while frame is not None and not callsite.is_user(frame.f_code):
+        if frame.f_code.co_name in _CHOOSING:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _look_after_touch() -> None:
+    """Keep the contexts that the first touch has opened: later lines open others."""
+    _state.opened = accelerator.contexts()
 
 
 def _is_some_gpu_allowed() -> bool:
@@ -133,9 +160,10 @@ def _judge_early_touch(owner: Owner, mode_of: Callable[[str], DoorMode | None]) 
     mode = mode_of(NAME) or in_force.mode_of(NAME)
     if touch is None or touch.pid != os.getpid() or mode == "off":
         return
+    opened = accelerator.contexts() if _state.opened is None else _state.opened
     foreign = [
         f"cuda:{index}"
-        for index in accelerator.contexts()
+        for index in opened
         if index != owner.index and index not in unguarded_contexts and not is_allowed(f"cuda:{index}", touch.module)
     ]
     if foreign:

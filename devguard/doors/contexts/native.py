@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 from devguard.ownership import in_force
@@ -24,7 +25,7 @@ from devguard.reporting import allowlist
 from devguard.reporting.journal import journal
 from devguard.reporting.stray import Occurrence
 from devguard.reporting.verdict import judge_too_late
-from devguard.support import accelerator, allocation_history, forks
+from devguard.support import accelerator, allocation_history, allocator, forks
 from devguard.support.callsite import Origin
 
 __all__ = ["accept", "inspect", "install", "status", "uninstall"]
@@ -70,9 +71,9 @@ def uninstall() -> list[str]:
     return []
 
 
-def accept() -> None:
-    """Accept the contexts that exist now: they are no strays."""
-    _state.accepted = frozenset(accelerator.contexts())
+def accept(devices: Iterable[int] | None = None) -> None:
+    """Accept the contexts that exist now, or contexts on these devices as well: they are no strays."""
+    _state.accepted = frozenset(accelerator.contexts() if devices is None else {*_state.accepted, *devices})
 
 
 def status() -> dict[str, Any]:
@@ -100,8 +101,7 @@ def inspect(where: str, asked_by: Origin | None = None) -> None:
     new = [index for index in foreign if index not in _state.accepted and index not in _state.found]
     if not new:
         return
-    left = [stray for stray in journal.strays() if stray.action not in ("repaired", "placed")]
-    explained = {tag for stray in left for tag in stray.source.split(",")}
+    explained = {tag for stray in journal.strays() for tag in stray.devices_used}
     mode = in_force.mode_of(NAME)
     for index in new:
         tag = f"cuda:{index}"
@@ -121,11 +121,12 @@ def inspect(where: str, asked_by: Origin | None = None) -> None:
 def _describe_use(index: int) -> str:
     """Describe, for the record, how a context on device `index` was used."""
     if allocation_history.count(index):
-        peak = accelerator.memory_stats(index)["allocated_bytes"]["all"]["peak"]
+        peak = allocator.statistics(index)["allocated_bytes"]["all"]["peak"]
         return f"torch's allocator was used there (peak {peak} bytes): a call named this device or found it current"
     names = sorted({name for name in _list_native_threads() if name})
+    pinned = "pinned memory (pin_memory=True), " if allocator.has_pinned_memory() else ""
     return (
-        "torch's allocator was not used there: a query, a stream, an event or a library opened it. "
+        f"torch's allocator was not used there: {pinned}a query, a stream, an event or a library opened it. "
         f"Native threads of this process: {', '.join(names) or 'none'}"
     )
 
