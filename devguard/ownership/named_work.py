@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from devguard.support import accelerator
+from devguard.support import accelerator, allocator
 
 __all__ = ["NamedWork"]
 
@@ -82,8 +82,5 @@ class NamedWork:
 
 def _allocations(index: int, which: str = "allocated") -> int:
     """Return a count of torch's allocator for a device; 0 where the program uses an allocator without statistics."""
-    try:
-        stats = accelerator.memory_stats(index)
-    except RuntimeError:
-        return 0
+    stats = allocator.statistics(index)
     return int(stats["allocation"]["all"][which]) if stats else 0
