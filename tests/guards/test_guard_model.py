@@ -1,7 +1,8 @@
 """Scopes against a model: any order of scopes, generators, coroutines, threads, device changes, errors and interrupts.
 
 The model is the rule "the current device and the owner belong to the frame": code finds both as it left them, whatever
-ran between two of its steps. ``pytest --hypothesis-profile=long tests/guards/test_guard_model.py`` tries 10,000 programs.
+ran between two of its steps. ``pytest --hypothesis-profile=long tests/guards/test_guard_model.py`` tries 10,000
+programs.
 """
 
 from __future__ import annotations
