@@ -5,7 +5,7 @@ Tracing turns ``device=x.device`` into this constant, so the program creates its
   owner, so nothing lands there first (torch's ``move_to_device_pass`` moves afterwards). A program that names several
   GPUs is recorded and left. Mode ``error`` refuses at the first other GPU, before anything is allocated on it.
 - ``torch.export.load``, owner ``cpu``: mode ``error`` refuses in the same way; no mode rewrites the program.
-- ``torch.jit.load``: the program is loaded first, then its constants are judged, which allocate nothing before they run.
+- ``torch.jit.load``: the program is loaded first, then its constants are judged: they allocate nothing before they run.
 
 The doors ``load`` and ``jit`` decide where the tensors of an archive land. A constant ``cuda`` without an index is no
 stray. Not seen: AOTInductor's packages, pickled ``torch.fx`` graphs, TensorRT engines, ONNX files. See docs/doors.md.
