@@ -12,6 +12,7 @@ from typing import Any
 from devguard import modes
 from devguard.activation import environment
 from devguard.doors import table
+from devguard.errors import ConfigError
 from devguard.modes import DEFAULT_MODE, DoorMode, Mode
 from devguard.ownership import in_force
 from devguard.ownership.owner import Owner, parse_owner
@@ -29,7 +30,15 @@ __all__ = ["assign", "install", "on_uninstall", "uninstall"]
 _undo: dict[Callable[[], list[str]], None] = {}  # called first by `uninstall`
 
 
-def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str, DoorMode] | None = None) -> None:
+def install(
+    first: Any = None,
+    second: Any = None,
+    /,
+    *,
+    device: Any = None,
+    mode: Mode | None = None,
+    doors: Mapping[str, DoorMode] | None = None,
+) -> None:
     """Make a device the owner of this whole process, and open the doors.
 
     The current device of the calling thread becomes the owner's. A guard has precedence. A second call replaces the
@@ -37,11 +46,13 @@ def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str
 
     Parameters
     ----------
-    mode : {'off', 'observe', 'warn', 'repair', 'error'}
-        What the doors do with a stray where no scope sets a mode.
+    first, second : optional
+        The device, then the mode, as in ``install("cuda:1", "warn")``. The mode may come first, as in older programs.
     device : int, str or torch.device, optional
         The owner; by default ``DEVGUARD_DEVICE``, else the launcher's local rank, else the owner of the enclosing
         guard.
+    mode : {'off', 'observe', 'warn', 'repair', 'error'}
+        What the doors do with a stray where no scope sets a mode; ``'repair'`` by default.
     doors : mapping of str to str, optional
         The modes of single doors.
 
@@ -52,7 +63,8 @@ def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str
     DeviceResolutionError
         If no device is named, or if this process does not see the device.
     """
-    checked = modes.check_mode(mode)
+    device, mode = _order(first, second, device, mode)
+    checked = modes.check_mode(DEFAULT_MODE if mode is None else mode)
     checked_doors = {} if doors is None else table.check_doors(doors)
     if device is not None:
         owner = parse_owner(device)
@@ -63,6 +75,22 @@ def install(mode: Mode = DEFAULT_MODE, device: Any = None, *, doors: Mapping[str
             raise owner_not_found(looked)
         owner = owner_or_none
     _own(owner, checked, checked_doors, INSTALLED)
+
+
+def _order(first: Any, second: Any, device: Any, mode: Any) -> tuple[Any, Any]:
+    """Return the device and the mode that a call of `install` means, in either order."""
+    is_mode = [isinstance(value, str) and value in modes.MODES for value in (first, second)]
+    call = f"install({', '.join(repr(value) for value in (first, second) if value is not None)}, ...)"
+    if all(is_mode):
+        raise ConfigError(f"{call} names two modes. Give the device, then the mode: install('cuda:1', {second!r}).")
+    if is_mode[0]:
+        first, second = second, first
+    if second is not None and not is_mode[0] and not is_mode[1]:
+        modes.check_mode(second)
+    for name, positional, keyword in (("device", first, device), ("mode", second, mode)):
+        if positional is not None and keyword is not None:
+            raise ConfigError(f"{call} names the {name} twice, also by {name}={keyword!r}. Give it once.")
+    return (device if first is None else first), (mode if second is None else second)
 
 
 def assign(device: Any, *, role: str) -> bool:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["configure", "run"]
 
+CONTEXT_DOORS = ("native", "first_touch", "children")  # They record contexts, which may have no line of user code.
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``devguard log``."""
@@ -64,6 +66,8 @@ def _show(processes: list[Process], merged: list[Merged], *, list_processes: boo
         if site.note:
             show(printable(f"{'':10}  {site.note}"))
         show(f"{'':10}  in {_format_pids(site.processes)}")
+    if any(not site.file and site.door in CONTEXT_DOORS for site in merged):
+        show("\nA context has no line. To see the call that opens it, use devguard run --trace-contexts.")
     if list_processes:
         show()
         for process in processes:

@@ -28,6 +28,7 @@ NEUTRAL = {
     "PIP_DRY_RUN": "0",
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     "PIP_NO_INPUT": "1",
+    "PIP_QUIET": "0",  # otherwise pip does not say why it fails
 }
 DROPPED = ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_CONSTRAINT", "PIP_REQUIREMENT", "PYTHONPATH")
 # Packages that the simulation replaces, or that need a compiler for real GPUs.
@@ -169,12 +170,11 @@ def _bundled_pip() -> list[Path]:
 def _explain(requirements: Sequence[str], output: str) -> str:
     names = " ".join(requirements)
     lines = [line for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")] or lines
-    excerpt = "\n".join(f"  pip: {line[:300]}" for line in errors[-4:])
+    excerpt = "\n".join(f"  pip: {line[:300]}" for line in _select_reasons(lines))
     if "No space left on device" in output or "Errno 28" in output:
         return (
             f"the disk is full: {names} could not be installed; free about 2 GB, or set DEVGUARD_CACHE_DIR to a "
-            "folder on another disk"
+            f"folder on another disk\n{excerpt}"
         )
     if any(word in output for word in BROKEN):
         return f"the download of {names} was interrupted or damaged; nothing was kept: run the command again\n{excerpt}"
@@ -193,3 +193,11 @@ def _explain(requirements: Sequence[str], output: str) -> str:
             f"{excerpt}"
         )
     return f"pip could not install {names}; fix the problem that pip reports, and run the command again\n{excerpt}"
+
+
+def _select_reasons(lines: list[str]) -> list[str]:
+    """Return the lines of pip's output that say why it failed: its errors, and the last warning before them."""
+    errors = [line for line in lines if line.startswith("ERROR")] or lines
+    # While it retries, pip names the cause in warnings, and at the end only that it found no version.
+    warnings = [line for line in lines if line.startswith("WARNING") and any(word in line for word in NETWORK)]
+    return [*dict.fromkeys([*warnings[-1:], *errors[-4:]])]

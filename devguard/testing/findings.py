@@ -78,7 +78,7 @@ def from_stray(stray: Stray, root: Path) -> Finding:
     via = f", via {stray.via}" if stray.via else ""
     text = f"{moved}, owner {stray.owner}: {stray.action}{via}{note}"
     where, source = _place(stray.site, root)
-    advice = _ADVICES.get(stray.door, _ADVICE)
+    advice = _ADVICE if stray.action == "kept" else _ADVICES.get(stray.door, _ADVICE)  # kept: the program named it
     return Finding(stray.door, text, stray.action, stray.count, stray.bytes, where, source, advice)
 
 

@@ -6,6 +6,7 @@ A summary is written only if there are findings: one paragraph per call site, mo
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -68,20 +69,30 @@ class Report:
         self._gather(self._config.stash.get(OUTSIDE, ()), _OUTSIDE_NAME)
         if not self._rows:
             return
-        rows = sorted(self._rows.values(), key=lambda row: -row[0].bytes)
-        total = sum(finding.count for finding, _ in rows)
-        tests = {name for _, names in rows for name in names if name != _OUTSIDE_NAME}
+        sites: dict[tuple[str, ...], list[tuple[Finding, list[str]]]] = {}
+        for key, row in self._rows.items():
+            sites.setdefault((row[0].where,) if row[0].where else key, []).append(row)
+        total = sum(finding.count for finding, _ in self._rows.values())
+        tests = {name for _, names in self._rows.values() for name in names if name != _OUTSIDE_NAME}
         where = f"in {_plural(len(tests), 'test')}" if tests else _OUTSIDE_NAME
-        write = terminalreporter.write_line
         terminalreporter.section(f"devguard: {_plural(total, 'finding')} {where}")
-        for finding, names in rows:
-            size = f", {finding.bytes} bytes" if finding.bytes else ""
-            write(f"{finding.where or 'no line of user code'}: {finding.count} x{size}")
-            if finding.source:
-                write(f"    {finding.source}")
-            write(f"  {finding.kind}: {finding.text}")
-            more = f" and {len(names) - _TESTS_SHOWN} more" if len(names) > _TESTS_SHOWN else ""
-            write(f"  in {', '.join(names[:_TESTS_SHOWN])}{more}" if names != [_OUTSIDE_NAME] else f"  {_OUTSIDE_NAME}")
+        for rows in sorted(sites.values(), key=lambda rows: -sum(finding.bytes for finding, _ in rows)):
+            _write_site(rows, terminalreporter.write_line)
+
+
+def _write_site(rows: list[tuple[Finding, list[str]]], write: Callable[[str], None]) -> None:
+    """Write the paragraph of one call site."""
+    first = rows[0][0]
+    count, nbytes = sum(finding.count for finding, _ in rows), sum(finding.bytes for finding, _ in rows)
+    names = list(dict.fromkeys(name for _, names in rows for name in names))
+    size = f", {nbytes} bytes" if nbytes else ""
+    write(f"{first.where or 'no line of user code'}: {count} x{size}")
+    if first.source:
+        write(f"    {first.source}")
+    for finding, _ in sorted(rows, key=lambda row: -row[0].bytes):
+        write(f"  {finding.kind}: {finding.text}{f' [{finding.count} x]' if len(rows) > 1 else ''}")
+    more = f" and {len(names) - _TESTS_SHOWN} more" if len(names) > _TESTS_SHOWN else ""
+    write(f"  in {', '.join(names[:_TESTS_SHOWN])}{more}" if names != [_OUTSIDE_NAME] else f"  {_OUTSIDE_NAME}")
 
 
 def _plural(number: int, noun: str) -> str:

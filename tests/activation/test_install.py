@@ -249,3 +249,40 @@ def test_install_for_a_device_that_is_not_there_leaves_no_owner(cuda: FakeCuda) 
         devguard.install(device=9)
     assert devguard.owner() is None
     assert devguard.status()["process_owner"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords"),
+    [
+        (("cpu", "warn"), {}),
+        (("warn", "cpu"), {}),
+        (("warn",), {"device": "cpu"}),
+        (("cpu",), {"mode": "warn"}),
+        ((), {"device": "cpu", "mode": "warn"}),
+        ((None, "warn"), {"device": "cpu"}),
+    ],
+)
+def test_install_takes_the_device_first_as_a_guard_does_and_the_old_order_too(arguments: Any, keywords: Any) -> None:
+    devguard.install(*arguments, **keywords)
+    status = devguard.status()
+    assert (status["process_owner"], status["mode"]) == ("cpu", "warn")
+    devguard.uninstall()
+    devguard.install("cpu")
+    assert (devguard.status()["process_owner"], devguard.status()["mode"]) == ("cpu", "repair")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "message"),
+    [
+        (("warn", "error"), {}, "names two modes. Give the device, then the mode"),
+        (("cpu", "loud"), {}, "'loud' is not a mode"),
+        (("loud", "cpu"), {}, "'cpu' is not a mode"),
+        (("cpu",), {"device": "cpu"}, "names the device twice"),
+        (("cpu", "warn"), {"mode": "error"}, "names the mode twice"),
+        (("warn",), {"mode": "error", "device": "cpu"}, "names the mode twice"),
+    ],
+)
+def test_an_ambiguous_install_is_an_error_that_shows_the_order(arguments: Any, keywords: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        devguard.install(*arguments, **keywords)
+    assert devguard.owner() is None

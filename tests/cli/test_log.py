@@ -154,3 +154,13 @@ def test_command_lines_are_cut_to_the_width_of_the_terminal(
     assert command.startswith("    python -c '漢字\\n漢字")
     assert command.endswith("...")
     assert sum(1 + (char in "漢字") for char in command) <= 60
+
+
+@pytest.mark.parametrize(
+    ("door", "site", "is_shown"), [("native", None, True), ("native", SITE, False), ("load", None, False)]
+)
+def test_a_context_without_a_line_has_a_next_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], door: str, site: Any, is_shown: bool
+) -> None:
+    write_log(tmp_path, 7, door=door, site=site)
+    assert ("devguard run --trace-contexts" in shown(capsys, tmp_path)) is is_shown

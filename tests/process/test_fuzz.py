@@ -9,7 +9,7 @@ import pytest
 from tests import fuzz
 
 
-@pytest.mark.parametrize("name", ["log", "environment"])
+@pytest.mark.parametrize("name", fuzz.TARGETS)
 def test_no_input_gives_a_traceback(name: str) -> None:
     figures = fuzz.run(name, 300, seed=sys.hexversion)
     assert "faults" not in figures, figures["first"]

@@ -75,6 +75,27 @@ def test_each_kind_of_failure_is_explained(output: str, reason: str) -> None:
     message = wheels._explain(["torch==99"], output)
     assert reason in message
     assert "torch==99" in message
+    assert f"\n  pip: {output}" in message
+
+
+def test_the_cause_in_a_warning_is_shown_with_the_error() -> None:
+    output = """Looking in indexes: https://index
+WARNING: Retrying (Retry(total=4)) after connection broken by 'NewConnectionError(Name or service not known)'
+WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(Name or service not known)'
+ERROR: Could not find a version that satisfies the requirement torch==99 (from versions: none)
+ERROR: No matching distribution found for torch==99
+"""
+    message = wheels._explain(["torch==99"], output)
+    assert message.count("  pip: ") == 3
+    assert "pip: WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(Name" in message
+    assert message.index("WARNING") < message.index("ERROR")
+
+
+def test_a_quiet_configuration_of_pip_hides_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_QUIET", "3")
+    with pytest.raises(SimulationError, match=r"  pip: ERROR: "):
+        install("no-such-package", tmp_path)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH came with Python 3.11")

@@ -202,7 +202,9 @@ def test_marked_with_something_that_is_no_device(): pass
             "*test_without_a_gpu*.py:8: in load",
             "E   devguard.errors.StrayDeviceError: load: 16 bytes were about to go to cuda:3, but this scope owns cpu*",
             "*= devguard: 4 findings in 4 tests =*",
-            "*test_without_a_gpu*.py:8 in load: 2 x, 32 bytes",
+            "*test_without_a_gpu*.py:8 in load: 4 x, 64 bytes",
+            "  load: cuda:3, owner cpu: refused [[]2 x]",
+            "  load: cuda:3, owner cpu: warned [[]1 x]",
         ]
     )
 

@@ -62,6 +62,28 @@ def test_the_findings_of_one_call_site_are_one_paragraph(report: Report) -> None
     ]
 
 
+def test_different_findings_of_one_call_site_are_one_paragraph(report: Report) -> None:
+    collect(report, "test_a", FOUND, dataclasses.replace(FOUND, text="cuda:2, owner cuda:1: observed", bytes=90))
+    collect(report, "test_b", dataclasses.replace(FOUND, kind="native", text="cuda:0", bytes=0))
+    collect(report, "test_b", dataclasses.replace(FOUND, where="", source="", text="lost", bytes=0))
+    collect(report, "test_b", dataclasses.replace(FOUND, where="", source="", text="lost, too", bytes=0))
+    assert summary(report) == [
+        "== devguard: 5 findings in 2 tests",
+        "loader.py:7 in load: 3 x, 98 bytes",
+        "    load(x)",
+        "  load: cuda:2, owner cuda:1: observed [1 x]",
+        "  load: cuda:0, owner cuda:1: observed [1 x]",
+        "  native: cuda:0 [1 x]",
+        "  in test_a, test_b",
+        "no line of user code: 1 x",
+        "  load: lost",
+        "  in test_b",
+        "no line of user code: 1 x",
+        "  load: lost, too",
+        "  in test_b",
+    ]
+
+
 def test_the_finding_with_the_most_bytes_comes_first(report: Report) -> None:
     for nbytes in (1, 99):
         collect(report, "test_a", dataclasses.replace(FOUND, bytes=nbytes, where=f"loader.py:{nbytes} in load"))
