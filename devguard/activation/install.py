@@ -21,6 +21,7 @@ from devguard.ownership.process import INSTALLED, process
 from devguard.ownership.resolve import owner_from_environment, owner_not_found
 from devguard.ownership.stack import local
 from devguard.reporting import allowlist
+from devguard.reporting.journal import journal
 from devguard.support import accelerator
 from devguard.support.forks import opening
 from devguard.support.installed_torch import import_torch
@@ -134,6 +135,7 @@ def _own(owner: Owner, mode: Mode, doors: dict[str, DoorMode], source: str) -> N
         accelerator.set_torchs_own_check(mode)
         if owner.index >= 0 and not local.stack:
             local.stack.take(owner.index)
+    journal.note_state()
 
 
 def on_uninstall(undo: Callable[[], list[str]]) -> None:

@@ -74,8 +74,9 @@ def _show(processes: list[Process], merged: list[Merged], *, list_processes: boo
             rank = f", rank {process.rank}" if process.rank else ""
             owner = process.owner or "no known device"
             contexts = ", ".join(process.contexts) or "none"
-            end = f"owned {owner}, contexts {contexts}" if process.ended else "still running, or killed"
-            show(printable(f"pid {process.pid} on {process.host}{rank}: {end}"))
+            end = "" if process.ended else " (still running, or killed: as it last wrote)"
+            found = f"owned {owner}, contexts {contexts}{end}"
+            show(printable(f"pid {process.pid} on {process.host}{rank}: {found}"))
             show("    " + cut(printable(process.command), width() - 4))
 
 

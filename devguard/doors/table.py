@@ -169,7 +169,11 @@ def _start_log() -> None:
     if folder and journal.log is None:  # importing torch may have started it already
         from devguard.reporting import log_file
 
-        log_file.start(Path(os.path.abspath(folder)), last_look=look)
+        try:
+            path = Path(os.path.abspath(folder))
+        except OSError:  # the current directory was removed
+            path = Path(folder)
+        log_file.start(path, last_look=look)
 
 
 def report_missing_activation() -> None:
@@ -247,6 +251,7 @@ def look(where: str) -> None:
     if process.adoption is not None:
         process.adoption.check_contexts()
     inspect(where)
+    journal.note_state()
 
 
 def status() -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from types import CodeType, FrameType
+from types import FrameType
 
 from devguard.modes import DoorMode
 from devguard.ownership.owner import Owner
@@ -158,7 +158,7 @@ def _holder(frame: FrameType) -> int:
     return id(caller) if caller is not None and caller.f_code.co_flags & _CAN_BE_SUSPENDED else 0
 
 
-_reported: dict[tuple[int, int], CodeType] = {}  # by identity: equal code may lie in two files
+_reported = callsite.SeenLines()
 
 
 def report_missing() -> None:
@@ -171,6 +171,5 @@ def _report(what: str) -> None:
     code, line, _ = callsite.find(sys._getframe(2))
     if code is None:
         warn_user(f"a devguard scope {what}.", level=3)
-    elif (id(code), line) not in _reported:
-        _reported[id(code), line] = code
+    elif _reported.add(code, line):
         warn_user(f"a devguard scope {what}.", at=(code.co_filename, line))

@@ -17,6 +17,9 @@ ModeOf = Callable[[str], "DoorMode | None"]
 # Called for each owner before its first entry, with the modes that its scope sets.
 on_prepare: list[Callable[[Owner, ModeOf], None]] = []
 
+# Called for each owner after that.
+on_prepared: list[Callable[[Owner], None]] = []
+
 
 def _no_mode(door: str) -> DoorMode | None:
     """Leave the mode of every door to the scopes around."""
@@ -45,6 +48,8 @@ def prepare(owner: Owner, mode_of: ModeOf = _no_mode) -> None:
     for look in tuple(on_prepare):
         look(owner, mode_of)
     owner.device = import_torch().device(owner.tag)
+    for note in tuple(on_prepared):
+        note(owner)
 
 
 def forget() -> None:

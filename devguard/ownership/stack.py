@@ -24,6 +24,7 @@ __all__ = [
     "local",
     "look_for_changes",
     "mark_changes",
+    "on_taken",
     "ScopePolicy",
     "site_of_work",
     "Stack",
@@ -50,6 +51,10 @@ class ScopePolicy(Protocol):
 Entry = tuple[ScopePolicy, "Owner | None", int]
 
 
+# Called after a thread has taken its first device, which may have opened a context. They raise no Exception.
+on_taken: list[Callable[[], None]] = []
+
+
 def _take_first(index: int) -> int:
     """Take a device on a thread that has taken none, or not since the doors were opened.
 
@@ -60,6 +65,12 @@ def _take_first(index: int) -> int:
         return -1
     exchange = accelerator.bind()
     previous = exchange.choose(index)
+    try:
+        for note in tuple(on_taken):
+            note()
+    except BaseException:  # an interrupt, before any entry would give the device back
+        exchange.back(previous)
+        raise
     stack = local.stack
     stack.take, stack.give_back, stack.read = exchange.to, exchange.back, exchange.read
     return previous

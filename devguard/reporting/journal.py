@@ -31,6 +31,8 @@ class Log(Protocol):
 
     def flush(self) -> None: ...
 
+    def write_state(self) -> None: ...
+
     def restart(self) -> None: ...
 
     def stop(self) -> None: ...
@@ -226,6 +228,12 @@ class Journal:
             self.log = log
         self.watch_forks()
         process.renew()  # The log needs each stray from now on: tallies handed out earlier are invalid.
+
+    def note_state(self) -> None:
+        """Let the log, if there is one, write the owners and contexts of the process if they have changed."""
+        log = self.log
+        if log is not None:
+            log.write_state()
 
     def detach_log(self) -> None:
         """Write the counts that have grown, and pass no more rows to the log."""

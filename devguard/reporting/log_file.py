@@ -1,14 +1,16 @@
 """``DEVGUARD_LOG``: the journal of each process as a file of JSON lines in one folder.
 
-Each process writes its own file. The first line names the process, the last one its state at the end. Between them is
-one line for each call site that strayed: at once when it is new, and again when its counts have grown, at most once a
-second and at the end. Each line is one write, so a killed process lacks only the counts of its last second. If the
-folder is not writable, devguard warns once and the program goes on. ``devguard log DIR`` reads the files
+Each process writes its own file. The first line names the process. A line for its state, with its owner and contexts,
+follows whenever they have changed, and one for each call site that strayed: at once when it is new, and again when its
+counts have grown, at most once a second and at the end. The last line is the state at the end. Each line is one write,
+so a killed process lacks only the counts of its last second, and what changed after the last event that devguard sees.
+If the file cannot be written, devguard says so once and the program goes on. ``devguard log DIR`` reads the files
 (log_reader.py).
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -19,11 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from devguard._version import __version__
+from devguard.ownership.owner import Owner
+from devguard.ownership.prepare import on_prepared
+from devguard.ownership.process import on_owner
+from devguard.ownership.stack import on_taken
 from devguard.reporting import process_state
+from devguard.reporting.append_file import AppendFile
 from devguard.reporting.journal import journal
 from devguard.reporting.rows import Key, Row, format_row
 from devguard.support import notices, process_exit
-from devguard.support.notices import warn_user
 from devguard.support.redaction import redact_command
 
 __all__ = ["start", "SUFFIX"]
@@ -41,26 +47,46 @@ class _Log:
         The path of the file, or why it cannot be written; None before the first attempt.
     """
 
-    def __init__(self, folder: Path, last_look: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._last_look = last_look
+        self._last_look: Callable[[str], None] | None = None
         self._reset()
 
     def _reset(self) -> None:
         self._pid = os.getpid()
-        self._descriptor = -1
+        self._file: AppendFile | None = None
         self._rows = 0
         self._numbers: dict[Row, int] = {}  # each row that was written -> its number in the file
         self._grown: dict[Row, Key] = {}
-        self._flushed = 0.0
+        self._flushed = self._looked = 0.0
+        self._state: dict[str, Any] = {}
         self._broken = False
         self.where: str | None = None
+
+    def start(self, last_look: Callable[[str], None]) -> None:
+        """Start to write, again if the doors were closed since."""
+        self._last_look = last_look
+        if self._pid != os.getpid():  # the parent of this forked process has stopped it
+            self._reset()
+        self._broken = False
+        self._write(None if self._file is None else {"resumed": time.time()})
+        self._state = {}
+        self.write_state()
+        on_owner.append(self._write_state_of)
+        on_prepared.append(self._write_state_of)
+        on_taken.append(self.write_state)
+        gc.callbacks.append(self._look_after_collection)
+        journal.attach_log(self)
+        for text in notices.alerts():
+            self.write_alert(text)
+        notices.on_alert(self.write_alert)
+        process_exit.register(self.stop)
 
     def restart(self) -> None:
         """Forget the rows, after the journal was cleared. In a forked child, start a new file."""
         if self._pid != os.getpid():
-            if self._descriptor >= 0:
-                os.close(self._descriptor)  # the parent's file
+            if self._file is not None:
+                self._file.close()  # the parent's file
             self._reset()
             process_exit.register(self.stop)
         else:
@@ -77,11 +103,13 @@ class _Log:
         else:
             self._numbers[row] = self._rows
             self._rows += 1
+            self.write_state()
             self._write_row(key, row)
 
     def flush(self) -> None:
         """Write the rows that have grown."""
         self._flushed = time.monotonic()
+        self.write_state()
         while self._grown:
             row, key = self._grown.popitem()
             self._write_row(key, row)
@@ -89,33 +117,61 @@ class _Log:
     def _write_row(self, key: Key, row: Row) -> None:
         self._write({"stray": self._numbers[row], **format_row(key, row, *row.total()).as_dict()})
 
-    def open(self) -> None:
-        """Create the file, with the line that names the process."""
-        process = {"pid": self._pid, "parent": os.getppid(), "host": socket.gethostname(), "command": _command()}
-        ranks = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK") if name in os.environ}
-        self._write({"process": {**process, **ranks, "time": time.time(), "devguard": __version__}})
+    def write_state(self) -> None:
+        """Write the owner and the contexts of the process, if they have changed."""
+        try:
+            state = process_state.owners()
+        except Exception:  # noqa: BLE001 - a log must not stop the program
+            return
+        if state != self._state and (self._state or any(state.values())):
+            self._state = state
+            self._write({"state": state, "time": time.time()})
+
+    def _write_state_of(self, owner: Owner | None) -> None:
+        self.write_state()
+
+    def _look_after_collection(self, phase: str, info: dict[str, int]) -> None:
+        """Look for new contexts now and then: C++ code opens them, and a server may never end in an orderly way."""
+        if phase == "stop" and time.monotonic() - self._looked >= FLUSH_INTERVAL_S:
+            self._looked = time.monotonic()
+            self.write_state()
+
+    def _stop_listening(self) -> None:
+        listeners: tuple[tuple[list[Any], Any], ...] = (
+            (on_owner, self._write_state_of),
+            (on_prepared, self._write_state_of),
+            (on_taken, self.write_state),
+            (gc.callbacks, self._look_after_collection),
+        )
+        for row, listener in listeners:
+            if listener in row:
+                row.remove(listener)
 
     def write_alert(self, text: str) -> None:
         """Write a text of `notices.alert`."""
         self._write({"alert": text, "time": time.time()})
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, line: dict[str, Any] | None) -> None:
+        """Write a line; None only creates the file, if there is none yet."""
         if self._broken:
             return
         try:
-            if self._descriptor < 0:
-                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                name = f"{socket.gethostname()}-{self._pid}-{time.time_ns()}{SUFFIX}"
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_APPEND | os.O_CLOEXEC
-                self._descriptor = os.open(self.folder / name, flags, 0o600)
-                self.where = str(self.folder / name)
-                if "process" not in line:
-                    self.open()
-            os.write(self._descriptor, (json.dumps(line, default=str) + "\n").encode())
-        except OSError as error:
+            if self._file is None:
+                self._file = AppendFile(self.folder / f"{socket.gethostname()}-{self._pid}-{time.time_ns()}{SUFFIX}")
+                self.where = str(self._file.path)
+                self._file.write(_encode({"process": self._describe_process()}))
+            if line is not None:
+                self._file.write(_encode(line))
+        except Exception as error:  # noqa: BLE001 - a log must not stop the program
             self._broken = True
-            self.where = f"devguard cannot write its log to {self.folder}: {error.strerror}."
-            warn_user(f"{self.where} Strays are kept in memory only.")
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            self.where = f"devguard cannot write its log to {self.folder}: {reason}."
+            notices.alert(f"{self.where} Strays are kept in memory only.")
+
+    def _describe_process(self) -> dict[str, Any]:
+        process = {"pid": self._pid, "parent": os.getppid(), "host": socket.gethostname(), "command": _command()}
+        ranks = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK") if name in os.environ}
+        return {**process, **ranks, "time": time.time(), "devguard": __version__}
 
     def stop(self) -> None:
         """Write the remaining rows and the state of the process at its end, and close the file."""
@@ -124,16 +180,20 @@ class _Log:
             return
         end: dict[str, Any] | None = None
         try:
-            self._last_look("at the end of the process")  # may find a last stray
+            if self._last_look is not None:
+                self._last_look("at the end of the process")  # may find a last stray
             end = {"time": time.time(), **process_state.describe()}
+        except Exception as error:  # noqa: BLE001 - the doors must close, and the process must end
+            notices.warn_user(f"devguard could not look for a last stray: {type(error).__name__}: {error}")
         finally:
             journal.detach_log()
             notices.stop_on_alert(self.write_alert)
+            self._stop_listening()
             if end is not None:
                 self._write({"end": end})
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
-            self._descriptor, self._broken = -1, True
+            if self._file is not None:
+                self._file.close()
+            self._broken = True
 
 
 def _command() -> str:
@@ -141,8 +201,15 @@ def _command() -> str:
     return redact_command(getattr(sys, "orig_argv", sys.argv))
 
 
+def _encode(line: dict[str, Any]) -> bytes:
+    return (json.dumps(line, default=str) + "\n").encode()
+
+
+_logs: dict[Path, _Log] = {}  # one file a process and folder, also where the doors open and close many times
+
+
 def start(folder: Path, last_look: Callable[[str], None]) -> None:
-    """Write the journal of this process to a file in `folder` from now on, until the process ends.
+    """Write the journal of this process to a file in `folder` from now on, until the process ends. Never raises.
 
     Parameters
     ----------
@@ -151,10 +218,6 @@ def start(folder: Path, last_look: Callable[[str], None]) -> None:
     last_look : callable
         ``last_look(when)`` looks for strays that no door has reported yet; called once, at the end.
     """
-    log = _Log(folder, last_look)
-    log.open()
-    journal.attach_log(log)
-    for text in notices.alerts():
-        log.write_alert(text)
-    notices.on_alert(log.write_alert)
-    process_exit.register(log.stop)
+    if folder not in _logs:
+        _logs[folder] = _Log(folder)
+    _logs[folder].start(last_look)

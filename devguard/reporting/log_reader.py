@@ -31,9 +31,9 @@ class Process:
     rank : str or None
         The launcher's ``RANK``.
     owner : str or None
-        The owner at the end of the process; None if there was none, or if the process did not end in an orderly way.
+        The last owner that the process wrote; None if there was none.
     contexts : list of str
-        The devices on which the process held a context at its end.
+        The devices on which the process held a context then: at its end, if the end was orderly.
     alerts : list of str
         Why devguard does not guard the process, or not as the program asked.
     ended : bool
@@ -145,12 +145,14 @@ def _read_line(line: dict[str, Any], process: Process, newest: dict[int, Merged]
         pid, host, command = _number(first["pid"]), _text(first["host"]), _text(first["command"])
         process.rank = _text_or_none(first.get("RANK"))
         process.pid, process.host, process.command = pid, host, command
-    elif "end" in line:
-        end = line["end"]
-        owned, contexts = _texts(end["owned"]), _texts(end["contexts"])
-        process.owner = _text_or_none(end["process_owner"]) or next(iter(owned), None)
+    elif "end" in line or "state" in line:
+        state = line["end"] if "end" in line else line["state"]
+        owned, contexts = _texts(state["owned"]), _texts(state["contexts"])
+        process.owner = _text_or_none(state["process_owner"]) or next(iter(owned), process.owner)
         process.contexts = contexts
-        process.ended = True
+        process.ended = "end" in line
+    elif "resumed" in line:  # the process had uninstalled devguard, and opened the doors again
+        process.ended = False
     elif "alert" in line:
         process.alerts.append(_text(line["alert"]))
     elif "stray" in line:

@@ -10,7 +10,16 @@ from devguard.ownership.process import process
 from devguard.reporting.journal import journal
 from devguard.support import accelerator
 
-__all__ = ["describe"]
+__all__ = ["describe", "owners"]
+
+
+def owners() -> dict[str, Any]:
+    """Return the owners and the contexts, as plain data; opens no context."""
+    return {
+        "process_owner": process.owner and process.owner.tag,
+        "owned": owned_tags(),
+        "contexts": [f"cuda:{index}" for index in accelerator.contexts()],
+    }
 
 
 def describe() -> dict[str, Any]:
@@ -18,11 +27,9 @@ def describe() -> dict[str, Any]:
     owner = in_force.owner()
     return {
         "owner": owner and owner.tag,
-        "process_owner": process.owner and process.owner.tag,
+        **owners(),
         "said_by": process.source or None,
         "mode": in_force.mode_of(""),
-        "owned": owned_tags(),
-        "contexts": [f"cuda:{index}" for index in accelerator.contexts()],
         "strays": journal.total,
         "strays_not_kept": journal.dropped,
     }

@@ -12,6 +12,8 @@ import linecache
 import os
 import sys
 import sysconfig
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
@@ -25,8 +27,10 @@ __all__ = [
     "Origin",
     "origin_of",
     "runs_user_code",
+    "SeenLines",
     "Site",
     "stack_of",
+    "when_freed",
 ]
 
 STACK_DEPTH = 12
@@ -41,8 +45,8 @@ POOLS = frozenset({"anyio", "asgiref", "eventlet", "gevent", "trio", "uvloop"})
 
 _USER, _INTERNAL = 0, 1
 # Keyed by the identity of the code object, because its own hash reads all of its bytecode (microseconds for a function
-# of torch's size). The value holds the object, so that no other object can take its identity.
-_kinds: dict[int, tuple[int | str, CodeType]] = {}
+# of torch's size). The reference removes the entry when the object is freed, before another one can take its identity.
+_kinds: dict[int, tuple[int | str, weakref.ref[CodeType]]] = {}
 # The code objects among them that are neither a call site nor a transport: most frames of a stack.
 INTERNAL: set[int] = set()
 
@@ -105,10 +109,41 @@ def _kind_of(code: CodeType) -> int | str:
         if len(_kinds) >= MAX_KINDS:
             INTERNAL.clear()
             _kinds.clear()  # a program that creates code objects without end must not fill the memory
-        known = _kinds[id(code)] = (_classify(code), code)
+        known = _kinds[id(code)] = (_classify(code), when_freed(code, _forget))
         if known[0] == _INTERNAL:
             INTERNAL.add(id(code))
     return known[0]
+
+
+def _forget(identity: int) -> None:
+    INTERNAL.discard(identity)
+    _kinds.pop(identity, None)
+
+
+def when_freed(code: CodeType, forget: Callable[[int], object]) -> weakref.ref[CodeType]:
+    """Return a reference that calls ``forget(id(code))`` when the code object is freed, as of a generated function."""
+    identity = id(code)
+    return weakref.ref(code, lambda _: forget(identity))
+
+
+class SeenLines:
+    """Lines of code objects, by identity because equal code may lie in two files; forgotten with the code objects."""
+
+    def __init__(self) -> None:
+        self._lines: dict[int, tuple[set[int], weakref.ref[CodeType]]] = {}
+
+    def add(self, code: CodeType, line: int) -> bool:
+        """Add a line; return whether it is new."""
+        known = self._lines.get(id(code))
+        if known is None:
+            known = self._lines[id(code)] = set(), when_freed(code, lambda identity: self._lines.pop(identity, None))
+        is_new = line not in known[0]
+        known[0].add(line)
+        return is_new
+
+    def clear(self) -> None:
+        """Forget all lines."""
+        self._lines.clear()
 
 
 def is_user(code: CodeType) -> bool:

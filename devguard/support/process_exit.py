@@ -18,6 +18,7 @@ from devguard.support.notices import warn_user
 
 __all__ = ["forget", "register", "run"]
 
+_finalizers: list[Any] = []  # the one of this process; a spawned or forked child clears the registry
 _callbacks: dict[Callable[[], None], int] = {}  # callback -> the process that registered it
 
 
@@ -28,8 +29,8 @@ def register(callback: Callable[[], None]) -> None:
     atexit.unregister(run)
     atexit.register(run)
     util: Any = sys.modules.get("multiprocessing.util")
-    if util is not None:
-        util.Finalize(None, run, exitpriority=100)
+    if util is not None and not any(finalizer.still_active() for finalizer in _finalizers):
+        _finalizers[:] = [util.Finalize(None, run, exitpriority=100)]
 
 
 def forget(callback: Callable[[], None]) -> None:

@@ -204,10 +204,19 @@ print(json.dumps([printed.getvalue(), state()]))
     assert len(state["open"]) > 10
 
 
-def test_an_unwritable_log_causes_one_warning_and_the_guard_still_works() -> None:
-    code = """
-warned = load(DEVGUARD="repair", DEVGUARD_DEVICE="cpu", DEVGUARD_LOG="/dev/null/logs")
-import pickle
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [
+        ("/dev/null/logs", "Not a directory"),
+        ("/tmp/" + "long" * 100, "File name too long"),
+        ("/proc/x", "No such file"),
+    ],
+)
+def test_a_log_that_cannot_be_written_is_reported_once_and_the_guard_still_works(folder: str, reason: str) -> None:
+    code = f"""
+import contextlib, io, pickle
+with contextlib.redirect_stderr(io.StringIO()) as err:
+    warned = [load(DEVGUARD="repair", DEVGUARD_DEVICE="cpu", DEVGUARD_LOG={folder!r}), err.getvalue()]
 from devguard.cli.selfcheck import tagged_pickle
 landed = str(pickle.loads(tagged_pickle("cuda:1")).device)
 print(json.dumps([warned, state(), landed, devguard.status()["log"]]))
@@ -215,10 +224,10 @@ print(json.dumps([warned, state(), landed, devguard.status()["log"]]))
     warned, state, landed, log = run(code)
     assert landed == "cpu"
     assert state["problem"] is None
-    ((category, text),) = warned
-    assert category == "RuntimeWarning"
-    assert text.startswith(log)
-    assert log == "devguard cannot write its log to /dev/null/logs: Not a directory."
+    warnings, err = warned
+    assert warnings == []
+    assert err == f"{log} Strays are kept in memory only.\n"
+    assert log.startswith(f"devguard cannot write its log to {folder}: {reason}")
 
 
 def test_after_an_invalid_value_a_guard_in_code_still_works() -> None:

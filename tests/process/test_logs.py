@@ -198,3 +198,71 @@ process_exit.register(fail)
     _, err = run(code, tmp_path)
     assert "could not finish in this process: ValueError: at the end" in err
     assert log(capsys, tmp_path)["processes"][0]["ended"] is True
+
+
+ENDS = {
+    "SIGKILL": ("os.kill(os.getpid(), signal.SIGKILL)", -9),
+    "SIGTERM": ("os.kill(os.getpid(), signal.SIGTERM)", -15),
+    "os._exit": ("os._exit(3)", 3),
+    "abort": ("os.abort()", -6),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_process_that_ends_without_warning_has_its_owner_in_the_log(
+    end: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, status = ENDS[end]
+    run("devguard.install('repair', 'cpu')\n" + code, tmp_path, status=status)
+    (process,), _, damaged = log_reader.read(tmp_path)
+    assert (process.owner, process.ended, damaged) == ("cpu", False, [])
+    assert cli.main(["log", str(tmp_path), "--processes"]) == 0
+    assert "owned cpu, contexts none (still running, or killed" in capsys.readouterr().out
+
+
+def test_a_forked_worker_that_is_killed_has_its_owner_in_the_log(tmp_path: Path) -> None:
+    code = """
+devguard.install("repair", "cpu")
+worker = os.fork()
+if worker == 0:
+    devguard.install("repair", "cpu")
+    os.kill(os.getpid(), signal.SIGTERM)
+os.waitpid(worker, 0)
+silent = os.fork()
+if silent == 0:
+    os.kill(os.getpid(), signal.SIGTERM)
+os.waitpid(silent, 0)
+"""
+    run(code, tmp_path)
+    processes, _, damaged = log_reader.read(tmp_path)
+    assert sorted((process.owner, process.ended) for process in processes) == [("cpu", False), ("cpu", True)]
+    assert damaged == []
+
+
+@pytest.mark.parametrize("reuse", ["os.open", "os.dup2", "nothing"])
+def test_a_program_that_closes_all_descriptors_finds_no_log_in_its_own_files(reuse: str, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    taken = {
+        "os.open": f"taken = [os.open({str(own)!r}, os.O_RDWR | os.O_CREAT | os.O_APPEND) for _ in range(20)]",
+        "os.dup2": f"""
+first = os.open({str(own)!r}, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+taken = [first] + [os.dup2(first, number) for number in range(first + 1, first + 20)]
+""",
+        "nothing": "taken = []",
+    }
+    code = f"""
+stray(1)
+os.closerange(3, 200)
+{taken[reuse]}
+stray(2)
+journal.log.flush()
+devguard.uninstall()
+journal.log and journal.log.stop()
+for descriptor in taken: os.fstat(descriptor)  # uninstall has closed none of them
+log_file.start(Path(sys.argv[1]), last_look=table.look)
+stray(3)
+"""
+    run(code, tmp_path / "logs")
+    (process,), merged, damaged = log_reader.read(tmp_path / "logs")
+    assert ([site.bytes for site in merged], process.ended, damaged) == ([3, 2, 1], True, [])
+    assert not own.exists() or own.read_bytes() == b""

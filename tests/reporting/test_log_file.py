@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,13 +118,30 @@ def test_a_cleared_journal_keeps_its_file_and_numbers_its_rows_on(tmp_path: Path
     assert [line["stray"] for line in lines(tmp_path)[1:]] == [0, 1]
 
 
-def test_a_folder_that_cannot_be_written_causes_one_warning(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.warns(RuntimeWarning, match="cannot write its log to .*kept in memory only") as caught:
-        log_file.start(tmp_path / "file", last_look=lambda when: None)
-    stray()
-    assert len(caught) == 1
-    assert len(devguard.strays()) == 1
+OBSTACLES = {
+    "a file": lambda path: path.write_text(""),
+    "too long": lambda path: None,
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+@pytest.mark.parametrize("action", ["ignore", "error", "always"])
+def test_a_folder_that_cannot_be_written_is_reported_once_whatever_the_filter(
+    obstacle: str, action: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / ("file" * 100 if obstacle == "too long" else "file")
+    OBSTACLES[obstacle](folder)  # type: ignore[operator]
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)
+        log_file.start(folder, last_look=lambda when: None)
+        stray()
+        stray()
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("cannot write its log to") == err.count("kept in memory only") == 1
+    assert [found.count for found in devguard.strays()] == [2]
     assert "cannot write its log" in devguard.status()["log"]
 
 
@@ -139,3 +158,102 @@ def test_alerts_are_written_whether_they_come_before_the_log_or_later(
     assert [line["alert"] for line in lines(tmp_path) if "alert" in line] == ["before", "later"]
     (process,), _, damaged = log_reader.read(tmp_path)
     assert (process.alerts, damaged) == (["before", "later"], [])
+
+
+@pytest.mark.parametrize("failure", ["no space", "partial", "closed", "not an OSError"])
+def test_a_write_that_fails_later_is_reported_once_and_the_strays_are_kept(
+    failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log_file.start(tmp_path, last_look=lambda when: None)
+    stray()
+
+    def write(descriptor: int, data: bytes) -> int:
+        if failure == "partial":
+            return 3
+        raise (ValueError if failure == "not an OSError" else OSError)(28, "No space left on device")
+
+    monkeypatch.setattr("devguard.reporting.append_file.os.write", write)
+    for _ in range(3):
+        stray()
+    stray()
+    assert journal.log is not None
+    journal.log.stop()
+    monkeypatch.undo()
+    assert capfd.readouterr().err.count("cannot write its log") == 1
+    assert sum(found.count for found in devguard.strays()) == 5
+
+
+def test_doors_that_open_again_go_on_in_the_same_file_with_no_row_counted_twice(tmp_path: Path) -> None:
+    for _ in range(5):
+        log_file.start(tmp_path, last_look=lambda when: None)
+        for _ in range(2):
+            stray()
+        assert journal.log is not None
+        (process,), _, damaged = log_reader.read(tmp_path)
+        assert (process.ended, damaged) == (False, [])
+        journal.log.stop()
+    (process,), (site,), damaged = log_reader.read(tmp_path)
+    assert (process.ended, site.count, damaged) == (True, 10, [])
+
+
+def test_many_starts_register_one_finalizer(tmp_path: Path) -> None:
+    import multiprocessing.util as util
+
+    log_file.start(tmp_path, last_look=lambda when: None)
+    registry = util._finalizer_registry  # type: ignore[attr-defined]
+    before = len(registry)
+    for _ in range(20):
+        assert journal.log is not None
+        journal.log.stop()
+        log_file.start(tmp_path, last_look=lambda when: None)
+    assert len(registry) == before
+
+
+def test_a_last_look_that_fails_does_not_keep_the_log_from_its_end(tmp_path: Path) -> None:
+    def fail(when: str) -> None:
+        raise LookupError(when)
+
+    log_file.start(tmp_path, last_look=fail)
+    assert journal.log is not None
+    with pytest.warns(RuntimeWarning, match="last stray: LookupError"):
+        journal.log.stop()
+    assert journal.log is None
+
+
+def test_the_owner_and_the_contexts_are_written_as_soon_as_they_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts: list[int] = []
+    monkeypatch.setattr("devguard.support.accelerator.contexts", lambda: list(contexts))
+    log_file.start(tmp_path, last_look=lambda when: None)
+
+    def states() -> list[tuple[Any, ...]]:
+        rows = [line["state"] for line in lines(tmp_path) if "state" in line]
+        return [(row["process_owner"], row["owned"], row["contexts"]) for row in rows]
+
+    assert states() == []
+    with devguard.guard("cpu"):
+        assert states() == [(None, ["cpu"], [])]
+        contexts.append(1)
+        stray()
+        assert states()[1:] == [(None, ["cpu"], ["cuda:1"])]
+    devguard.install("repair", "cpu")
+    assert states()[2:] == [("cpu", ["cpu"], ["cuda:1"])]
+    contexts.append(0)
+    devguard.status()
+    assert states()[3:] == [("cpu", ["cpu"], ["cuda:1", "cuda:0"])]
+    (process,), _, _ = log_reader.read(tmp_path)
+    assert (process.owner, process.contexts, process.ended) == ("cpu", ["cuda:1", "cuda:0"], False)
+
+
+def test_contexts_that_no_door_sees_are_written_after_a_collection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_file, "FLUSH_INTERVAL_S", 0.0)
+    log_file.start(tmp_path, last_look=lambda when: None)
+    monkeypatch.setattr("devguard.support.accelerator.contexts", lambda: [2])
+    gc.collect()
+    assert [line["state"]["contexts"] for line in lines(tmp_path) if "state" in line] == [["cuda:2"]]
+    assert journal.log is not None
+    journal.log.stop()
+    assert not [callback for callback in gc.callbacks if "log_file" in getattr(callback, "__module__", "")]

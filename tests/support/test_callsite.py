@@ -6,6 +6,7 @@ import _thread
 import concurrent.futures
 import contextvars
 import functools
+import gc
 import inspect
 import io
 import json
@@ -302,3 +303,50 @@ def test_work_with_and_without_a_frame_of_user_code_is_distinguished() -> None:
     of_others = [torch.load, pickle.loads, [].append, functools.partial(pickle.loads, b""), json.loads, None]
     assert [callsite.has_user_code(each) for each in of_user] == [True] * len(of_user)
     assert [callsite.has_user_code(each) for each in of_others] == [False] * len(of_others)
+
+
+def generated(number: int) -> Any:
+    names: dict[str, Any] = {"callsite": callsite, "sys": sys}
+    exec(compile(f"def f(): return callsite.find(sys._getframe()), {number}", f"<generated {number}>", "exec"), names)
+    return names["f"]
+
+
+def test_code_that_is_no_longer_used_is_freed_and_forgotten() -> None:
+    before, kinds = set(callsite.INTERNAL), len(callsite._kinds)
+    references = []
+    for number in range(50):
+        function = generated(number)
+        (code, _, _), _ = function()
+        assert code is function.__code__
+        references.append(weakref.ref(code))
+        del function, code
+    internal = compile("0", threading.__file__, "exec")
+    assert not callsite.is_user(internal)
+    assert id(internal) in callsite.INTERNAL
+    del internal
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 50
+    assert len(callsite._kinds) <= kinds
+    assert before >= callsite.INTERNAL
+
+
+def test_an_identity_that_is_used_again_is_classified_again() -> None:
+    for number in range(200):
+        user = compile(f"{number}", "program.py", "exec")
+        assert callsite.is_user(user)
+        del user
+        internal = compile(f"{number}", threading.__file__, "exec")  # often at the same address
+        assert not callsite.is_user(internal)
+        del internal
+
+
+def test_seen_lines_are_told_apart_by_the_identity_of_their_code_and_forgotten_with_it() -> None:
+    seen = callsite.SeenLines()
+    code, equal = (compile("0", name, "exec") for name in ("a.py", "b.py"))
+    assert code == equal
+    assert [seen.add(code, 1), seen.add(code, 1), seen.add(code, 2), seen.add(equal, 1)] == [True, False, True, True]
+    del code
+    gc.collect()
+    assert len(seen._lines) == 1
+    seen.clear()
+    assert seen.add(equal, 1)
