@@ -3,6 +3,8 @@
 torch returns a tensor that is on the host already as it is. On the sender's GPU the request would have made a copy on
 the host, and a pickle of this copy is a pickle of a CPU tensor. So a received tensor gives a copy too, which carries no
 tag, and stays what it was itself. The methods are replaced when the first tensor is received, until the doors close.
+
+Not seen: ``torch.as_tensor`` and ``torch.asarray``, which ``torch.compile`` knows by identity.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ __all__ = ["patch"]
 
 _METHODS = ("cpu", "to", "type", "type_as")
 _STORAGE_METHODS = ("cpu", "to")
-_FUNCTIONS = ("as_tensor", "asarray")
 # By which a tensor without a storage of its own returns its parts.
 _PARTS = ("_indices", "_values", "values", "crow_indices", "col_indices", "ccol_indices", "row_indices")
 
@@ -24,7 +25,7 @@ IsReceived = Callable[[Any], bool]
 
 
 def patch(patches: Patches, is_received: IsReceived) -> None:
-    """Replace the methods and functions of torch that return a tensor on the host as it is.
+    """Replace the methods of tensors and storages that return what is on the host as it is.
 
     Parameters
     ----------
@@ -51,8 +52,6 @@ def patch(patches: Patches, is_received: IsReceived) -> None:
         _patch_method(patches, torch.Tensor, name, names_host, is_tagged)
     for name in _STORAGE_METHODS:
         _patch_method(patches, torch.UntypedStorage, name, names_host, is_tagged)
-    for name in _FUNCTIONS:
-        _patch_function(patches, torch, name, is_tagged)
 
 
 def _patch_method(
@@ -67,18 +66,6 @@ def _patch_method(
         return result
 
     patches.replace(kind, name, method, inherited=True)
-
-
-def _patch_function(patches: Patches, module: Any, name: str, is_tagged: IsReceived) -> None:
-    original = patches.find(module, name)
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        if (kwargs.get("device") is not None or len(args) > 2) and is_tagged(result):
-            return _copy(result, is_tagged)
-        return result
-
-    patches.replace(module, name, function)
 
 
 def _copy(value: Any, is_tagged: IsReceived) -> Any:
