@@ -10,8 +10,9 @@ from typing import Any, NoReturn, TypeVar
 
 from devguard.doors import table
 from devguard.errors import StrayDeviceError
-from devguard.guards import decorate, unwind
+from devguard.guards import decorate, returned, unwind
 from devguard.guards.coroutines import Steps
+from devguard.guards.parameter import Parameter
 from devguard.modes import DoorMode
 from devguard.ownership.stack import local
 from devguard.support.notices import warn_user
@@ -65,12 +66,15 @@ class Scope:
         """The parameter of a decorated function that holds the device; None if none does."""
         return None
 
-    def resolved(self, parameter: decorate.Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
+    def resolved(self, parameter: Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
         """Return this scope with its owner known, for one call of a decorated function."""
         return self
 
-    def after_call(self, function: Callable[..., Any]) -> None:
-        """Look for contexts that no door explains, after the outermost call of a plain decorated function."""
+    def after_call(self, function: Callable[..., Any], result: Any) -> Any:
+        """Return the result of a call of a plain decorated function; if it is code that runs later, inside this scope.
+
+        After the outermost call, also look for contexts that no door explains.
+        """
         if not local.stack and _inspection.claim_turn():
             name = getattr(function, "__qualname__", type(function).__name__)
             try:
@@ -79,6 +83,7 @@ class Scope:
                 raise
             except Exception as error:  # noqa: BLE001 - the call has worked, and its result must not be lost
                 warn_user(f"devguard could not look for contexts after {name}: {type(error).__name__}: {error}")
+        return returned.within(self, result, function) if returned.is_later(result) else result
 
     def steps(self, inner: Any) -> Steps:
         """Return an awaitable iterator that runs each step of `inner` inside this scope."""
@@ -123,8 +128,9 @@ class Scope:
         Parameters
         ----------
         function : callable
-            A function, method, ``staticmethod``, ``classmethod``, coroutine function, generator function or
-            asynchronous generator function.
+            A function, method, ``staticmethod``, ``classmethod``, ``partialmethod``, coroutine function, generator
+            function or asynchronous generator function. Where it is plain and returns a coroutine, a generator or a
+            context manager of ``contextlib``, that code runs inside this scope, too.
 
         Returns
         -------
@@ -134,7 +140,7 @@ class Scope:
         Raises
         ------
         ConfigError
-            If the function lacks the parameter that the scope takes its device from.
+            If the function lacks the parameter that the scope takes its device from, or may change it on the way.
         """
         decorated: F = decorate.wrap(self, function, self.parameter)
         return decorated

@@ -12,49 +12,12 @@ import inspect
 import types
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from devguard.errors import ConfigError
 from devguard.guards.coroutines import Steps, unregistered
+from devguard.guards.parameter import Parameter, find_parameter
 
-__all__ = ["Parameter", "wrap"]
-
-
-class Parameter(NamedTuple):
-    """The parameter of a function that holds the device.
-
-    Attributes
-    ----------
-    name : str
-        Its name.
-    position : int or None
-        Its index among the positional arguments; None if it is keyword-only.
-    keyword : bool
-        Whether it may be passed by keyword.
-    default : object
-        Its default; `inspect.Parameter.empty` if it has none.
-    """
-
-    name: str
-    position: int | None
-    keyword: bool
-    default: Any
-
-    def value(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Return what a call passes for it, by keyword, by position or by default.
-
-        Raises
-        ------
-        TypeError
-            If the call passes nothing for a parameter without a default.
-        """
-        if self.keyword and self.name in kwargs:
-            return kwargs[self.name]
-        if self.position is not None and self.position < len(args):
-            return args[self.position]
-        if self.default is inspect.Parameter.empty:
-            raise TypeError(f"missing a required argument: {self.name!r}")
-        return self.default
+__all__ = ["decorate_async_generator", "decorate_coroutine", "decorate_generator", "DecoratingScope", "wrap"]
 
 
 class DecoratingScope(Protocol):
@@ -72,32 +35,7 @@ class DecoratingScope(Protocol):
 
     def steps(self, inner: Any) -> Steps: ...
 
-    def after_call(self, function: Callable[..., Any]) -> None: ...
-
-
-def find_parameter(function: Callable[..., Any], name: str) -> Parameter:
-    """Return the parameter called `name` of `function`.
-
-    Raises
-    ------
-    ConfigError
-        If the function has no such parameter and takes no ``**kwargs`` that could hold it.
-    """
-    parameters = inspect.signature(function).parameters
-    catch_all = False
-    for position, parameter in enumerate(parameters.values()):
-        if parameter.kind is parameter.VAR_KEYWORD:
-            catch_all = True
-        elif parameter.name == name and parameter.kind is not parameter.VAR_POSITIONAL:
-            by_position = None if parameter.kind is parameter.KEYWORD_ONLY else position
-            by_keyword = parameter.kind is not parameter.POSITIONAL_ONLY
-            return Parameter(name, by_position, by_keyword, parameter.default)
-    if catch_all:
-        return Parameter(name, None, True, None)
-    what = getattr(function, "__qualname__", repr(function))
-    raise ConfigError(
-        f"{what} has no parameter {name!r} to take the device from. It has: {', '.join(parameters) or 'none'}."
-    )
+    def after_call(self, function: Callable[..., Any], result: Any) -> Any: ...
 
 
 def wrap(scope: DecoratingScope, function: Any, argument: str | None) -> Any:
@@ -114,6 +52,9 @@ def wrap(scope: DecoratingScope, function: Any, argument: str | None) -> Any:
     """
     if isinstance(function, (staticmethod, classmethod)):
         return type(function)(wrap(scope, function.__func__, argument))
+    if isinstance(function, functools.partialmethod):
+        inner = wrap(scope, function.func, argument)
+        return functools.partialmethod(inner, *function.args, **function.keywords)
     name = type(scope).__name__
     if inspect.isclass(function):
         raise TypeError(
@@ -124,11 +65,11 @@ def wrap(scope: DecoratingScope, function: Any, argument: str | None) -> Any:
         raise TypeError(f"{name} decorates functions and methods, not {function!r}.")
     parameter = None if argument is None else find_parameter(function, argument)
     if _is(inspect.isasyncgenfunction, function):
-        return _async_generator(scope, function, parameter)
+        return decorate_async_generator(scope, function, parameter)
     if _is(inspect.iscoroutinefunction, function):
-        return _coroutine(scope, function, parameter)
+        return decorate_coroutine(scope, function, parameter)
     if _is(inspect.isgeneratorfunction, function):
-        wrapped = _generator(scope, function, parameter)
+        wrapped = decorate_generator(scope, function, parameter)
         flags = getattr(getattr(function, "__code__", None), "co_flags", 0)
         return types.coroutine(wrapped) if flags & inspect.CO_ITERABLE_COROUTINE else wrapped
     return _function(scope, function, parameter)
@@ -142,15 +83,17 @@ def _is(kind: Callable[[object], bool], function: Any) -> bool:
 def _function(scope: DecoratingScope, function: Callable[..., Any], parameter: Parameter | None) -> Any:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with scope if parameter is None else scope.resolved(parameter, args, kwargs):
+        within = scope if parameter is None else scope.resolved(parameter, args, kwargs)
+        with within:
             result = function(*args, **kwargs)
-        scope.after_call(function)
-        return result
+        return within.after_call(function, result)
 
     return wrapper
 
 
-def _coroutine(scope: DecoratingScope, function: Callable[..., Any], parameter: Parameter | None) -> Any:
+def decorate_coroutine(scope: DecoratingScope, function: Callable[..., Any], parameter: Parameter | None) -> Any:
+    """Return a coroutine function with each step inside `scope`."""
+
     @functools.wraps(function)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         return await scope.resolved(parameter, args, kwargs).steps(function(*args, **kwargs))
@@ -158,7 +101,9 @@ def _coroutine(scope: DecoratingScope, function: Callable[..., Any], parameter: 
     return wrapper
 
 
-def _generator(scope: DecoratingScope, function: Callable[..., Any], parameter: Parameter | None) -> Any:
+def decorate_generator(scope: DecoratingScope, function: Callable[..., Any], parameter: Parameter | None) -> Any:
+    """Return a generator function with each step inside `scope`."""
+
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return (yield from scope.resolved(parameter, args, kwargs).steps(function(*args, **kwargs)))
@@ -166,7 +111,9 @@ def _generator(scope: DecoratingScope, function: Callable[..., Any], parameter: 
     return wrapper
 
 
-def _async_generator(scope: DecoratingScope, function: Callable[..., Any], parameter: Parameter | None) -> Any:
+def decorate_async_generator(scope: DecoratingScope, function: Callable[..., Any], parameter: Parameter | None) -> Any:
+    """Return an asynchronous generator function with each step inside `scope`."""
+
     @functools.wraps(function)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         steps = scope.resolved(parameter, args, kwargs).steps(None)

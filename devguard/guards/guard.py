@@ -14,8 +14,9 @@ from typing import Any
 from devguard import modes
 from devguard.doors import table
 from devguard.errors import ConfigError
-from devguard.guards import decorate, unwind
+from devguard.guards import unwind
 from devguard.guards.base import Scope
+from devguard.guards.parameter import Parameter
 from devguard.modes import DoorMode, Mode
 from devguard.ownership import in_force
 from devguard.ownership.owner import UNKNOWN, Owner, parse_owner
@@ -120,7 +121,7 @@ class guard(Scope):
         """Return whether this scope requests a door that acts on request only: by its name."""
         return self.names(door)
 
-    def resolved(self, parameter: decorate.Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
+    def resolved(self, parameter: Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
         """Return this scope with its owner known, for one call of a decorated function."""
         if self._owner is not UNKNOWN:
             return self
