@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from devguard.errors import SimulationError
-from devguard.simgpu import records
+from devguard.simgpu import cleanup, records
 
 __all__ = ["checked", "child_environment", "MAX_GPUS"]
 
@@ -78,6 +78,10 @@ def _prepend(environment: dict[str, str], variable: str, folders: tuple[Path, ..
 
 
 def _state_file(state: str | os.PathLike[str] | None, memory: int) -> Path:
-    path = Path(os.path.abspath(state) if state is not None else tempfile.mkdtemp(prefix="devguard-sim-") + "/state")
+    if state is not None:
+        path = Path(os.path.abspath(state))
+    else:
+        path = Path(tempfile.mkdtemp(prefix="devguard-sim-"), "state")
+        cleanup.when_unused(path.parent)
     records.create(path, memory=memory, context_bytes=CONTEXT_BYTES)
     return path
