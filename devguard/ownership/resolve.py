@@ -84,7 +84,7 @@ def _check_for_one_rank(named: str, owner: Owner, environ: Mapping[str, str]) ->
     if several is None or owner is CPU or (is_one_visible(environ) and owner.index == 0):
         return
     ranks = ((launcher.rank, environ.get(launcher.rank, "").strip()) for launcher in LAUNCHERS)
-    name, rank = next(((name, rank) for name, rank in ranks if rank.isdecimal()), ("", ""))
+    name, rank = next(((name, rank) for name, rank in ranks if _is_rank(rank)), ("", ""))
     if rank and int(rank) == owner.index:
         return
     own = f" The local rank of this one is {rank} ({name})." if rank else ""

@@ -236,3 +236,10 @@ def test_any_rank_is_an_owner_or_a_resolution_error(environ: dict[str, str]) -> 
         else:
             ok = bool(looked) and (owner is None or 0 <= owner.index < 4)
     assert ok
+
+
+@pytest.mark.parametrize("rank", ["9" * 5000, "-1", "²", "x"])
+def test_a_local_rank_that_is_no_rank_is_not_compared_with_the_named_device(rank: str) -> None:
+    environ = {"DEVGUARD_DEVICE": "cuda:1", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "4"}
+    with pytest.raises(ConfigError, match="would give one GPU to every process"):
+        owner_from_environment(environ)
