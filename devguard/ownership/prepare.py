@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from devguard.modes import DoorMode
+from devguard.ownership import greenlets
 from devguard.ownership.owner import INTERNED, Owner
-from devguard.ownership.stack import changing, stacks
+from devguard.ownership.stack import changing, prepare_again, stacks
 from devguard.support import accelerator
 from devguard.support.installed_torch import import_torch
 
@@ -45,6 +46,7 @@ def prepare(owner: Owner, mode_of: ModeOf = _no_mode) -> None:
         accelerator.bind()  # raises in a build without CUDA
         if owner.index >= accelerator.device_count():
             raise accelerator.out_of_range("the guard", owner.index)
+        greenlets.on_import(prepare_again)
     for look in tuple(on_prepare):
         look(owner, mode_of)
     owner.device = import_torch().device(owner.tag)
@@ -56,6 +58,7 @@ def forget() -> None:
     """Prepare every owner and every thread again: the doors were closed."""
     for owner in list(INTERNED.values()):
         owner.device = None
+    greenlets.stop()
     for stack in stacks():
         stack.forget_device()
     changing.clear()

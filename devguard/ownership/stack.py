@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from devguard.modes import DoorMode
+from devguard.ownership import greenlets
 from devguard.ownership.owner import Owner
 from devguard.support import accelerator
 
@@ -25,6 +26,7 @@ __all__ = [
     "look_for_changes",
     "mark_changes",
     "on_taken",
+    "prepare_again",
     "ScopePolicy",
     "site_of_work",
     "Stack",
@@ -73,6 +75,7 @@ def _take_first(index: int) -> int:
         raise
     stack = local.stack
     stack.take, stack.give_back, stack.read = exchange.to, exchange.back, exchange.read
+    greenlets.watch(None if _PER_GREENLET else stack, exchange)
     return previous
 
 
@@ -165,6 +168,12 @@ def stacks() -> list[Stack]:
     return [stack for reference in _stacks.valuerefs() if (stack := reference()) is not None]
 
 
+def prepare_again() -> None:
+    """Prepare each thread again the next time that it takes a device."""
+    for stack in stacks():
+        stack.take = _take_first
+
+
 class JudgePending(Protocol):
     """The door ``set_device``: judges changes of the current device when their authors have returned."""
 
@@ -220,6 +229,10 @@ def inherit_with(inherit: Callable[[Stack], None] | None) -> None:
     _hooks.inherit = inherit
 
 
+# gevent and eventlet replace the class of the C module `_thread`.
+_PER_GREENLET = threading.local.__module__ != "_thread"
+
+
 class _Local(threading.local):
     """The state of devguard in one thread."""
 
@@ -228,6 +241,8 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.stack = Stack()
         _stacks[id(self.stack)] = self.stack
+        if _PER_GREENLET:
+            greenlets.register(self.stack)
         inherit = _hooks.inherit  # read once: another thread may close the door
         if inherit is not None:
             inherit(self.stack)

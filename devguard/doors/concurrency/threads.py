@@ -21,6 +21,7 @@ from typing import Any
 from devguard.doors.concurrency import foreign_pools, handover, pools, thread_plan, thread_run
 from devguard.doors.concurrency.pools import Replacement
 from devguard.doors.concurrency.thread_plan import failures, recall
+from devguard.ownership import greenlets
 from devguard.ownership.process import process
 from devguard.ownership.stack import inherit_with, local
 from devguard.support import accelerator
@@ -66,7 +67,8 @@ def status() -> dict[str, Any]:
 
 def _thread() -> Iterator[Replacement]:
     """Replace methods of ``Thread``: plan a thread where it is started, and set its device where it begins to run."""
-    thread = threading.Thread
+    # gevent puts a subclass in its place, which inherits them.
+    thread = next(each for each in threading.Thread.__mro__ if "_bootstrap_inner" in vars(each))
     start, bootstrap = _patches.find(thread, "start"), _patches.find(thread, "_bootstrap_inner")
     _patches.find(thread, "_delete")  # thread_run.call_at_end needs it
     planned, get_frame = thread_plan.planned, sys._getframe
@@ -107,6 +109,9 @@ def _thread() -> Iterator[Replacement]:
         if plan.observed:
             failures.safely(thread_run.call_at_end, self, functools.partial(thread_run.end, plan))
         elif plan.device >= 0:
+            if greenlets.is_running():  # its stack exists already, so nothing asks it to inherit
+                stack = local.stack
+                stack[:], stack.inherited = plan.entries, plan
             try:
                 set_device(plan.device)  # torch's own: the door set_device does not judge devguard
             except Exception as error:  # noqa: BLE001 - as in Failures.safely, without a further frame

@@ -1,0 +1,155 @@
+"""Greenlets (gevent, eventlet): each has its own scopes and current device, as a thread has.
+
+The runtime keeps one current device for a thread, and greenlets take turns on it. So where a thread that has taken a
+device runs greenlets, each switch saves the device and the scopes of the greenlet that is left, and restores those of
+the one that goes on. A new greenlet starts without scopes, like a new task of asyncio, on the device that was current
+outside the scopes of the greenlet that was left. Where a library has replaced ``threading.local``, the stacks are the
+greenlets' own anyway, and only the device is exchanged.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from devguard.support.accelerator import Exchange
+from devguard.support.notices import alert
+
+__all__ = ["is_running", "on_import", "register", "stop", "watch"]
+
+Trace = Callable[[str, Any], object]
+
+
+class GreenletStack(Protocol):
+    """The part of `devguard.ownership.stack.Stack` that a switch exchanges."""
+
+    changes: list[Any]
+    inherited: Any
+    judged: Any
+    task: Any
+
+    def __setitem__(self, key: slice, entries: list[Any], /) -> None: ...
+
+    def copy(self) -> list[Any]: ...
+
+
+class Suspended(NamedTuple):
+    """What a greenlet that does not run has left: its device, and the contents of its stack."""
+
+    device: int
+    entries: list[Any] = []
+    changes: list[Any] | None = None
+    inherited: Any = None
+    task: Any = None
+
+
+# The stacks of greenlets, where a library has replaced ``threading.local``.
+_stacks: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+class Watch:
+    """The trace function of one thread, which ``greenlet`` calls at each switch, in the greenlet that goes on.
+
+    Parameters
+    ----------
+    stack : GreenletStack or None
+        The stack of the thread; None if each greenlet has one.
+    exchange : Exchange
+        Reads and restores the device.
+    """
+
+    def __init__(self, stack: GreenletStack | None, exchange: Exchange) -> None:
+        self.stopped = False
+        self.previous: Trace | None = None
+        self._stack = stack
+        self._exchange = exchange
+        self._suspended: weakref.WeakKeyDictionary[Any, Suspended] = weakref.WeakKeyDictionary()
+
+    def __call__(self, event: str, args: Any) -> None:
+        if event in ("switch", "throw") and not self.stopped:
+            try:
+                self._switch(*args)
+            except Exception as error:  # noqa: BLE001 - it would be raised in the program's greenlet
+                self.stopped = True
+                alert(f"devguard no longer keeps greenlets of this thread apart: {type(error).__name__}: {error}")
+        if self.previous is not None:
+            self.previous(event, args)
+
+    def _switch(self, origin: Any, target: Any) -> None:
+        device = self._exchange.read()
+        stack = self._stack
+        left = _stacks.get(origin) if stack is None else stack
+        entries = [] if left is None else left.copy()
+        if stack is None:
+            self._suspended[origin] = Suspended(device)
+        else:
+            self._suspended[origin] = Suspended(device, entries, stack.changes, stack.inherited, stack.task)
+        state = self._suspended.pop(target, None)
+        if state is None:
+            outside = next((previous for _, _, previous in entries if previous >= 0), device)
+            state = Suspended(outside)
+        if stack is not None:
+            stack[:], stack.changes = state.entries, state.changes or []
+            stack.inherited, stack.task, stack.judged = state.inherited, state.task, None
+        if state.device != device:
+            self._exchange.back(state.device)
+
+
+_watches: dict[int, Watch] = {}  # by the system's thread
+_prepare_again: list[Callable[[], None]] = []
+
+
+def register(stack: GreenletStack) -> None:
+    """Register the stack of the running greenlet, where each greenlet has one."""
+    greenlet: Any = sys.modules.get("greenlet")
+    if greenlet is not None:
+        _stacks[greenlet.getcurrent()] = stack
+
+
+def watch(stack: GreenletStack | None, exchange: Exchange) -> None:
+    """Watch the greenlets of this thread, if ``greenlet`` is imported."""
+    greenlet: Any = sys.modules.get("greenlet")
+    if greenlet is None or not hasattr(greenlet, "settrace"):
+        return
+    thread = threading.get_native_id()
+    known = _watches.get(thread)
+    if known is not None and not known.stopped and greenlet.gettrace() is not None:
+        return
+    trace = Watch(stack, exchange)
+    previous = greenlet.settrace(trace)
+    trace.previous = previous.previous if isinstance(previous, Watch) else previous
+    _watches[thread] = trace
+
+
+def is_running() -> bool:
+    """Return whether a greenlet runs in a thread that is watched, and not the thread itself."""
+    return bool(_watches) and sys.modules["greenlet"].getcurrent().parent is not None
+
+
+def on_import(prepare_again: Callable[[], None]) -> None:
+    """Call `prepare_again` when ``greenlet`` is imported: threads that take a device are watched from then on."""
+    if not _prepare_again:
+        from devguard.support.import_hooks import when_imported  # imports wrapt
+
+        when_imported("greenlet", _imported)
+    _prepare_again[:] = [prepare_again]
+
+
+def _imported(_: Any) -> None:
+    for prepare_again in _prepare_again:
+        prepare_again()
+
+
+def stop() -> None:
+    """Stop all watches. Another thread's trace function cannot be removed from here; it does nothing from now on."""
+    _prepare_again.clear()
+    greenlet: Any = sys.modules.get("greenlet")
+    for trace in list(_watches.values()):
+        trace.stopped = True
+    _watches.clear()
+    current = greenlet.gettrace() if greenlet is not None and hasattr(greenlet, "gettrace") else None
+    if isinstance(current, Watch):
+        greenlet.settrace(current.previous)
