@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from devguard.support.accelerator import Exchange
@@ -31,7 +31,7 @@ class GreenletStack(Protocol):
     judged: Any
     task: Any
 
-    def __setitem__(self, key: slice, entries: list[Any], /) -> None: ...
+    def __setitem__(self, key: slice, entries: Sequence[Any], /) -> None: ...
 
     def copy(self) -> list[Any]: ...
 
@@ -40,7 +40,7 @@ class Suspended(NamedTuple):
     """What a greenlet that does not run has left: its device, and the contents of its stack."""
 
     device: int
-    entries: list[Any] = []
+    entries: Sequence[Any] = ()
     changes: list[Any] | None = None
     inherited: Any = None
     task: Any = None

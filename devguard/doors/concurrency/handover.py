@@ -5,7 +5,8 @@ library starts lazily takes work from a queue forever, and that work belongs to 
 that takes something from a queue, a pipe or a condition then keeps only the scopes that are still entered where it was
 started, and else falls back to the owner of the process.
 
-Out of reach: ``queue.SimpleQueue``, which is C code, and threads that wait for work in another way.
+Out of reach: ``queue.SimpleQueue`` and gevent's ``Queue``, which are native code, and threads that wait for work in
+another way.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ fallen_back: list[str] = []  # names of threads, for the status of the door
 def replacements(patches: Patches) -> Iterator[Replacement]:
     """Yield what replaces the methods by which a thread takes work; raise `DoorError` if this Python lacks one."""
     for owner, name in ((queue.Queue, "get"), (multiprocessing.connection.Connection, "_recv_bytes")):
-        yield owner, name, _taking(patches.find(owner, name))
+        if owner.__module__.partition(".")[0] in sys.stdlib_module_names:  # gevent puts a class of native code there
+            yield owner, name, _taking(patches.find(owner, name))
     yield threading.Condition, "wait", _waiting(patches.find(threading.Condition, "wait"))
 
 
