@@ -75,6 +75,11 @@ class Scope:
 
         After the outermost call, also look for contexts that no door explains.
         """
+        self.look_after(function)
+        return returned.within(self, result, function) if returned.is_later(result) else result
+
+    def look_after(self, function: Callable[..., Any]) -> None:
+        """Look for contexts that no door explains, if the call of a decorated function that ends was the outermost."""
         if not local.stack and _inspection.claim_turn():
             name = getattr(function, "__qualname__", type(function).__name__)
             try:
@@ -83,7 +88,6 @@ class Scope:
                 raise
             except Exception as error:  # noqa: BLE001 - the call has worked, and its result must not be lost
                 warn_user(f"devguard could not look for contexts after {name}: {type(error).__name__}: {error}")
-        return returned.within(self, result, function) if returned.is_later(result) else result
 
     def steps(self, inner: Any) -> Steps:
         """Return an awaitable iterator that runs each step of `inner` inside this scope."""

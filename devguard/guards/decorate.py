@@ -37,6 +37,8 @@ class DecoratingScope(Protocol):
 
     def after_call(self, function: Callable[..., Any], result: Any) -> Any: ...
 
+    def look_after(self, function: Callable[..., Any]) -> None: ...
+
 
 def wrap(scope: DecoratingScope, function: Any, argument: str | None) -> Any:
     """Return `function` with each call inside `scope`.
@@ -96,7 +98,10 @@ def decorate_coroutine(scope: DecoratingScope, function: Callable[..., Any], par
 
     @functools.wraps(function)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return await scope.resolved(parameter, args, kwargs).steps(function(*args, **kwargs))
+        try:
+            return await scope.resolved(parameter, args, kwargs).steps(function(*args, **kwargs))
+        finally:
+            scope.look_after(function)
 
     return wrapper
 
@@ -106,7 +111,10 @@ def decorate_generator(scope: DecoratingScope, function: Callable[..., Any], par
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return (yield from scope.resolved(parameter, args, kwargs).steps(function(*args, **kwargs)))
+        try:
+            return (yield from scope.resolved(parameter, args, kwargs).steps(function(*args, **kwargs)))
+        finally:
+            scope.look_after(function)
 
     return wrapper
 
@@ -119,19 +127,22 @@ def decorate_async_generator(scope: DecoratingScope, function: Callable[..., Any
         steps = scope.resolved(parameter, args, kwargs).steps(None)
         inner = function(*args, **kwargs)
         step = unregistered(inner)
-        while True:
-            try:
-                item = await steps.drive(step, suspends=StopIteration)
-            except StopAsyncIteration:
-                return
-            try:
-                sent = yield item
-            except GeneratorExit:
-                await steps.drive(inner.aclose())
-                raise
-            except BaseException as error:  # noqa: BLE001 - whatever is thrown in belongs to the generator
-                step = inner.athrow(error)
-            else:
-                step = inner.asend(sent)
+        try:
+            while True:
+                try:
+                    item = await steps.drive(step, suspends=StopIteration)
+                except StopAsyncIteration:
+                    return
+                try:
+                    sent = yield item
+                except GeneratorExit:
+                    await steps.drive(inner.aclose())
+                    raise
+                except BaseException as error:  # noqa: BLE001 - whatever is thrown in belongs to the generator
+                    step = inner.athrow(error)
+                else:
+                    step = inner.asend(sent)
+        finally:
+            scope.look_after(function)
 
     return wrapper

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from devguard import DevGuardError
-from devguard.support.installed_torch import MissingTorchError, import_torch
+from devguard.support.installed_torch import MissingTorchError, import_torch, release
 
 
 def test_the_installed_torch_is_returned() -> None:
@@ -53,3 +53,13 @@ def test_a_missing_requirement_of_torch_is_not_reported_as_a_missing_torch(monke
     with pytest.raises(ModuleNotFoundError, match="sympy") as caught:
         import_torch()
     assert not isinstance(caught.value, DevGuardError)
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"), [("2.13.0+cu130", (2, 13)), ("2.6.0", (2, 6)), ("2.14.0a0+git1234567", (2, 14))]
+)
+def test_the_release_compares_by_its_numbers(
+    version: str, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    assert release() == expected

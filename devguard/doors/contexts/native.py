@@ -2,8 +2,8 @@
 
 C++ threads, operators that choose a device themselves, and Python code that names another device open contexts without
 passing a door. The door compares the contexts of the process with its owners: after the outermost call of a decorated
-plain function (at most every 0.1 s), at the end of ``no_strays()``, in ``strays()`` and ``status()``, and at the other
-times listed in docs/doors.md. The end of a ``with`` block, of a coroutine or of a generator does not trigger a look.
+function, coroutine or generator (at most every 0.1 s), around ``no_strays()``, in ``strays()`` and ``status()``, at the
+end of the process, and at the other times listed in docs/doors.md; not at the end of a ``with`` block.
 
 A context cannot be closed again, so mode ``error`` only records it. Where torch keeps a history of its allocations
 (allocation_history.py), as under the pytest plugin, the record has the line that opened the context; elsewhere it has
@@ -25,8 +25,9 @@ from devguard.reporting import allowlist
 from devguard.reporting.journal import journal
 from devguard.reporting.stray import Occurrence
 from devguard.reporting.verdict import judge_too_late
-from devguard.support import accelerator, allocation_history, allocator, forks
+from devguard.support import accelerator, allocation_history, allocator, forks, process_exit
 from devguard.support.callsite import Origin
+from devguard.support.installed_torch import release
 
 __all__ = ["accept", "inspect", "install", "status", "uninstall"]
 
@@ -63,11 +64,13 @@ def install() -> None:
     accept()
     _state.found.clear()
     _state.is_open = True
+    process_exit.register(_look_at_end)
 
 
 def uninstall() -> list[str]:
     """Close the door."""
     _state.is_open = False
+    process_exit.forget(_look_at_end)
     return []
 
 
@@ -118,17 +121,33 @@ def inspect(where: str, asked_by: Origin | None = None) -> None:
         judge_too_late(found, mode)
 
 
+def _look_at_end() -> None:
+    inspect("at the end of the process")
+
+
 def _describe_use(index: int) -> str:
     """Describe, for the record, how a context on device `index` was used."""
     if allocation_history.count(index):
         peak = allocator.statistics(index)["allocated_bytes"]["all"]["peak"]
         return f"torch's allocator was used there (peak {peak} bytes): a call named this device or found it current"
+    if _is_of_a_peer_copy():
+        return (
+            "torch's allocator was not used there, and every visible GPU has a context: torch 2.11 and newer opens "
+            "them all at the first copy between two GPUs, as tensor.to('cuda:2') of a tensor on cuda:1"
+        )
     names = sorted({name for name in _list_native_threads() if name})
     pinned = "pinned memory (pin_memory=True), " if allocator.has_pinned_memory() else ""
     return (
         f"torch's allocator was not used there: {pinned}a query, a stream, an event or a library opened it. "
         f"Native threads of this process: {', '.join(names) or 'none'}"
     )
+
+
+def _is_of_a_peer_copy() -> bool:
+    """Return whether the contexts look as torch leaves them after a copy between GPUs, away from its two ends."""
+    held = accelerator.contexts()
+    used = [index for index in held if allocation_history.count(index)]
+    return release() >= (2, 11) and 2 < len(held) == accelerator.device_count() and len(used) > 1
 
 
 def _list_native_threads() -> list[str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from devguard.support import installed_torch
 from tests.helpers.programs import run_child
 
 SHOW = """
@@ -161,3 +164,80 @@ def test_forget_past_owners_keeps_only_owners_in_force():
     )
     lines = run_child(code).splitlines()
     assert lines == ["['cuda:0', 'cuda:1']", "['cuda:1']", "[('native', 'cuda:0', 'observed')]", "cuda:0"]
+
+
+KINDS = {
+    "coroutine": "@devguard.guard(1)\nasync def work(): return there()\nasyncio.run(work())\n",
+    "coroutine that fails": (
+        "@devguard.guard(1)\nasync def work(): there(); 1 / 0\n"
+        "with contextlib.suppress(ZeroDivisionError): asyncio.run(work())\n"
+    ),
+    "generator": "@devguard.guard(1)\ndef work(): yield there()\nlist(work())\n",
+    "generator that is closed": "@devguard.guard(1)\ndef work(): yield there()\nx = work(); next(x); x.close()\n",
+    "asynchronous generator": (
+        "@devguard.guard(1)\nasync def work(): yield there()\n"
+        "async def main():\n    async for _ in work(): pass\nasyncio.run(main())\n"
+    ),
+    "asynchronous generator that is closed": (
+        "@devguard.guard(1)\nasync def work(): yield there()\n"
+        "async def main():\n    x = work(); await anext(x); await x.aclose()\nasyncio.run(main())\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("code", KINDS.values(), ids=list(KINDS))
+def test_the_end_of_a_decorated_coroutine_or_generator_is_a_time_to_look(code):
+    start = "import asyncio, contextlib\ndef there(): return torch.empty(4, device='cuda:0')\n"
+    end = (
+        "from devguard.reporting.journal import journal\n"
+        "print([(s.source, 'after work had returned' in s.note) for s in journal.strays()])"
+    )
+    assert run_child(start + code + end) == "[('cuda:0', True)]"
+
+
+def test_the_end_of_the_process_is_a_time_to_look():
+    code = (
+        "import atexit\n"
+        "from devguard.reporting.journal import journal\n"
+        "atexit.register(lambda: print([(s.source, s.note.partition(';')[0]) for s in journal.strays()]))\n"
+        "with devguard.guard(1): torch.empty(4, device='cuda:0')\n"
+    )
+    assert run_child(code) == "[('cuda:0', 'found at the end of the process')]"
+
+
+class TestTheContextsOfACopyBetweenGpus:
+    COPY = (
+        "devguard.allow('cuda:2')\n"
+        "with devguard.guard(1):\n    x = torch.ones(4).to('cuda:1')\n    y = x.to('cuda:2')\n"
+    )
+    TEXT = "first copy between two GPUs"
+
+    def test_the_records_explain_them(self):
+        code = self.COPY + "print([s.source for s in devguard.strays() if 'first copy between two GPUs' in s.note])"
+        opens_all = installed_torch.release() >= (2, 11)
+        assert run_child(code) == ("['cuda:0', 'cuda:3']" if opens_all else "[]")
+
+    @pytest.mark.skipif(installed_torch.release() < (2, 11), reason="torch opens them from 2.11 on")
+    def test_no_strays_and_the_log_explain_them(self, tmp_path):
+        code = (
+            "try:\n    with devguard.no_strays(): exec(sys.argv[1])\n"
+            "except devguard.StrayDeviceError as error: print('first copy between two GPUs' in str(error))\n"
+        )
+        log = {"DEVGUARD_LOG": str(tmp_path)}
+        assert run_child(code, arguments=[self.COPY], environment=log) == "True"
+        shown = subprocess.run(
+            [sys.executable, "-m", "devguard", "log", str(tmp_path)], capture_output=True, text=True, check=True
+        ).stdout
+        assert self.TEXT in " ".join(shown.split())
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            "torch.cuda.synchronize(0)",
+            "[torch.cuda.synchronize(i) for i in (0, 2, 3)]",
+            "x = torch.ones(1).to('cuda:1'); y = torch.ones(1).to('cuda:0')",
+        ],
+    )
+    def test_other_contexts_are_not_explained_so(self, other):
+        code = f"with devguard.guard(1): {other}\nfound = devguard.strays(); print({self.TEXT!r} in str(found), found != ())"
+        assert run_child(code) == "False True"
