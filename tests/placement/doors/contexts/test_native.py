@@ -239,5 +239,5 @@ class TestTheContextsOfACopyBetweenGpus:
         ],
     )
     def test_other_contexts_are_not_explained_so(self, other):
-        code = f"with devguard.guard(1): {other}\nfound = devguard.strays(); print({self.TEXT!r} in str(found), found != ())"
+        code = f"with devguard.guard(1): {other}\nx = devguard.strays(); print({self.TEXT!r} in str(x), x != ())"
         assert run_child(code) == "False True"
