@@ -72,7 +72,7 @@ LOOPS: dict[str, Callable[[], Any]] = {
     "copy": lambda: copy.deepcopy(VALUE),
     "move": lambda: {name: value.to("cpu").cpu() for name, value in VALUE.items()},
     "load tagged": load_tagged,
-    "queue": lambda: ForkingPickler.dumps(VALUE) and VALUE,
+    "queue": lambda: pickle.loads(ForkingPickler.dumps(VALUE)),  # read, because a message keeps a file open until then
 }
 
 
