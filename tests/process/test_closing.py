@@ -54,10 +54,8 @@ def load_tagged() -> Any:
 
 
 def relay() -> Any:
-    """Pass a received value on, and read it as a process without devguard would."""
-    data = pickle.dumps(load_tagged())
-    with tagging.landings():
-        return pickle.loads(data)
+    """Pass a received value on, and read it again."""
+    return pickle.loads(pickle.dumps(load_tagged()))
 
 
 LOOPS: dict[str, Callable[[], Any]] = {
