@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from devguard.support.accelerator import Exchange
 from devguard.support.notices import alert
@@ -23,27 +23,23 @@ __all__ = ["is_running", "on_import", "register", "stop", "watch"]
 Trace = Callable[[str, Any], object]
 
 
-class GreenletStack(Protocol):
-    """The part of `devguard.ownership.stack.Stack` that a switch exchanges."""
-
-    changes: list[Any]
-    inherited: Any
-    judged: Any
-    task: Any
-
-    def __setitem__(self, key: slice, entries: Sequence[Any], /) -> None: ...
-
-    def copy(self) -> list[Any]: ...
+# What a stack holds beside its entries, with what it is at the start of a greenlet.
+_FRESH: dict[str, Callable[[], Any]] = {
+    "changes": list,
+    "hidden": tuple,
+    "inherited": lambda: None,
+    "judged": lambda: None,
+    "starts": dict,
+    "task": lambda: None,
+}
 
 
 class Suspended(NamedTuple):
-    """What a greenlet that does not run has left: its device, and the contents of its stack."""
+    """What a greenlet that does not run has left: its device, the entries of its stack, and what else that holds."""
 
     device: int
-    entries: Sequence[Any] = ()
-    changes: list[Any] | None = None
-    inherited: Any = None
-    task: Any = None
+    entries: Sequence[Any]
+    rest: Mapping[str, Any]
 
 
 # The stacks of greenlets, where a library has replaced ``threading.local``.
@@ -55,13 +51,13 @@ class Watch:
 
     Parameters
     ----------
-    stack : GreenletStack or None
+    stack : Stack or None
         The stack of the thread; None if each greenlet has one.
     exchange : Exchange
         Reads and restores the device.
     """
 
-    def __init__(self, stack: GreenletStack | None, exchange: Exchange) -> None:
+    def __init__(self, stack: Any, exchange: Exchange) -> None:
         self.stopped = False
         self.previous: Trace | None = None
         self._stack = stack
@@ -83,17 +79,16 @@ class Watch:
         stack = self._stack
         left = _stacks.get(origin) if stack is None else stack
         entries = [] if left is None else left.copy()
-        if stack is None:
-            self._suspended[origin] = Suspended(device)
-        else:
-            self._suspended[origin] = Suspended(device, entries, stack.changes, stack.inherited, stack.task)
+        kept = {} if stack is None else {name: getattr(stack, name) for name in _FRESH}
+        self._suspended[origin] = Suspended(device, entries, kept)
         state = self._suspended.pop(target, None)
         if state is None:
             outside = next((previous for _, _, previous in entries if previous >= 0), device)
-            state = Suspended(outside)
+            state = Suspended(outside, (), {name: make() for name, make in _FRESH.items()})
         if stack is not None:
-            stack[:], stack.changes = state.entries, state.changes or []
-            stack.inherited, stack.task, stack.judged = state.inherited, state.task, None
+            stack[:] = state.entries
+            for name, value in state.rest.items():
+                setattr(stack, name, value)
         if state.device != device:
             self._exchange.back(state.device)
 
@@ -102,14 +97,14 @@ _watches: dict[int, Watch] = {}  # by the system's thread
 _prepare_again: list[Callable[[], None]] = []
 
 
-def register(stack: GreenletStack) -> None:
+def register(stack: Any) -> None:
     """Register the stack of the running greenlet, where each greenlet has one."""
     greenlet: Any = sys.modules.get("greenlet")
     if greenlet is not None:
         _stacks[greenlet.getcurrent()] = stack
 
 
-def watch(stack: GreenletStack | None, exchange: Exchange) -> None:
+def watch(stack: Any, exchange: Exchange) -> None:
     """Watch the greenlets of this thread, if ``greenlet`` is imported."""
     greenlet: Any = sys.modules.get("greenlet")
     if greenlet is None or not hasattr(greenlet, "settrace"):
