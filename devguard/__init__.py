@@ -11,6 +11,9 @@ PYTEST_DONT_REWRITE: avoids pytest's warning when devguard is imported before py
 
 from __future__ import annotations
 
+import _thread
+import os
+
 from devguard._version import __version__
 
 TYPE_CHECKING = False  # Not typing's, because importing typing takes longer than the rest of this module.
@@ -78,15 +81,19 @@ _HOMES = {
 }
 
 
+# A fork waits for imports of other threads: its child could never import a module that another thread was importing.
+# The lock lies here, because other modules are imported under it; see support/forks.py for all other locks.
+_importing = _thread.RLock()  # threading itself would take longer to import than this module
+os.register_at_fork(before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release)
+
+
 def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None and name != "integrations":
         raise AttributeError(f"module 'devguard' has no attribute {name!r}")
-    import importlib
+    with _importing:
+        import importlib
 
-    from devguard.support.forks import opening
-
-    with opening:
         module = importlib.import_module(f"devguard.{home or 'integrations'}")
     if home is None:
         return module

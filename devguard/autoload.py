@@ -6,6 +6,7 @@ would then fail. A guard that cannot be in force is reported on standard error, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -55,7 +56,7 @@ def _report(asked: str, problem: str) -> None:
     try:
         from devguard.support.strictness import report_off
     except Exception:  # noqa: BLE001 - as above
-        if sys.stderr is not None:
+        with contextlib.suppress(Exception):  # there is none, or it is closed
             sys.stderr.write(f"{text}\n")
         return
     report_off(text)

@@ -57,8 +57,8 @@ def _after_in_child() -> None:
     _taken.clear()
 
 
-# Held while doors open and close, and while a part of devguard is imported on demand. Awaited: a child could not import
-# a module that another thread was importing, and would open the doors a second time.
+# Held while doors open and close, which also imports their modules. Awaited: a child could not import a module that
+# another thread was importing, and would open the doors a second time.
 opening = new_lock(awaited=True)
 
 os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_after_in_child)

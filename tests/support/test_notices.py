@@ -234,7 +234,7 @@ def test_a_program_with_closed_streams_gets_nothing_on_standard_output(options: 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "devguard").rglob("*.py")), ids=lambda path: str(path.name))
 def test_no_other_module_warns_or_prints_on_standard_error(path: Path) -> None:
-    if path.name == "notices.py":
+    if path.name in ("notices.py", "autoload.py"):  # autoload also reports that notices cannot be imported
         return
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     written = [ast.unparse(call) for call in calls]
