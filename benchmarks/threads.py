@@ -100,7 +100,7 @@ def threads() -> list[Row]:
         against("the same, a thread of the user's, which is recorded", by_hand, _guarded(bare, "repair"), 1.05),
         against("a pool's task, doors open, no owner", _submit, _open(_submit), 1.05),
         against("a pool's task under a guard", _submit, _guarded(_submit, "repair"), None),
-        against("the same, against one that takes the device", _submit_by_hand, _guarded(_submit, "repair"), None),
+        against("the same, against one that takes the device", _submit_by_hand, _guarded(_submit, "repair"), 1.30),
     ]
     devguard.uninstall()
     return rows

@@ -76,7 +76,9 @@ class Scope:
         After the outermost call, also look for contexts that no door explains.
         """
         self.look_after(function)
-        return returned.within(self, result, function) if returned.is_later(result) else result
+        if type(result) in returned.PLAIN or not returned.is_later(result):
+            return result
+        return returned.within(self, result, function)
 
     def look_after(self, function: Callable[..., Any]) -> None:
         """Look for contexts that no door explains, if the call of a decorated function that ends was the outermost."""

@@ -23,16 +23,12 @@ from devguard.guards.decorate import (
 )
 from devguard.support.notices import warn_user
 
-__all__ = ["is_later", "within"]
+__all__ = ["is_later", "PLAIN", "within"]
 
 
-_NATIVE = (
-    types.GeneratorType,
-    types.AsyncGeneratorType,
-    contextlib._GeneratorContextManager,
-    contextlib._AsyncGeneratorContextManager,
-)
-_LATER = frozenset((types.CoroutineType, *_NATIVE))
+# Results of most calls: one look-up, in the hot path of a decorated call.
+PLAIN = frozenset((type(None), bool, int, float, str, bytes, tuple, list, dict))
+_LATER = (types.CoroutineType, types.GeneratorType, types.AsyncGeneratorType)
 _reported: set[str] = set()
 _MAX_REPORTS = 256
 
@@ -40,7 +36,8 @@ _MAX_REPORTS = 256
 def is_later(result: Any) -> bool:
     """Return whether the result of a call is code that runs later; quick for other results."""
     kind = type(result)
-    return kind in _LATER or hasattr(kind, "__await__") or isinstance(result, _NATIVE)
+    # Not isinstance: the context managers are abstract base classes, a check for which takes a microsecond.
+    return kind in _LATER or hasattr(kind, "__await__") or hasattr(kind, "_recreate_cm")
 
 
 def within(scope: DecoratingScope, result: Any, function: Any) -> Any:
@@ -57,7 +54,9 @@ def within(scope: DecoratingScope, result: Any, function: Any) -> Any:
         return decorate_async_generator(scope, _Returned(result), None)()
     elif isinstance(result, collections.abc.Coroutine):
         return decorate_coroutine(scope, _Returned(result), None)()
-    elif getattr(result, "_asyncio_future_blocking", None) is None or hasattr(result, "get_coro"):
+    elif hasattr(result, "get_coro") or not (
+        hasattr(result, "_asyncio_future_blocking") or hasattr(result, "_recreate_cm")
+    ):
         _report(scope, result, function)
     return result
 

@@ -322,3 +322,15 @@ class TestTasks:
 @pytest.mark.parametrize("result", [None, 1, "text", [1], {}, object(), iter([1]), (i for i in ()).__iter__, coroutine])
 def test_other_results_are_returned_as_they_are(result: Any) -> None:
     assert devguard.guard("cpu")(lambda: result)() is result
+
+
+def test_other_context_decorators_are_returned_as_they_are() -> None:
+    class Manager(contextlib.ContextDecorator):
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *error: object) -> None: ...
+
+    made = Manager()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert devguard.guard("cpu")(lambda: made)() is made

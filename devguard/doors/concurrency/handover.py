@@ -57,8 +57,8 @@ def _waiting(original: Callable[..., bool]) -> Callable[..., bool]:
     """Return ``Condition.wait``, by which a worker waits for work unless the standard library calls it."""
     wait_for = getattr(threading.Condition.wait_for, "__code__", None)
 
-    def wait(self: Any, *args: Any, **kwargs: Any) -> bool:
-        notified = original(self, *args, **kwargs)
+    def wait(self: Any, timeout: Any = None) -> bool:  # each start of a thread waits
+        notified = original(self, timeout)
         stack = local.stack
         if stack.inherited is not None:
             caller: Any = sys._getframe(1)
