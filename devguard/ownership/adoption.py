@@ -131,20 +131,18 @@ class Adoption:
             self._holder.own(self._rank, self)
         return self._holder.owner
 
-    def make_owner_current(self, *, opens: bool) -> None:
-        """Make the owner's device current on this thread, which is initialising CUDA.
+    def make_owner_current(self, *, chooses: bool, uses_current: bool) -> None:
+        """Make the owner's device current on this thread, which is initialising CUDA, and open its context.
 
-        Parameters
-        ----------
-        opens : bool
-            Whether to open its context, as entering a guard does. Without one, torch only notes the device, and loses
-            it again in ``torch.empty(1, device="cuda")``, which then opens GPU 0.
+        Without one, torch loses the device in ``empty(1, device="cuda")`` and opens GPU 0. Not opened if the call under
+        way `chooses` a device; in a helper process, only if the call surely `uses_current`, the current device.
         """
+        is_helper = self._holder.owner is None
         owner = self.owner_at_first_use()
         if self.pin and owner is not None and owner.index >= 0 and not local.stack:
-            exchange = accelerator.bind()
-            make_current = exchange.choose if opens else exchange.back
-            accelerator.call_when_initialized(lambda: make_current(owner.index))
+            device, exchange = owner.index, accelerator.bind()
+            opens = not chooses and (uses_current or not is_helper)
+            accelerator.call_when_initialized(lambda: (exchange.choose if opens else exchange.back)(device))
 
     def freeze_owner(self, source: str = "") -> None:
         """Freeze the owner before a stray to `source` is handled; demote it if this process has left it since."""

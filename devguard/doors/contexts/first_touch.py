@@ -46,8 +46,9 @@ _ADVICE = (
     "process that owns a GPU, or run it inside devguard.guard('cuda:...') or devguard.unguarded()."
 )
 _NOTE = "this process owns no GPU: keep the work on the CPU, without pin_memory, or give it to a process that owns one"
-# The functions of torch that choose a device for good: the owner's must not be opened before.
-_CHOOSING = frozenset({"set_device", "set_device_index", "set_stream", "move"})
+# Functions of torch that choose a device for good, and of devguard, for a guard: the owner's must not be opened before.
+_CHOOSING = frozenset({"set_device", "set_device_index", "set_stream", "move", "choose", "prepare"})
+_USING = frozenset({"first_initialised"})  # uninitialised.py
 
 
 class _State:
@@ -117,7 +118,10 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             judge(first_use.door(), "cuda", owner, 0, _ADVICE, note=_NOTE)  # raises
         result = original(*args)
         if process.adoption is not None:
-            process.adoption.make_owner_current(opens=not _is_choosing(sys._getframe(1)))
+            caller = sys._getframe(1)
+            process.adoption.make_owner_current(
+                chooses=_is_inside(caller, _CHOOSING), uses_current=_is_inside(caller, _USING)
+            )
         unowned = not _state.is_owned and owner is None and not local.stack
         frame = sys._getframe(1)
         thread, module = threading.current_thread().name, callsite.module_of(frame)
@@ -133,11 +137,11 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     return _cuda_init
 
 
-def _is_choosing(start: FrameType) -> bool:
-    """Return whether the program initialises CUDA by choosing a device for good."""
+def _is_inside(start: FrameType, functions: frozenset[str]) -> bool:
+    """Return whether the call that the user's code is making goes through one of these functions."""
     frame: FrameType | None = start
     while frame is not None and not callsite.is_user(frame.f_code):
-        if frame.f_code.co_name in _CHOOSING:
+        if frame.f_code.co_name in functions:
             return True
         frame = frame.f_back
     return False

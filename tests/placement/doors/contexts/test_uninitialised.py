@@ -189,6 +189,11 @@ def test_a_rank_that_chooses_another_device_opens_only_that():
         assert run(f"{RANK}{choose}; torch.empty(1, device='cuda')")[1:] == ([0], [])
 
 
+def test_a_guard_of_another_gpu_than_the_local_rank_opens_only_that():
+    for code in ("with devguard.guard(0): pass", "devguard.install(device=0)", "devguard.guard(0)(lambda: 1)()"):
+        assert run(f"{RANK}{code}")[1] == [0]
+
+
 def test_memory_that_is_pinned_by_a_factory_function_is_named_in_the_record():
     code = "@devguard.guard('cpu')\ndef work(): return torch.empty(4, pin_memory=True)\nwork()"
     (stray,) = fresh.run(code)["strays"]
