@@ -48,16 +48,16 @@ def unwatch() -> None:
     _state.patches = None
 
 
-def _replace(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def _replace(owner: Any, name: str, make: Callable[[Any], Any], inherited: bool = False) -> None:
     """Replace ``owner.name`` by what `make` returns for it; a release that lacks it is recorded."""
     patches = _state.patches
     if patches is not None:
-        failures.safely(_replace_in, patches, owner, name, make)
+        failures.safely(_replace_in, patches, owner, name, make, inherited)
 
 
-def _replace_in(patches: Patches, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    original = patches.find(owner, name)
-    patches.replace(owner, name, make(getattr(original, "__func__", original)))
+def _replace_in(patches: Patches, owner: Any, name: str, make: Callable[[Any], Any], inherited: bool) -> None:
+    original = patches.find(owner, name, inherited=inherited)
+    patches.replace(owner, name, make(getattr(original, "__func__", original)), inherited=inherited)
 
 
 def _patch_anyio(module: ModuleType) -> None:
@@ -82,7 +82,9 @@ def _patch_async_to_sync(module: ModuleType) -> None:
 
 
 def _patch_gevent(module: ModuleType) -> None:
-    _replace(module.ThreadPool, "spawn", _submitting)
+    # `map` and the like submit in a greenlet of their own, which has no scope.
+    for name in ("spawn", "map", "map_async", "imap", "imap_unordered", "apply_async"):
+        _replace(module.ThreadPool, name, _submitting, inherited=True)
 
 
 _LIBRARIES: dict[str, Callable[[ModuleType], None]] = {
