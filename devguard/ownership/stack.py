@@ -150,7 +150,7 @@ class Stack(list[Entry]):
 
     def forget_device(self) -> None:
         """Prepare this thread again the next time that it takes a device: the doors were closed."""
-        self.take = _take_first
+        self.take, self.read = _take_first, _read_if_initialized
         self.changes.clear()
 
 
