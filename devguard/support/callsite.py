@@ -42,6 +42,9 @@ TRANSPORTS = frozenset({"cloudpickle", "dill", "joblib", "loky", "multiprocess",
 # Other packages that never hold the call site: event loops and pools run what other code hands to them.
 OURS = frozenset({"devguard", "torch", "torchgen", "triton", "wrapt"})
 POOLS = frozenset({"anyio", "asgiref", "eventlet", "gevent", "trio", "uvloop"})
+# They wrap functions of other packages, so that their frames lie between the user's and the function that was called.
+TRACERS = frozenset({"ddtrace", "elasticapm", "logfire", "newrelic", "opentelemetry", "sentry_sdk"})
+_NEVER_USER = OURS | POOLS | TRACERS
 
 _USER, _INTERNAL = 0, 1
 # Keyed by the identity of the code object, because its own hash reads all of its bytecode (microseconds for a function
@@ -255,7 +258,7 @@ def _classify(code: CodeType) -> int | str:
     if top is not None:
         if top in TRANSPORTS:
             return top
-        return _INTERNAL if top in OURS or top in POOLS else _USER
+        return _INTERNAL if top in _NEVER_USER else _USER
     torch = sys.modules.get("torch")
     torch_file = getattr(torch, "__file__", None)
     if torch_file and path.startswith(os.path.dirname(os.path.abspath(torch_file)) + os.sep):

@@ -135,16 +135,28 @@ def plan_thread(thread: threading.Thread, key: Any, code: Any) -> Start | None:
     Start or None
         None to leave the thread alone.
     """
-    work: Any = type(thread).run
-    if work is threading.Thread.run:
-        work = getattr(thread, "_target", None)
+    definer = _definer_of_run(thread)
+    if definer == "Thread":
+        work: Any = getattr(thread, "_target", None)
         key = None if code is None else key
-    elif work is threading.Timer.run:
+    elif definer == "Timer":
         work, key = thread.function, None  # type: ignore[attr-defined]
+    else:
+        work = type(thread).run
     if is_worker(work):
         return plan_worker()
     start = plan(work, 0)
     return start and keep(key, at_site(start, work, sys._getframe(1)), work, code, 0)
+
+
+def _definer_of_run(thread: threading.Thread) -> str:
+    """Return the name of the class in ``threading`` that defines `run`, empty if a subclass does.
+
+    Neither the methods nor ``threading.Timer`` can be compared: a tracer's wrapper of a method is a new object at each
+    look-up, and may stand in the place of the class.
+    """
+    definer = next(kind for kind in type(thread).__mro__ if "run" in vars(kind))
+    return definer.__qualname__ if definer.__module__ == threading.__name__ else ""
 
 
 def recall(stack: Stack, key: Any) -> Start | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures.thread import _worker  # type: ignore[attr-defined]
 from typing import Any
 
 import pytest
+import wrapt
 
 import devguard
 from devguard.doors.concurrency import thread_plan
@@ -91,6 +94,27 @@ def test_a_worker_of_a_pool_takes_over_only_the_owner_of_the_process() -> None:
     assert (start.entries, start.device) == ((), 2)
     devguard.install("observe", 2)
     assert thread_plan.plan_worker() is None
+
+
+@pytest.mark.parametrize("wrapped", [None, (threading.Thread, "run"), (threading.Timer, "run"), (threading, "Timer")])
+def test_wrappers_of_a_tracer_change_no_plan(wrapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrapper of a method is a new object at each look-up, and a function may replace the class."""
+
+    class OwnRun(threading.Thread):
+        def run(self) -> None: ...
+
+    kinds = threading.Thread(target=_worker), threading.Thread(target=work), threading.Timer(0, _worker), OwnRun()
+    if wrapped == (threading, "Timer"):
+        monkeypatch.setattr(threading, "Timer", lambda *arguments: None)
+    elif wrapped:
+        wrapper = wrapt.FunctionWrapper(
+            vars(wrapped[0])[wrapped[1]], lambda call, _, args, kwargs: call(*args, **kwargs)
+        )
+        monkeypatch.setattr(*wrapped, wrapper)
+    with devguard.guard(1):
+        plans = [thread_plan.plan_thread(each, None, None) for each in kinds]
+    assert [start and start.device for start in plans] == [None, 1, None, 1]
+    assert strays() == [("threads", "cuda:0", "placed")]
 
 
 def test_a_verdict_passes_and_an_error_inside_devguard_is_recorded(cuda: FakeCuda) -> None:
