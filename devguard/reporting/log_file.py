@@ -1,9 +1,9 @@
 """``DEVGUARD_LOG``: the journal of each process as a file of JSON lines in one folder.
 
 Each process writes its own file. The first line names the process. A line for its state, with its owner and contexts,
-follows whenever they have changed, and one for each call site that strayed: at once when it is new, and again when its
-counts have grown, at most once a second and at the end. The last line is the state at the end. Each line is one write,
-so a killed process lacks only the counts of its last second, and what changed after the last event that devguard sees.
+follows whenever they have changed, and one for each call site that strayed. Such a line ends with its counts, which
+each stray overwrites in place, so a killed process lacks only what changed after the last event that devguard sees. The
+last line is the state at the end. Each line is one write.
 If the file cannot be written, devguard says so once and the program goes on. ``devguard log DIR`` reads the files
 (log_reader.py).
 """
@@ -36,6 +36,7 @@ __all__ = ["start", "SUFFIX"]
 
 SUFFIX = ".jsonl"
 FLUSH_INTERVAL_S = 1.0
+COUNTS = b'"count": %20d, "bytes": %20d}\n'  # at the end of a line; always of the same length up to 20 digits
 
 
 class _Log:
@@ -57,7 +58,7 @@ class _Log:
         self._file: AppendFile | None = None
         self._rows = 0
         self._numbers: dict[Row, int] = {}  # each row that was written -> its number in the file
-        self._grown: dict[Row, Key] = {}
+        self._counts_at: dict[Row, int | None] = {}  # the offsets of their counts
         self._flushed = self._looked = 0.0
         self._state: dict[str, Any] = {}
         self._broken = False
@@ -92,30 +93,43 @@ class _Log:
         else:
             self.flush()
         self._numbers.clear()
-        self._grown.clear()
+        self._counts_at.clear()
 
     def note(self, key: Key, row: Row) -> None:
-        """Write a new row at once, and a row that has grown at the next flush. Called under the journal's lock."""
-        if row in self._numbers:
-            self._grown[row] = key
-            if time.monotonic() - self._flushed >= FLUSH_INTERVAL_S:
-                self.flush()
-        else:
+        """Write a new row, or the counts of a row that has grown. Called under the journal's lock."""
+        if row not in self._numbers:
             self._numbers[row] = self._rows
             self._rows += 1
             self.write_state()
             self._write_row(key, row)
+            return
+        if not self._write_counts(row):
+            self._write_row(key, row)
+        if time.monotonic() - self._flushed >= FLUSH_INTERVAL_S:
+            self.flush()
 
     def flush(self) -> None:
-        """Write the rows that have grown."""
+        """Write the state of the process, if it has changed; each stray has written its own row."""
         self._flushed = time.monotonic()
         self.write_state()
-        while self._grown:
-            row, key = self._grown.popitem()
-            self._write_row(key, row)
 
     def _write_row(self, key: Key, row: Row) -> None:
-        self._write({"stray": self._numbers[row], **format_row(key, row, *row.total()).as_dict()})
+        line = {"stray": self._numbers[row], **format_row(key, row, *row.total()).as_dict()}
+        counts = COUNTS % (line.pop("count"), line.pop("bytes"))
+        data = _encode(line)[:-2] + b", " + counts
+        at = self._write(data)
+        self._counts_at[row] = None if at is None else at + len(data) - len(counts)
+
+    def _write_counts(self, row: Row) -> bool:
+        """Overwrite the counts of a row in the file; return whether that was possible."""
+        at = self._counts_at.get(row)
+        if at is None or self._file is None or self._broken:
+            return self._broken
+        try:
+            return self._file.overwrite(at, COUNTS % row.total())
+        except Exception as error:  # noqa: BLE001 - a log must not stop the program
+            self._give_up(error)
+            return True
 
     def write_state(self) -> None:
         """Write the owner and the contexts of the process, if they have changed."""
@@ -151,22 +165,26 @@ class _Log:
         """Write a text of `notices.alert`."""
         self._write({"alert": text, "time": time.time()})
 
-    def _write(self, line: dict[str, Any] | None) -> None:
-        """Write a line; None only creates the file, if there is none yet."""
+    def _write(self, line: dict[str, Any] | bytes | None) -> int | None:
+        """Write a line, and return its offset if that is known; None only creates the file, if there is none yet."""
         if self._broken:
-            return
+            return None
         try:
             if self._file is None:
                 self._file = AppendFile(self.folder / f"{socket.gethostname()}-{self._pid}-{time.time_ns()}{SUFFIX}")
                 self.where = str(self._file.path)
                 self._file.write(_encode({"process": self._describe_process()}))
             if line is not None:
-                self._file.write(_encode(line))
+                return self._file.write(line if isinstance(line, bytes) else _encode(line))
         except Exception as error:  # noqa: BLE001 - a log must not stop the program
-            self._broken = True
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            self.where = f"devguard cannot write its log to {self.folder}: {reason}."
-            notices.alert(f"{self.where} Strays are kept in memory only.")
+            self._give_up(error)
+        return None
+
+    def _give_up(self, error: Exception) -> None:
+        self._broken = True
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        self.where = f"devguard cannot write its log to {self.folder}: {reason}."
+        notices.alert(f"{self.where} Strays are kept in memory only.")
 
     def _describe_process(self) -> dict[str, Any]:
         process = {"pid": self._pid, "parent": os.getppid(), "host": socket.gethostname(), "command": _command()}

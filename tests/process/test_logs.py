@@ -72,6 +72,33 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert "still running, or killed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(-9 % 256)", "os.abort()"])
+@pytest.mark.parametrize("count", [1, 2, 3, 1000])
+def test_the_log_of_a_killed_process_has_every_stray(
+    count: int, end: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = {"os.k": -9, "os._": 247, "os.a": -6}[end[:4]]
+    run(f"for _ in range({count}): stray(8)\n{end}", tmp_path, status=status)
+    found = log(capsys, tmp_path)
+    assert [(site["count"], site["bytes"]) for site in found["strays"]] == [(count, 8 * count)]
+
+
+def test_a_file_that_becomes_a_pipe_does_not_stop_the_program(tmp_path: Path) -> None:
+    code = """
+stray()
+(path,) = [os.path.join(sys.argv[1], name) for name in os.listdir(sys.argv[1])]
+os.closerange(3, 64)
+os.unlink(path)
+os.mkfifo(path)
+signal.alarm(60)
+for _ in range(3): stray()
+print(journal.total)
+"""
+    out, err = run(code, tmp_path)
+    assert out == "4\n"
+    assert err.count("cannot write its log") == 1
+
+
 def test_eight_processes_write_at_once_while_another_reads(tmp_path: Path) -> None:
     tmp_path.joinpath("first.jsonl").write_text('{"process": {"pid": 1, "host": "here", "command": "first"}}\n')
     code = "for number in range(500): stray(number % 7)\nfor number in range(500): stray(9); journal.log.flush()"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,17 +84,56 @@ def test_the_command_line_in_the_log_holds_no_secret(tmp_path: Path, monkeypatch
     assert command == "python serve.py --api-key=*** --hf-token *** DB=postgres://***@db/x --tp=2"
 
 
-def test_a_new_call_site_is_written_at_once_and_grown_counts_at_a_flush(
+def test_every_stray_is_in_the_file_at_once_in_the_line_of_its_call_site(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log_file, "FLUSH_INTERVAL_S", 1e9)
     log_file.start(tmp_path, last_look=lambda when: None)
     assert journal.log is not None
-    for expected in ([1], [1], [1]):
-        stray()
-        assert [line["count"] for line in lines(tmp_path)[1:]] == expected
+    for expected in range(1, 130):
+        stray(1 << 40)
+        assert [(line["count"], line["bytes"]) for line in lines(tmp_path)[1:]] == [(expected, expected << 40)]
     journal.log.flush()
-    assert [(line["stray"], line["count"]) for line in lines(tmp_path)[1:]] == [(0, 1), (0, 3)]
+    assert [(line["stray"], line["count"]) for line in lines(tmp_path)[1:]] == [(0, 129)]
+
+
+@pytest.mark.parametrize("writer", ["truncates", "writes between"])
+def test_counts_stay_right_where_another_program_changes_the_file(
+    writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_file.start(tmp_path, last_look=lambda when: None)
+    (file,) = tmp_path.iterdir()
+    write = os.write
+
+    def both(descriptor: int, data: bytes) -> int:
+        with file.open("ab") as other:
+            other.write(b'{"other": 1}\n')
+        return write(descriptor, data)
+
+    if writer == "writes between":
+        monkeypatch.setattr(os, "write", both)
+    for expected in range(1, 6):
+        stray()
+        _, (site,), damaged = log_reader.read(tmp_path)
+        assert (site.count, damaged) == (expected, [])
+        if writer == "truncates":
+            os.truncate(file, 0)
+
+
+def test_strays_of_several_threads_are_all_in_the_file(tmp_path: Path) -> None:
+    log_file.start(tmp_path, last_look=lambda when: None)
+
+    def repeat(number: int) -> None:
+        for _ in range(100):
+            journal.record(Occurrence("load", f"cuda:{number}", "cuda:9", 1), "repaired", "cuda:9")
+
+    threads = [threading.Thread(target=repeat, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    counts = {line["source"]: line["count"] for line in lines(tmp_path) if "stray" in line}
+    assert counts == {f"cuda:{number}": 100 for number in range(4)}
 
 
 def test_a_stray_that_the_last_look_finds_is_in_the_file(tmp_path: Path) -> None:
@@ -173,6 +213,7 @@ def test_a_write_that_fails_later_is_reported_once_and_the_strays_are_kept(
         raise (ValueError if failure == "not an OSError" else OSError)(28, "No space left on device")
 
     monkeypatch.setattr("devguard.reporting.append_file.os.write", write)
+    monkeypatch.setattr("devguard.reporting.append_file.os.pwrite", lambda file, data, at: write(file, data))
     for _ in range(3):
         stray()
     stray()

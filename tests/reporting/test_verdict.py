@@ -139,16 +139,13 @@ def test_a_log_started_later_records_each_later_stray(tmp_path: Path) -> None:
         (file,) = tmp_path.iterdir()
         return [line["count"] for line in map(json.loads, file.read_text().splitlines()) if "stray" in line]
 
-    with devguard.guard("cpu"):
-        for number in range(9):
-            if number == 5:
-                log_file.start(tmp_path, last_look=lambda when: None)
-            stray()
     try:
-        assert written()[:2] == [6, 7]  # once when its row is new in the log, once when its count has grown
-        assert journal.log is not None
-        journal.log.flush()
-        assert written()[-1] == 9
+        with devguard.guard("cpu"):
+            for number in range(9):
+                if number == 5:
+                    log_file.start(tmp_path, last_look=lambda when: None)
+                stray()
+                assert number < 5 or written() == [number + 1]
         assert journal.total == 9
     finally:
         assert journal.log is not None
