@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from devguard.support.accelerator import Exchange
 from devguard.support.notices import alert
 
-__all__ = ["is_running", "on_import", "register", "stop", "watch"]
+__all__ = ["forget_devices", "is_running", "NO_DEVICES", "on_import", "register", "stop", "watch"]
 
 Trace = Callable[[str, Any], object]
 
@@ -42,6 +42,13 @@ class Suspended(NamedTuple):
     rest: Mapping[str, Any]
 
 
+def _none(index: int = -1) -> int:
+    return -1
+
+
+# For a process that was forked after CUDA was initialised, where torch's functions raise.
+NO_DEVICES = Exchange(_none, _none, _none, _none)
+
 # The stacks of greenlets, where a library has replaced ``threading.local``.
 _stacks: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
@@ -63,6 +70,10 @@ class Watch:
         self._stack = stack
         self._exchange = exchange
         self._suspended: weakref.WeakKeyDictionary[Any, Suspended] = weakref.WeakKeyDictionary()
+
+    def forget_devices(self) -> None:
+        """Exchange only the scopes from now on."""
+        self._exchange = NO_DEVICES
 
     def __call__(self, event: str, args: Any) -> None:
         if event in ("switch", "throw") and not self.stopped:
@@ -117,6 +128,12 @@ def watch(stack: Any, exchange: Exchange) -> None:
     previous = greenlet.settrace(trace)
     trace.previous = previous.previous if isinstance(previous, Watch) else previous
     _watches[thread] = trace
+
+
+def forget_devices() -> None:
+    """Exchange only the scopes from now on, in a forked child that cannot use CUDA."""
+    for trace in _watches.values():
+        trace.forget_devices()
 
 
 def is_running() -> bool:

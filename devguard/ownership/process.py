@@ -117,7 +117,6 @@ unguarded_contexts: set[int] = set()
 def disown() -> None:
     """Forget every owner and scope, in a forked child: of all threads only this one was copied."""
     local.stack.clear()
-    local.stack.forget_device()  # a query would initialise CUDA, which the child cannot
     process.own(None)
     unguarded_contexts.clear()
     forget()

@@ -7,6 +7,7 @@ Suspended coroutines and generators take their entries off the stack; see guards
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -172,6 +173,18 @@ def prepare_again() -> None:
     """Prepare each thread again the next time that it takes a device."""
     for stack in stacks():
         stack.take = _take_first
+
+
+def _forget_devices() -> None:
+    """Forget torch's functions in a forked child: the parent has initialised CUDA, so that each of them raises."""
+    for stack in stacks():
+        if stack.give_back is not _give_back_none:
+            stack.forget_device()
+            stack.give_back = greenlets.NO_DEVICES.back
+    greenlets.forget_devices()
+
+
+os.register_at_fork(after_in_child=_forget_devices)
 
 
 class JudgePending(Protocol):

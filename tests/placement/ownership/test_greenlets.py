@@ -75,3 +75,27 @@ print("done")
 def test_greenlets_do_not_see_each_others_device(run_simulated: Callable[..., Any], patch: str, order: str) -> None:
     program = order.format(patch=patch) + PROGRAM
     assert run_simulated(program, gpus=4).stdout == "done\n"
+
+
+@pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES)
+def test_greenlets_of_a_forked_child_have_their_own_scopes(run_simulated: Callable[..., Any], patch: str) -> None:
+    """After the fork CUDA does not work, and torch raises where the current device is asked for."""
+    program = f"""
+{patch}
+import contextlib, os, torch, devguard
+with devguard.guard(1):
+    sleep(0)
+
+def check(scope, owner):
+    with scope:
+        for _ in range(3):
+            sleep(0)
+            assert str(devguard.owner()) == owner, (devguard.owner(), owner)
+
+pid = os.fork()
+if pid == 0:
+    wait([spawn(check, devguard.guard("cpu"), "cpu"), spawn(check, contextlib.nullcontext(), "None")])
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    assert run_simulated(program, gpus=4).stderr == ""
