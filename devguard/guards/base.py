@@ -66,6 +66,11 @@ class Scope:
         """The parameter of a decorated function that holds the device; None if none does."""
         return None
 
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the owner is known before a call."""
+        return True
+
     def resolved(self, parameter: Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
         """Return this scope with its owner known, for one call of a decorated function."""
         return self
@@ -76,9 +81,15 @@ class Scope:
         After the outermost call, also look for contexts that no door explains.
         """
         self.look_after(function)
-        if type(result) in returned.PLAIN or not returned.is_later(result):
+        try:
+            if type(result) in returned.PLAIN or not returned.is_later(result):
+                return result
+            return returned.within(self, result, function)
+        except Exception as error:  # noqa: BLE001 - the call has worked, and its result must not be lost
+            if returned.is_later(result):
+                name = getattr(function, "__qualname__", type(function).__name__)
+                warn_user(f"What {name} returned runs outside {self!r}: {type(error).__name__}: {error}")
             return result
-        return returned.within(self, result, function)
 
     def look_after(self, function: Callable[..., Any]) -> None:
         """Look for contexts that no door explains, if the call of a decorated function that ends was the outermost."""

@@ -29,6 +29,9 @@ class DecoratingScope(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
 
+    @property
+    def is_resolved(self) -> bool: ...
+
     def resolved(
         self, parameter: Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> DecoratingScope: ...
@@ -83,9 +86,11 @@ def _is(kind: Callable[[object], bool], function: Any) -> bool:
 
 
 def _function(scope: DecoratingScope, function: Callable[..., Any], parameter: Parameter | None) -> Any:
+    is_resolved = scope.is_resolved  # else once for a call, and for the code that it may return
+
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        within = scope if parameter is None else scope.resolved(parameter, args, kwargs)
+        within = scope if is_resolved else scope.resolved(parameter, args, kwargs)
         with within:
             result = function(*args, **kwargs)
         return within.after_call(function, result)
@@ -136,7 +141,8 @@ def decorate_async_generator(scope: DecoratingScope, function: Callable[..., Any
                 try:
                     sent = yield item
                 except GeneratorExit:
-                    await steps.drive(inner.aclose())
+                    step = inner.aclose()  # the step before refers to the generator
+                    await steps.drive(step)
                     raise
                 except BaseException as error:  # noqa: BLE001 - whatever is thrown in belongs to the generator
                     step = inner.athrow(error)

@@ -121,6 +121,11 @@ class guard(Scope):
         """Return whether this scope requests a door that acts on request only: by its name."""
         return self.names(door)
 
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the owner is known before a call."""
+        return self._owner is not UNKNOWN
+
     def resolved(self, parameter: Parameter | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scope:
         """Return this scope with its owner known, for one call of a decorated function."""
         if self._owner is not UNKNOWN:
