@@ -2,7 +2,8 @@
 
 The device is read from what a caller passes, so the signature of the callable that is really called counts. A wrapper
 that takes ``*args`` and ``**kwargs`` may add, drop or reorder arguments, so the signature of the function that it wraps
-counts only where the wrapper passes them on unchanged. Where that cannot be shown, decorating fails.
+counts only where the wrapper passes them on unchanged, to that very function. Where that cannot be shown, decorating
+fails.
 """
 
 from __future__ import annotations
@@ -143,33 +144,73 @@ def _passes_on(wrapper: Callable[..., Any]) -> bool:
 
 
 def _is_transparent(wrapper: Callable[..., Any]) -> bool:
-    """Return whether the source of a wrapper shows that each call in it that gets its arguments gets just those."""
+    """Return whether the source of a wrapper shows that the function it wraps gets just the wrapper's arguments.
+
+    So each use of that function, of ``*args`` and of ``**kwargs`` must be one that changes nothing.
+    """
     try:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(wrapper.__code__))).body
     except (OSError, SyntaxError, ValueError, TypeError):
         return False
     if not isinstance(definition, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return False
-    args, kwargs = definition.args.vararg, definition.args.kwarg
-    assert args is not None
-    assert kwargs is not None
-    uses = [n for n in ast.walk(definition) if isinstance(n, ast.Name) and n.id in (args.arg, kwargs.arg)]
-    passed = [
-        name
-        for call in ast.walk(definition)
-        if isinstance(call, ast.Call) and len(call.args) == len(call.keywords) == 1
-        for name in _unpacked(call, args.arg, kwargs.arg)
-    ]
-    harmless = {id(node) for node in uses if node.id == args.arg and isinstance(node.ctx, ast.Load)}
-    starred = {id(n.value) for n in ast.walk(definition) if isinstance(n, ast.Starred)}
-    allowed = {id(name) for name in passed} | (harmless - starred)
+    assert definition.args.vararg is not None
+    assert definition.args.kwarg is not None
+    args, kwargs = definition.args.vararg.arg, definition.args.kwarg.arg
+    callees = _names_of_wrapped(wrapper)
+    nodes = [node for statement in definition.body for node in ast.walk(statement)]
+    names = {args, kwargs, *callees}
+    if any(names & _bound(node) for node in nodes):
+        return False
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    passed = [name for call in calls for name in _passed(call, callees, args, kwargs)]
+    allowed = {id(name) for name in passed} | _read(nodes, callees, args)
+    uses = [node for node in nodes if isinstance(node, ast.Name) and node.id in names]
     return bool(passed) and all(id(name) in allowed for name in uses)
 
 
-def _unpacked(call: ast.Call, args: str, kwargs: str) -> list[ast.Name]:
-    """Return the two names of ``function(*args, **kwargs)``; nothing for another call."""
-    first, second = call.args[0], call.keywords[0]
-    if not isinstance(first, ast.Starred) or second.arg is not None:
+def _names_of_wrapped(wrapper: Any) -> set[str]:
+    """Return the names by which the code of a wrapper reaches the very function that it wraps."""
+    function = getattr(wrapper, "__func__", wrapper)
+    code = function.__code__
+    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+    found = set()
+    for name in {*code.co_freevars, *code.co_names}:
+        try:
+            value = cells[name].cell_contents if name in cells else function.__globals__[name]
+        except (KeyError, ValueError):  # a built-in name or an attribute, or a cell without a value
+            continue
+        if value is function.__wrapped__:
+            found.add(name)
+    return found
+
+
+def _bound(node: ast.AST) -> set[str]:
+    """Return the names that a node binds, apart from assignments: nested functions and their parameters, imports."""
+    if isinstance(node, (ast.Global, ast.Nonlocal)):
+        return set(node.names)
+    fields = () if isinstance(node, ast.keyword) else ("name", "asname", "arg", "rest")
+    return {name for field in fields if isinstance(name := getattr(node, field, None), str)}
+
+
+def _passed(call: ast.Call, callees: set[str], args: str, kwargs: str) -> list[ast.Name]:
+    """Return the three names of ``function(*args, **kwargs)``; nothing for another call."""
+    if not len(call.args) == len(call.keywords) == 1 or call.keywords[0].arg is not None:
         return []
-    names = [node for node in (first.value, second.value) if isinstance(node, ast.Name)]
-    return names if [name.id for name in names] == [args, kwargs] else []
+    first = call.args[0]
+    parts = (call.func, first.value if isinstance(first, ast.Starred) else None, call.keywords[0].value)
+    names = [node for node in parts if isinstance(node, ast.Name)]
+    is_exact = len(names) == 3 and names[0].id in callees and [name.id for name in names[1:]] == [args, kwargs]
+    return names if is_exact else []
+
+
+def _read(nodes: list[ast.AST], callees: set[str], args: str) -> set[int]:
+    """Return the identities of the names that are only read: a function's own name, and arguments that are logged."""
+    found = {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in functools.WRAPPER_ASSIGNMENTS}
+    found |= {id(node.value) for node in nodes if isinstance(node, ast.FormattedValue)}
+    for node in nodes:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            found.update(id(value) for value in node.value.args if isinstance(value, ast.Name) and value.id == args)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("len", "repr", "str"):
+            found.update(id(value) for value in node.args)
+    return found

@@ -126,8 +126,165 @@ class Callable_:
         return self.function("context", *args, **kwargs)
 
 
+def binds(function: Any) -> Any:
+    bound = functools.partial(function, "config")
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return bound(*args, **kwargs)
+
+    return wrapper
+
+
+def binds_inside(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return functools.partial(function, "config")(*args, **kwargs)
+
+    return wrapper
+
+
+def binds_by_attribute(function: Any) -> Any:
+    holder = mock.Mock(call=functools.partial(function, "config"))
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return holder.call(*args, **kwargs)
+
+    return wrapper
+
+
+def binds_again(function: Any) -> Any:
+    original = function
+    function = functools.partial(function, "config")
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def binds_at_the_call(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        nonlocal function
+        function = functools.partial(function, "config")
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def shadows(function: Any) -> Any:
+    bound = functools.partial(function, "config")
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        def call(function: Any) -> Any:
+            return function(*args, **kwargs)
+
+        return call(bound) or function(*args, **kwargs)
+
+    return wrapper
+
+
+def has_an_alias(function: Any) -> Any:
+    bound = functools.partial(function, "config")
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        same = args
+        return bound(*same) if same else function(*args, **kwargs)
+
+    return wrapper
+
+
+def names_an_alias(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        print(same := args)
+        return function("config", *same) if same else function(*args, **kwargs)
+
+    return wrapper
+
+
+def hands_out(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        call = function
+        return call("config", args[0]) if args else function(*args, **kwargs)
+
+    return wrapper
+
+
+def calls_it_otherwise_too(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function("config", args[0]) if args else function(*args, **kwargs)
+
+    return wrapper
+
+
+def passes_to_a_helper(function: Any) -> Any:
+    def helper(args: Any) -> Any:
+        return function("config", *args)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return helper(args) if args else function(*args, **kwargs)
+
+    return wrapper
+
+
+def loops(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        for args in (("config", 2),):  # noqa: B007
+            logging.debug("called")
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def copies_names(function: Any) -> Any:
+    def other(*args: Any, **kwargs: Any) -> Any:
+        return work("config", *args, **kwargs)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return other(*args, **kwargs)
+
+    return wrapper
+
+
+def passes_on_global(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return work(*args, **kwargs)
+
+    return wrapper
+
+
+def names_it(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > 5:
+            raise ValueError(f"{function.__name__} got {len(args)} arguments")
+        print(function.__qualname__, args, repr(args))
+        logging.debug(f"called with {args}")
+
+        def again() -> Any:
+            return function(*args, **kwargs)
+
+        return again()
+
+    return wrapper
+
+
 MAY_CHANGE: list[Callable[[Any], Any]] = [
     prepends, drops, reorders, supplies, changes, hands_over, rebinds, takes_none, by_wrapt, Callable_,
+    binds, binds_inside, binds_by_attribute, binds_again, binds_at_the_call, shadows, has_an_alias, names_an_alias,
+    hands_out, calls_it_otherwise_too, passes_to_a_helper, loops, copies_names,
 ]  # fmt: skip
 
 
@@ -150,6 +307,7 @@ def test_below_such_a_wrapper_the_guard_reads_what_the_function_gets(decorator: 
     [
         passes_on,
         logs,
+        names_it,
         functools.lru_cache,
         lambda f: passes_on(logs(passes_on(f))),
         mock.patch("os.sep", ";"),
@@ -171,6 +329,12 @@ def test_a_wrapper_that_passes_its_arguments_on_is_seen_through(decorator: Any, 
     decorated(1, 2), decorated(1, gpu_id=4), decorated(1)
     assert list(dict.fromkeys(seen)) == [("own", 2), ("own", 4), ("own", 5)]
     assert [index for _, index in cuda.calls if index][:1] == [2]
+
+
+def test_the_wrapped_function_may_be_a_global_name(cuda: FakeCuda) -> None:
+    assert scoped(passes_on_global(work))(1, 2) == (2, "cuda:2")
+    with pytest.raises(ConfigError, match="below that decorator"):
+        scoped(passes_on_global(lambda first, gpu_id: None))
 
 
 def test_the_mocks_that_patch_appends_change_no_position(cuda: FakeCuda) -> None:
