@@ -35,7 +35,7 @@ _NATIVE = (types.CoroutineType, types.GeneratorType, types.AsyncGeneratorType)
 _LATER = frozenset(_NATIVE)
 _reported: set[str] = set()
 _MAX_REPORTS = 256
-# What suspended code holds whose steps are gone: the entries of its scopes, and its device.
+# The entries of its scopes and the device that suspended code holds, where its steps are gone.
 _left: weakref.WeakKeyDictionary[Any, tuple[list[Entry], int]] = weakref.WeakKeyDictionary()
 
 
@@ -57,7 +57,7 @@ def _defines(kind: type, name: str) -> bool:
 
 
 def within(scope: DecoratingScope, result: Any, function: Any) -> Any:
-    """Return `result`, the code that `function` returned, such that it runs inside `scope`, whose owner is known."""
+    """Return `result`, the code that `function` returned, such that it runs inside `scope` (resolved already)."""
     kind = type(result)
     if issubclass(kind, contextlib._GeneratorContextManager):
         return _enclosed(scope, result, decorate_generator)
@@ -71,7 +71,7 @@ def within(scope: DecoratingScope, result: Any, function: Any) -> Any:
 
 
 def _enclosed(scope: DecoratingScope, manager: Any, decorate: Callable[..., Any]) -> Any:
-    """Return a context manager whose generator runs inside `scope`, as do those that it makes as a decorator."""
+    """Return a context manager of which the generator runs inside `scope`, as do those that it makes as a decorator."""
     made = copy.copy(manager)
     made.gen = _around(scope, manager.gen)
     made.func = decorate(scope, manager.func, None)
@@ -206,7 +206,7 @@ def _report(scope: DecoratingScope, kind: type, function: Any) -> None:
         _reported.add(name)
         is_task = _defines(kind, "get_coro")
         what = type.__getattribute__(kind, "__name__")
-        runs = "which an event loop steps" if is_task else "whose code runs when it is awaited,"
+        runs = "which an event loop steps" if is_task else "which runs when it is awaited,"
         remedy = (
             f"make the task with asyncio.create_task({scope!r}.run(coroutine))"
             if is_task
