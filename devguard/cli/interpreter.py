@@ -1,7 +1,8 @@
 """The Python of a program that ``devguard run`` is about to start, and whether devguard can guard it.
 
 The interpreter is asked for the versions that it finds, with the program's own flags (``-S``, ``-I``, ``-E``). It
-imports neither torch nor the program. A program that is neither Python nor a Python script is not examined.
+imports neither torch nor the program, nor anything of the working folder. A program that is neither Python nor a
+Python script is not examined.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from devguard._version import __version__
+from devguard.support.strictness import is_strict
+from devguard.support.terminal import complain
 
 __all__ = ["find", "find_problem", "Interpreter"]
 
@@ -23,26 +26,41 @@ OLDEST_PYTHON = (3, 10)
 OLDEST = {"torch": (2, 6), "wrapt": (2, 0)}
 FLAGS = "SIEsP"  # the flags of Python that decide what it can import
 
-# What matters about a program's Python; written for any version of Python 3.
+# What matters about a program's Python; written for any version of Python 3. The modules of Python and the packages are
+# imported without the working folder, where a file may have any name; what lies there is only looked for.
 PROBE = """
-import json, sys
-{path}
+import sys
+path = sys.path[:]
+sys.path[:] = [each for each in path if each != ""]
+if not {sees_cwd}:
+    path = sys.path
+import json
 found = {{"python": list(sys.version_info[:2])}}
 try:
-    from importlib import metadata, util
-    for name in ("torch", "wrapt", "torch-devguard"):
+    from importlib import machinery, metadata, util
+    found["entry"] = False
+    for each in metadata.distributions(path=path):
         try:
-            found[name] = metadata.version(name)
+            name = each.metadata["Name"]
+            if name in ("torch", "wrapt", "torch-devguard"):
+                found.setdefault(name, each.version)
+            found["entry"] |= any(e.group == "torch.backends" and e.name == "devguard" for e in each.entry_points)
         except Exception:
-            found[name] = None
+            pass  # a damaged package, often of something else
     for name in ("torch", "wrapt", "devguard"):
-        found["can import " + name] = util.find_spec(name) is not None
-    found["entry"] = any(each.name == "devguard" for each in metadata.entry_points(group="torch.backends"))
+        installed = util.find_spec(name) is not None
+        found["can import " + name] = installed or machinery.PathFinder.find_spec(name, path) is not None
+        try:
+            if installed and name != "torch":
+                __import__(name)
+        except BaseException as error:
+            found["can import " + name] = False
+            found["failure of " + name] = type(error).__name__ + ": " + str(error)
 except Exception as error:
     found["error"] = repr(error)
+print()
 print(json.dumps(found))
 """
-WITHOUT_CWD = 'sys.path[:] = [each for each in sys.path if each != ""]'  # a script sees its own folder instead
 
 
 class Interpreter(NamedTuple):
@@ -116,17 +134,38 @@ def _of_script(path: str) -> Interpreter | None:
 
 
 def find_problem(python: Interpreter, environ: Mapping[str, str]) -> str | None:
-    """Return why devguard cannot guard what this Python runs, and what to do; None if it can."""
-    code = PROBE.format(path="" if python.sees_cwd else WITHOUT_CWD)
-    command = [python.path, *python.flags, "-c", code]
+    """Return why devguard cannot guard what this Python runs, and what to do; None if it can.
+
+    A Python that does not answer is left to the program, with a warning; a strict process does not go on without one.
+    """
+    name = " ".join([python.path, *python.flags])
     try:
-        done = subprocess.run(
-            command, env=dict(environ), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT
-        )
-        found = json.loads(done.stdout.strip().rpartition("\n")[2]) if done.returncode == 0 else None
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        return None  # The program itself will show what is wrong with its Python.
-    return None if found is None else _judge(found, " ".join([python.path, *python.flags]))
+        return _judge(_ask(python, environ), name)
+    except (OSError, LookupError, TypeError, ValueError, subprocess.TimeoutExpired) as error:
+        problem = f"{name} does not tell whether devguard can guard it ({error})."
+    if is_strict(environ):
+        return problem
+    complain(f"devguard run: warning: {problem} The program is started; devguard.status() in it shows whether it is.")
+    return None
+
+
+def _ask(python: Interpreter, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the interpreter answers."""
+    command = [python.path, *python.flags, "-c", PROBE.format(sees_cwd=python.sees_cwd)]
+    done = subprocess.run(
+        command, env=dict(environ), stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
+        timeout=LIMIT,
+    )  # fmt: skip
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2]
+        raise ValueError(f"it ended with status {done.returncode}{last and ': '}{last}")
+    try:
+        found = json.loads(done.stdout.strip().rpartition("\n")[2])
+    except (ValueError, RecursionError):
+        raise ValueError("its answer cannot be read") from None
+    if not isinstance(found, dict):
+        raise ValueError("its answer cannot be read")
+    return found
 
 
 def _judge(found: Mapping[str, Any], python: str) -> str | None:
@@ -137,9 +176,11 @@ def _judge(found: Mapping[str, Any], python: str) -> str | None:
         return f"{python} cannot tell what is installed: {found['error']}."
     for name, requirement in (("torch", "torch>=2.6"), ("wrapt", "wrapt>=2"), ("devguard", "torch-devguard")):
         if not found[f"can import {name}"]:
-            return f"{python} cannot import {name}. {_advise(requirement, python)}"
+            failure = found.get(f"failure of {name}", "")
+            why = f" ({failure})" if failure else ""
+            return f"{python} cannot import {name}{why}. {_advise(requirement, python)}"
     for name, oldest in OLDEST.items():
-        numbers = re.match(r"(\d+)\.(\d+)", found[name] or "")
+        numbers = re.match(r"(\d+)\.(\d+)", found.get(name) or "")
         if numbers and (int(numbers[1]), int(numbers[2])) < oldest:
             least = ".".join(map(str, oldest))
             return f"{python} has {name} {found[name]}, and devguard needs {least} or newer. {_advise(name, python)}"
@@ -148,7 +189,7 @@ def _judge(found: Mapping[str, Any], python: str) -> str | None:
             f"{python} can import devguard, but it is not installed there, so torch does not load it. "
             f"{_advise('torch-devguard', python)}"
         )
-    if found["torch-devguard"] not in (None, __version__):
+    if found.get("torch-devguard") not in (None, __version__):
         return (
             f"{python} has devguard {found['torch-devguard']}, and this command belongs to {__version__}. Use the "
             f"command of that environment: {python} -m devguard run ..."

@@ -146,3 +146,82 @@ def test_a_python_that_does_not_answer_is_left_to_the_program(tmp_path: Path, te
     python.chmod(0o755)
     assert interpreter.find_problem(Interpreter(str(python), (), False), os.environ) is None
     assert subprocess.run([python], capture_output=True).stderr == b""
+
+
+@pytest.mark.parametrize("sees_cwd", [False, True])
+def test_the_probe_executes_nothing_of_the_working_folder(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sees_cwd: bool
+) -> None:
+    for name, found in GOOD.items():
+        package(tmp_path / "site", name, *found)
+    (tmp_path / "here").mkdir()
+    for name in {*sys.stdlib_module_names, "torch", "wrapt", "devguard"} - {"sys"}:
+        (tmp_path / f"here/{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\n")
+    monkeypatch.chdir(tmp_path / "here")
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path / "site")}
+    assert interpreter.find_problem(Interpreter(str(bare / "bin/python"), (), sees_cwd), environ) is None
+    assert not (tmp_path / "ran").exists()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_package_of_the_working_folder_counts_where_the_program_sees_it(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, found in GOOD.items():
+        package(tmp_path, name, *found)
+    monkeypatch.chdir(tmp_path)
+    python, environ = str(bare / "bin/python"), {"PATH": os.environ["PATH"]}
+    assert interpreter.find_problem(Interpreter(python, (), True), environ) is None
+    assert "cannot import torch" in str(interpreter.find_problem(Interpreter(python, (), False), environ))
+
+
+@pytest.mark.parametrize("name", ["wrapt", "devguard"])
+@pytest.mark.parametrize("text", ["raise ImportError('broken')", "raise SystemExit('broken')", "1 / 0  # broken"])
+def test_a_package_that_cannot_be_imported_is_noticed(bare: Path, tmp_path: Path, name: str, text: str) -> None:
+    for each, found in GOOD.items():
+        package(tmp_path, each, *found)
+    (tmp_path / f"{name}/__init__.py").write_text(f"print('loading', end='')\n{text}\n")
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}
+    problem = str(interpreter.find_problem(Interpreter(str(bare / "bin/python"), (), False), environ))
+    error = {"r": "broken", "1": "ZeroDivisionError: division by zero"}[text[0]]
+    assert f"cannot import {name} (" in problem
+    assert error in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("echo no such library >&2; exit 3", "status 3: no such library"),
+        ("echo '{'", "its answer cannot be read"),
+        ("echo 1", "its answer cannot be read"),
+        ("echo '[]'", "its answer cannot be read"),
+        ("echo '{}'", "does not tell"),
+        ("""echo '{"python": 3}'""", "does not tell"),
+        ("printf '\\377'", "its answer cannot be read"),
+        ("kill -9 $$", "status -9"),
+    ],
+)
+def test_a_python_that_does_not_answer_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, why: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{text}\n")
+    python.chmod(0o755)
+    found = Interpreter(str(python), (), False)
+    assert interpreter.find_problem(found, {}) is None
+    err = capsys.readouterr().err
+    assert err.startswith(f"devguard run: warning: {python} does not tell whether devguard can guard it (")
+    assert why in err
+    assert why in str(interpreter.find_problem(found, {"DEVGUARD_STRICT": "1"}))
+
+
+def test_a_damaged_package_does_not_hide_the_others(bare: Path, tmp_path: Path) -> None:
+    for name, found in GOOD.items():
+        package(tmp_path, name, *found)
+    for name, text in (("aaa-1.dist-info", None), ("bbb-1.dist-info", b"\xff\xfe"), ("zzz-1.dist-info", b"")):
+        (tmp_path / name).mkdir()
+        if text is not None:
+            (tmp_path / name / "METADATA").write_bytes(text)
+            (tmp_path / name / "entry_points.txt").write_bytes(text or b"[[")
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}
+    assert interpreter.find_problem(Interpreter(str(bare / "bin/python"), (), False), environ) is None
