@@ -7,6 +7,7 @@ imports torch, rich and other large packages.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -19,7 +20,7 @@ from devguard.support.terminal import complain, printable
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 __all__ = ["main"]
 
@@ -41,6 +42,13 @@ class _Parser(argparse.ArgumentParser):
         """Print a message that quotes the command line, which may hold anything."""
         super().error(printable(message, keep="\n"))
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help or an error; argparse would ignore that standard output cannot be written."""
+        if message and file is not None and file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the ``devguard`` command line.
@@ -56,6 +64,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 if all is well, 1 if there is a problem, 2 for bad usage or bad configuration.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:  # The reader of the output, such as `head`, has ended.
+        _drop_output()
+    except OSError as error:
+        is_output = _drop_output()
+        what = "standard output cannot be written: " if is_output else ""
+        name = " ".join(["devguard", *[word for word in arguments if word in COMMANDS][:1]])
+        complain(f"{name}: {what}{_explain(error)}")
+    return 1
+
+
+def _run(arguments: list[str]) -> int:
+    """Read the arguments, and run the command that they name."""
     parser = _Parser(
         prog="devguard",
         description="Keeps each process of a multi-GPU PyTorch program on its own GPU, and names the line of code that "
@@ -64,10 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"devguard {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     chosen = next((a for a in arguments if not a.startswith("-")), None)
+    usage: argparse.ArgumentParser = parser  # that of the command, once it is known
     words: list[str] | None = None  # of the program that devguard runs
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == chosen:
+            usage = command
             module = importlib.import_module(f"devguard.cli.{name}")
             module.configure(command)
             command.set_defaults(run=module.run)
@@ -75,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 before = arguments.index(chosen) + 1
                 own, words = program.split(command, arguments[before:])
                 arguments = [*arguments[:before], *own]
-    parsed = parser.parse_args(arguments)
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        usage.error(f"unrecognized arguments: {' '.join(unknown)}")
     if words is not None:
         parsed.program = words
     if parsed.command is None:
@@ -83,16 +113,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         status: int = parsed.run(parsed)
-        sys.stdout.flush()
     except DevGuardError as error:
         complain(f"devguard {parsed.command}: {error}")
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # The reader of the output, such as `head`, has ended. Python must not flush it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "it is closed")
     return status
+
+
+def _drop_output() -> bool:
+    """Discard what standard output still holds, so that Python does not write it again at its end.
+
+    Return whether standard output is what cannot be written.
+    """
+    if sys.stdout is None:
+        return True
+    try:
+        print(flush=True)  # A flush alone writes nothing where the text that failed is gone from the buffer.
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _explain(error: OSError) -> str:
+    where = f": {error.filename}" if error.filename is not None else ""
+    return f"{error.strerror or error}{where}"
 
 
 if __name__ == "__main__":

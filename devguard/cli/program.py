@@ -10,10 +10,11 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 
+from devguard.errors import ConfigError
 from devguard.support.notices import flush
 from devguard.support.terminal import complain
 
-__all__ = ["become", "find", "name_options", "split"]
+__all__ = ["become", "find", "name_options", "refuse_empty", "split"]
 
 NOT_FOUND, NOT_RUNNABLE = 127, 126  # the exit statuses of a shell
 
@@ -58,6 +59,13 @@ def name_options(message: str, given: Mapping[str, tuple[str, str | None]]) -> s
         ):
             message = message.replace(known, shown)
     return message
+
+
+def refuse_empty(given: Mapping[str, str | None]) -> None:
+    """Raise `ConfigError` for an option with an empty value, often of a variable that is not set."""
+    for option, value in given.items():
+        if value is not None and not value.strip():
+            raise ConfigError(f"{option} has an empty value. Give it a value, or leave out {option}.")
 
 
 def find(command: str, program: str) -> str | None:

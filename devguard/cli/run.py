@@ -50,6 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Set the environment, and replace this process with the program."""
+    program.refuse_empty({**dict(_given(arguments).values()), "--output": arguments.output})
     command: list[str] = arguments.program
     if not command:
         raise ConfigError(f"no program given; name a program to run, after the options\nusage: {USAGE}")

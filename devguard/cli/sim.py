@@ -14,6 +14,7 @@ from devguard.support.terminal import complain, printable, show, show_json
 __all__ = ["configure", "run"]
 
 POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+MOST_DIGITS = 40  # of a size; a float holds no number of some hundred digits
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the program (this process becomes it), show a state file, or prepare the simulation."""
     from devguard.simgpu import launch
 
+    program.refuse_empty({f"--{name}": getattr(arguments, name) for name in ("torch", "memory", "state", "log")})
     arguments.gpus = 2 if arguments.gpus is None else arguments.gpus
     try:
         launch.checked(arguments.gpus, None)
@@ -154,7 +156,8 @@ def _check_memory(text: str) -> int:
 
 
 def _parse_size(text: str) -> int:
-    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if parts is None:
-        raise SimulationError(f"--memory {text}: this is not a size. Valid: a size such as 8G, 512M or 8589934592.")
+    parts = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if parts is None or len(parts[1]) > MOST_DIGITS:
+        shown = text if len(text) <= MOST_DIGITS else f"{text[:MOST_DIGITS]}..."
+        raise SimulationError(f"--memory {shown}: this is not a size. Valid: a size such as 8G, 512M or 8589934592.")
     return int(float(parts[1]) * 2 ** POWERS[parts[2].upper()])

@@ -201,3 +201,16 @@ def test_a_program_that_would_run_unguarded_is_not_started(tmp_path: Path, flag:
     assert f"{python} would run unguarded, so it was not started: {python} {flag} cannot import torch" in done.stderr
     done = subprocess.run([*command[:4], "--mode", "off", *command[4:]], env=environ, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "ran\n")
+
+
+@pytest.mark.parametrize("option", ["--mode", "--device", "--doors", "--log", "--output"])
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_value_is_refused(
+    ran: list[list[str]], capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    for words in ([option, value], [f"{option}={value}"], ["--trace-contexts", option, value]):
+        assert cli.main(["run", *words, "true"]) == 2
+        assert capsys.readouterr().err == (
+            f"devguard run: {option} has an empty value. Give it a value, or leave out {option}.\n"
+        )
+    assert ran == []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from devguard import cli
 from tests.helpers.simulated import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="simulated GPUs exist for Linux only")
@@ -100,3 +101,17 @@ def test_help_does_not_import_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("False\n")
     assert "devguard sim [options] -- COMMAND" in done.stdout
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 400 + "G", "9" * 5000, "1." + "0" * 5000, "\u0663G", "1e400"])
+def test_a_size_of_many_digits_is_refused(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    assert cli.main(["sim", "--memory", text, "true"]) == 2
+    err = capsys.readouterr().err
+    assert "this is not a size. Valid: a size such as 8G" in err
+    assert len(err) < 300
+
+
+@pytest.mark.parametrize("option", ["--torch", "--memory", "--state", "--log"])
+def test_an_empty_value_is_refused(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    assert cli.main(["sim", option, "", "true"]) == 2
+    assert f"{option} has an empty value" in capsys.readouterr().err
