@@ -13,7 +13,6 @@ from typing import Any
 
 from devguard.guards import unwind
 from devguard.ownership.stack import Entry, Stack, local
-from devguard.support import accelerator
 
 __all__ = ["Steps", "unregistered"]
 
@@ -104,8 +103,9 @@ class Steps:
         A scope that takes no device leaves the one outside current, and gives it back only where `inner` has moved it.
         """
         held, self._held = self._held, []
+        current = stack.take(self._device) if self._device >= 0 else stack.read()
         if outside < 0:
-            outside = stack.read()
+            outside = current
             for position, (within, owner, previous) in enumerate(held):
                 if previous >= 0:  # the lowest that took a device gives back the one that is current outside now
                     held[position] = (within, owner, outside)
@@ -113,8 +113,6 @@ class Steps:
         if held:
             stack.extend(held)
             stack.judged = None
-        if self._device >= 0:
-            accelerator.bind().to(self._device)
         return outside
 
     def _suspend(self, stack: Stack, depth: int, outside: int, ends: bool, failing: bool) -> None:
@@ -136,7 +134,7 @@ class Steps:
             inside = stack.read()
             self._device = inside if inside != max(outside, 0) or self._held else -1
             if inside >= 0 and inside != outside:
-                accelerator.bind().back(max(outside, 0))  # before CUDA was initialised, device 0 was current
+                stack.give_back(max(outside, 0))  # before CUDA was initialised, device 0 was current
         if stack.changes:
             if ends:
                 unwind.judge_changes(stack, entry, inside, failing)

@@ -74,16 +74,23 @@ def _take_first(index: int) -> int:
     except BaseException:  # an interrupt, before any entry would give the device back
         exchange.back(previous)
         raise
-    stack = local.stack
-    stack.take, stack.give_back, stack.read = exchange.to, exchange.back, exchange.read
-    greenlets.watch(None if _PER_GREENLET else stack, exchange)
+    _bind(local.stack, exchange)
     return previous
 
 
-def _give_back_none(index: int) -> int:
-    """Give nothing back: this thread has taken no device."""
-    assert index < 0, "a device was given back before one was taken"
-    return -1
+def _give_back_first(index: int) -> int:
+    """Give a device back on a thread that has taken none: a coroutine that took it elsewhere goes on here."""
+    if index < 0:
+        return -1
+    exchange = accelerator.bind()
+    _bind(local.stack, exchange)
+    return exchange.back(index)
+
+
+def _bind(stack: Stack, exchange: accelerator.Exchange) -> None:
+    """Let torch's own functions exchange the device of this thread from now on."""
+    stack.take, stack.give_back, stack.read = exchange.to, exchange.back, exchange.read
+    greenlets.watch(None if _PER_GREENLET else stack, exchange)
 
 
 def _read_if_initialized() -> int:
@@ -100,7 +107,7 @@ class Stack(list[Entry]):
         At first a function that prepares the thread, then torch's own.
     give_back : callable
         ``give_back(index) -> previous index``. Restores the device that was current before an entry took its own, and
-        returns the one that its code left current; for -1 it does nothing. Set by the first `take`.
+        returns the one that its code left current; for -1 it does nothing. Set to torch's own by the first `take`.
     read : callable
         ``read() -> index``. The current device; -1 before CUDA is initialised, which a query would do. Set by the first
         `take` to torch's own.
@@ -146,7 +153,7 @@ class Stack(list[Entry]):
         self.hidden: tuple[Entry, ...] = ()
         self.selected = False
         self.take: Callable[[int], int] = _take_first
-        self.give_back: Callable[[int], int] = _give_back_none
+        self.give_back: Callable[[int], int] = _give_back_first
         self.read: Callable[[], int] = _read_if_initialized
 
     def forget_device(self) -> None:

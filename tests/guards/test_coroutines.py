@@ -790,3 +790,29 @@ def test_a_scope_held_in_an_asynchronous_generator_is_suspended_with_it(cuda: Fa
         assert seen == [TWO, TWO, ONE]
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("scope", "home"), [(devguard.guard("cpu"), 0), (devguard.unguarded(), 0), (devguard.guard(3), 3)], ids=repr
+)
+def test_a_scope_held_in_a_generator_can_be_left_on_a_thread_that_has_taken_no_device(
+    cuda: FakeCuda, scope: Any, home: int
+) -> None:
+    @scope
+    def work() -> Iterator[Any]:
+        with devguard.guard(1):
+            yield where(cuda)
+            yield where(cuda)
+        yield cuda.current
+
+    steps = work()
+    seen: list[Any] = [next(steps)]
+
+    def go_on() -> None:
+        seen.extend(steps)
+        seen.append(cuda.current)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    thread.join()
+    assert seen == [ONE, ONE, home, 0]
