@@ -31,7 +31,7 @@ class unguarded(Scope):
         if unwind.is_entered(stack, self):
             unwind.enter_again(self, None, sys._getframe(1))
         else:
-            stack.append((self, None, -1))
+            stack.append((self, None, stack.take(-1)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from devguard.support.accelerator import Exchange
 from devguard.support.notices import alert
 
-__all__ = ["forget_devices", "is_running", "NO_DEVICES", "on_import", "register", "stop", "watch"]
+__all__ = ["forget_devices", "is_imported", "NO_DEVICES", "on_import", "register", "stop", "watch"]
 
 Trace = Callable[[str, Any], object]
 
@@ -60,20 +60,16 @@ class Watch:
     ----------
     stack : Stack or None
         The stack of the thread; None if each greenlet has one.
-    exchange : Exchange
-        Reads and restores the device.
+    exchange : Exchange or None
+        Reads and restores the device; None until the thread takes one.
     """
 
-    def __init__(self, stack: Any, exchange: Exchange) -> None:
+    def __init__(self, stack: Any, exchange: Exchange | None) -> None:
         self.stopped = False
         self.previous: Trace | None = None
+        self.exchange = exchange
         self._stack = stack
-        self._exchange = exchange
         self._suspended: weakref.WeakKeyDictionary[Any, Suspended] = weakref.WeakKeyDictionary()
-
-    def forget_devices(self) -> None:
-        """Exchange only the scopes from now on."""
-        self._exchange = NO_DEVICES
 
     def __call__(self, event: str, args: Any) -> None:
         if event in ("switch", "throw") and not self.stopped:
@@ -86,7 +82,8 @@ class Watch:
             self.previous(event, args)
 
     def _switch(self, origin: Any, target: Any) -> None:
-        device = self._exchange.read()
+        exchange = self.exchange
+        device = -1 if exchange is None else exchange.read()
         stack = self._stack
         left = _stacks.get(origin) if stack is None else stack
         entries = [] if left is None else left.copy()
@@ -94,14 +91,15 @@ class Watch:
         self._suspended[origin] = Suspended(device, entries, kept)
         state = self._suspended.pop(target, None)
         if state is None:
-            outside = next((previous for _, _, previous in entries if previous >= 0), device)
-            state = Suspended(outside, (), {name: make() for name, make in _FRESH.items()})
+            state = Suspended(-1, (), {name: make() for name, make in _FRESH.items()})
+        known = state.device  # -1: it has not run yet, or not since the thread has taken a device
+        resumed = known if known >= 0 else next((previous for _, _, previous in entries if previous >= 0), device)
         if stack is not None:
             stack[:] = state.entries
             for name, value in state.rest.items():
                 setattr(stack, name, value)
-        if state.device != device:
-            self._exchange.back(state.device)
+        if exchange is not None and resumed != device:
+            exchange.back(resumed)
 
 
 _watches: dict[int, Watch] = {}  # by the system's thread
@@ -115,14 +113,20 @@ def register(stack: Any) -> None:
         _stacks[greenlet.getcurrent()] = stack
 
 
-def watch(stack: Any, exchange: Exchange) -> None:
-    """Watch the greenlets of this thread, if ``greenlet`` is imported."""
-    greenlet: Any = sys.modules.get("greenlet")
-    if greenlet is None or not hasattr(greenlet, "settrace"):
+def is_imported() -> bool:
+    """Return whether this process can have greenlets."""
+    return "greenlet" in sys.modules
+
+
+def watch(stack: Any, exchange: Exchange | None) -> None:
+    """Watch the greenlets of this thread, from now on also its device if `exchange` is given."""
+    greenlet: Any = sys.modules["greenlet"]
+    if not hasattr(greenlet, "settrace"):  # it is being imported
         return
     thread = threading.get_native_id()
     known = _watches.get(thread)
     if known is not None and not known.stopped and greenlet.gettrace() is not None:
+        known.exchange = exchange or known.exchange
         return
     trace = Watch(stack, exchange)
     previous = greenlet.settrace(trace)
@@ -133,12 +137,7 @@ def watch(stack: Any, exchange: Exchange) -> None:
 def forget_devices() -> None:
     """Exchange only the scopes from now on, in a forked child that cannot use CUDA."""
     for trace in _watches.values():
-        trace.forget_devices()
-
-
-def is_running() -> bool:
-    """Return whether a greenlet runs in a thread that is watched, and not the thread itself."""
-    return bool(_watches) and sys.modules["greenlet"].getcurrent().parent is not None
+        trace.exchange = None
 
 
 def on_import(prepare_again: Callable[[], None]) -> None:

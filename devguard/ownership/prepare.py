@@ -46,7 +46,7 @@ def prepare(owner: Owner, mode_of: ModeOf = _no_mode) -> None:
         accelerator.bind()  # raises in a build without CUDA
         if owner.index >= accelerator.device_count():
             raise accelerator.out_of_range("the guard", owner.index)
-        greenlets.on_import(prepare_again)
+    greenlets.on_import(prepare_again)
     for look in tuple(on_prepare):
         look(owner, mode_of)
     owner.device = import_torch().device(owner.tag)

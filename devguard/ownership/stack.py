@@ -65,6 +65,7 @@ def _take_first(index: int) -> int:
     takes over: it ignores a negative index, so that the hot path needs no branch.
     """
     if index < 0:
+        _watch_greenlets(local.stack)
         return -1
     exchange = accelerator.bind()
     previous = exchange.choose(index)
@@ -90,7 +91,12 @@ def _give_back_first(index: int) -> int:
 def _bind(stack: Stack, exchange: accelerator.Exchange) -> None:
     """Let torch's own functions exchange the device of this thread from now on."""
     stack.take, stack.give_back, stack.read = exchange.to, exchange.back, exchange.read
-    greenlets.watch(None if _PER_GREENLET else stack, exchange)
+    _watch_greenlets(stack, exchange)
+
+
+def _watch_greenlets(stack: Stack, exchange: accelerator.Exchange | None = None) -> None:
+    if greenlets.is_imported():
+        greenlets.watch(None if _PER_GREENLET else stack, exchange)
 
 
 def _read_if_initialized() -> int:
@@ -177,15 +183,16 @@ def stacks() -> list[Stack]:
 
 
 def prepare_again() -> None:
-    """Prepare each thread again the next time that it takes a device."""
+    """Prepare each thread again the next time that it takes a device; watch the greenlets of this one now."""
     for stack in stacks():
         stack.take = _take_first
+    _watch_greenlets(local.stack)
 
 
 def _forget_devices() -> None:
     """Forget torch's functions in a forked child: the parent has initialised CUDA, so that each of them raises."""
     for stack in stacks():
-        if stack.give_back is not _give_back_none:
+        if stack.give_back is not _give_back_first:
             stack.forget_device()
             stack.give_back = greenlets.NO_DEVICES.back
     greenlets.forget_devices()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,47 @@ def test_each_greenlet_keeps_its_scope_and_device(cuda: FakeCuda, make: Callable
     assert not local.stack
 
 
+@pytest.mark.parametrize("scope", [devguard.guard("cpu"), devguard.unguarded()], ids=repr)
+def test_scopes_that_take_no_device_are_a_greenlets_own_too(cuda: FakeCuda, scope: Any) -> None:
+    devguard.install("cuda:2")
+    inside = "cpu" if isinstance(scope, devguard.guard) else "None"
+    seen: list[str] = []
+
+    def held() -> None:
+        with scope:
+            pause()
+            seen.append(str(devguard.owner()))
+
+    take_turns(held, lambda: seen.append(str(devguard.owner())))
+    assert seen == ["cuda:2", inside]
+    assert str(devguard.owner()) == "cuda:2"
+
+
+@pytest.mark.parametrize("first", [lambda: devguard.guard(2), devguard.owner, devguard.unguarded])
+def test_a_thread_keeps_the_scopes_that_a_greenlet_in_it_asks_for_first(
+    cuda: FakeCuda, first: Callable[[], Any]
+) -> None:
+    seen: list[str] = []
+
+    def inner() -> None:
+        scope = first()
+        if hasattr(scope, "__enter__"):
+            with scope:
+                pause()
+        else:
+            pause()
+
+    def work() -> None:
+        take_turns(inner)
+        seen.append(str(devguard.owner()))
+
+    with devguard.guard(1):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert seen == ["cuda:1"]
+
+
 def test_a_greenlet_that_starts_inside_a_scope_is_outside_of_it(cuda: FakeCuda) -> None:
     seen = []
     torch.cuda.set_device(4)
@@ -126,7 +168,7 @@ def test_a_device_that_cannot_be_read_is_told_and_breaks_no_greenlet(
 ) -> None:
     with devguard.guard(1):
         watch = greenlet.gettrace()
-        watch._exchange = None  # type: ignore[union-attr]
+        watch.exchange = object()  # type: ignore[union-attr]
         done: list[int] = []
         greenlet.greenlet(lambda: done.append(1)).switch()
     assert done == [1]

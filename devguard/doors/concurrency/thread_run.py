@@ -23,7 +23,7 @@ from devguard.ownership.stack import Stack, judge_pending, local
 from devguard.reporting.verdict import judge
 from devguard.support import accelerator, callsite
 
-__all__ = ["call_at_end", "call_forgotten", "end", "enter", "inherit", "is_running", "leave"]
+__all__ = ["call_at_end", "call_forgotten", "end", "enter", "inherit", "is_running", "leave", "take_over"]
 
 _DELETE = "_delete"
 
@@ -36,11 +36,18 @@ def inherit(stack: Stack) -> None:
     for thread in (threading._active.get(ident), *waiting):  # type: ignore[attr-defined]
         start = planned.get(id(thread)) if thread is not None and thread._ident == ident else None
         if start is not None:
-            stack.extend(start.entries)
-            stack.inherited = start
-            if not start.observed:
-                call_at_end(thread, judge_leftovers)
+            take_over(thread, start, stack)
             return
+
+
+def take_over(thread: Any, start: Start, stack: Stack) -> None:
+    """Put the scopes that a thread was started with on its stack, unless they lie there."""
+    if stack.inherited is start:
+        return
+    stack[:], stack.inherited = start.entries, start
+    stack.take(-1)  # greenlets are watched from now on
+    if not start.observed:
+        call_at_end(thread, judge_leftovers)
 
 
 def is_running(thread: Any) -> bool:

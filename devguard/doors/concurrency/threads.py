@@ -106,12 +106,11 @@ def _thread() -> Iterator[Replacement]:
         if plan is None:
             bootstrap(self)
             return
+        if greenlets.is_imported():  # the first to ask for the scopes may be a greenlet of this thread, and keep them
+            failures.safely(thread_run.take_over, self, plan, local.stack)
         if plan.observed:
             failures.safely(thread_run.call_at_end, self, functools.partial(thread_run.end, plan))
         elif plan.device >= 0:
-            if greenlets.is_running():  # its stack exists already, so nothing asks it to inherit
-                stack = local.stack
-                stack[:], stack.inherited = plan.entries, plan
             try:
                 set_device(plan.device)  # torch's own: the door set_device does not judge devguard
             except Exception as error:  # noqa: BLE001 - as in Failures.safely, without a further frame
