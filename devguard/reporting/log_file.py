@@ -11,30 +11,24 @@ If the file cannot be written, devguard says so once and the program goes on. ``
 from __future__ import annotations
 
 import gc
-import json
 import os
-import socket
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from devguard._version import __version__
 from devguard.ownership.owner import Owner
 from devguard.ownership.prepare import on_prepared
 from devguard.ownership.process import on_owner
 from devguard.ownership.stack import on_taken
 from devguard.reporting import process_state
-from devguard.reporting.append_file import AppendFile
 from devguard.reporting.journal import journal
 from devguard.reporting.rows import Key, Row, format_row
 from devguard.support import notices, process_exit
-from devguard.support.redaction import redact_command
+from devguard.support.process_file import SUFFIX, ProcessFile, encode, open_in
 
 __all__ = ["start", "SUFFIX"]
 
-SUFFIX = ".jsonl"
 FLUSH_INTERVAL_S = 1.0
 COUNTS = b'"count": %20d, "bytes": %20d}\n'  # at the end of a line; always of the same length up to 20 digits
 
@@ -55,7 +49,7 @@ class _Log:
 
     def _reset(self) -> None:
         self._pid = os.getpid()
-        self._file: AppendFile | None = None
+        self._file: ProcessFile | None = None
         self._rows = 0
         self._numbers: dict[Row, int] = {}  # each row that was written -> its number in the file
         self._counts_at: dict[Row, int | None] = {}  # the offsets of their counts
@@ -116,7 +110,7 @@ class _Log:
     def _write_row(self, key: Key, row: Row) -> None:
         line = {"stray": self._numbers[row], **format_row(key, row, *row.total()).as_dict()}
         counts = COUNTS % (line.pop("count"), line.pop("bytes"))
-        data = _encode(line)[:-2] + b", " + counts
+        data = encode(line)[:-2] + b", " + counts
         at = self._write(data)
         self._counts_at[row] = None if at is None else at + len(data) - len(counts)
 
@@ -162,8 +156,12 @@ class _Log:
                 row.remove(listener)
 
     def write_alert(self, text: str) -> None:
-        """Write a text of `notices.alert`."""
-        self._write({"alert": text, "time": time.time()})
+        """Write a text of `notices.alert`, once."""
+        if self._file is not None and not self._broken:
+            try:
+                self._file.write_alert(text)
+            except Exception as error:  # noqa: BLE001 - a log must not stop the program
+                self._give_up(error)
 
     def _write(self, line: dict[str, Any] | bytes | None) -> int | None:
         """Write a line, and return its offset if that is known; None only creates the file, if there is none yet."""
@@ -171,11 +169,10 @@ class _Log:
             return None
         try:
             if self._file is None:
-                self._file = AppendFile(self.folder / f"{socket.gethostname()}-{self._pid}-{time.time_ns()}{SUFFIX}")
+                self._file = open_in(self.folder)
                 self.where = str(self._file.path)
-                self._file.write(_encode({"process": self._describe_process()}))
             if line is not None:
-                return self._file.write(line if isinstance(line, bytes) else _encode(line))
+                return self._file.write(line if isinstance(line, bytes) else encode(line))
         except Exception as error:  # noqa: BLE001 - a log must not stop the program
             self._give_up(error)
         return None
@@ -185,11 +182,6 @@ class _Log:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         self.where = f"devguard cannot write its log to {self.folder}: {reason}."
         notices.alert(f"{self.where} Strays are kept in memory only.")
-
-    def _describe_process(self) -> dict[str, Any]:
-        process = {"pid": self._pid, "parent": os.getppid(), "host": socket.gethostname(), "command": _command()}
-        ranks = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK") if name in os.environ}
-        return {**process, **ranks, "time": time.time(), "devguard": __version__}
 
     def stop(self) -> None:
         """Write the remaining rows and the state of the process at its end, and close the file."""
@@ -212,15 +204,6 @@ class _Log:
             if self._file is not None:
                 self._file.close()
             self._broken = True
-
-
-def _command() -> str:
-    """Return the command line of the interpreter, which `multiprocessing` children have as well, without secrets."""
-    return redact_command(getattr(sys, "orig_argv", sys.argv))
-
-
-def _encode(line: dict[str, Any]) -> bytes:
-    return (json.dumps(line, default=str) + "\n").encode()
 
 
 _logs: dict[Path, _Log] = {}  # one file a process and folder, also where the doors open and close many times

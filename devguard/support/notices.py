@@ -8,6 +8,7 @@ is off, or only observes, although the program asked for it.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -62,6 +63,20 @@ def alert(text: str) -> None:
     for listener in tuple(_listeners):
         with contextlib.suppress(Exception):
             listener(text)
+    if not _listeners:
+        _write_to_log(text)
+
+
+def _write_to_log(text: str) -> None:
+    """Write an alert to the folder that ``DEVGUARD_LOG`` names, where no log has been started: the guard is off."""
+    with contextlib.suppress(Exception):  # the text has been printed
+        folder = os.environ.get("DEVGUARD_LOG", "").strip()
+        if folder:
+            from pathlib import Path
+
+            from devguard.support.process_file import open_in
+
+            open_in(Path(os.path.abspath(folder))).write_alert(text)
 
 
 def alerts() -> tuple[str, ...]:

@@ -11,10 +11,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from devguard.reporting import log_reader
 from tests.helpers import fresh
 from tests.helpers.simulated import ROOT
 
@@ -238,3 +240,52 @@ from devguard.cli.selfcheck import tagged_pickle
 with devguard.guard("cpu"): print(json.dumps(str(pickle.loads(tagged_pickle("cuda:1")).device)))
 """
     assert run(code) == "cpu"
+
+
+# Why the guard that is asked for is off: what runs before `import torch`, and the variables.
+OFF = {
+    "no wrapt": ("sys.modules['wrapt'] = None", {}),
+    "wrapt that raises": ("sys.path.insert(0, sys.argv[1])", {}),
+    "a mode that is not valid": ("", {"DEVGUARD": "fix"}),
+    "a device that is not valid": ("", {"DEVGUARD_DEVICE": "gpu"}),
+    "doors without a mode": ("", {"DEVGUARD": "", "DEVGUARD_DOORS": "load=warn"}),
+    "a module of a door that is missing": ("sys.modules['devguard.doors.arrivals.load'] = None", {}),
+    "a door that stays closed": (
+        "from devguard.support.patching import DoorError\n"
+        "def fail(): raise DoorError('no such function')\n"
+        "import devguard.doors.arrivals.load as door; door.install = fail",
+        {},
+    ),
+    "torch does not load devguard": ("", {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}),
+}
+
+
+@pytest.mark.parametrize("strict", ["0", "1"])
+@pytest.mark.parametrize("case", OFF)
+def test_an_alert_is_in_the_log_once_also_where_devguard_could_not_be_activated(
+    case: str, strict: str, tmp_path: Path
+) -> None:
+    before, environ = OFF[case]
+    (tmp_path / "wrapt.py").write_text("raise RuntimeError('broken')\n")
+    logs = tmp_path / "new" / "logs"
+    environ = {"DEVGUARD": "repair", "DEVGUARD_LOG": str(logs), "DEVGUARD_STRICT": strict, **environ}
+    code = f"import sys; sys.argv.append({str(tmp_path)!r})\n{before}\nimport torch, devguard\n"
+    code += "with devguard.guard('cpu'): print('ran')" if "AUTOLOAD" in str(environ) else "print('ran')"
+    done = python(code, "-W", "ignore", **environ)
+    assert (done.returncode, done.stdout) == ((2, "") if strict == "1" else (0, "ran\n")), done.stderr
+    (process,), _, damaged = log_reader.read(logs)
+    assert damaged == []
+    assert process.alerts == done.stderr.splitlines()
+    assert len(process.alerts) == 1
+    assert logs.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "a pipe", "below a file"])
+def test_an_alert_that_no_log_can_take_is_still_printed(obstacle: str, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    os.mkfifo(logs) if obstacle == "a pipe" else logs.write_text("")
+    folder = logs / "x" if obstacle == "below a file" else logs
+    done = python("import torch; print('ran')", DEVGUARD="fix", DEVGUARD_LOG=str(folder))
+    assert (done.returncode, done.stdout) == (0, "ran\n")
+    assert "DEVGUARD='fix' is not a mode" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -212,8 +212,8 @@ def test_a_write_that_fails_later_is_reported_once_and_the_strays_are_kept(
             return 3
         raise (ValueError if failure == "not an OSError" else OSError)(28, "No space left on device")
 
-    monkeypatch.setattr("devguard.reporting.append_file.os.write", write)
-    monkeypatch.setattr("devguard.reporting.append_file.os.pwrite", lambda file, data, at: write(file, data))
+    monkeypatch.setattr("devguard.support.append_file.os.write", write)
+    monkeypatch.setattr("devguard.support.append_file.os.pwrite", lambda file, data, at: write(file, data))
     for _ in range(3):
         stray()
     stray()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from devguard.reporting.append_file import AppendFile
+from devguard.support.append_file import AppendFile
 
 
 def test_lines_are_appended_to_a_new_file_of_this_user_alone(tmp_path: Path) -> None:
