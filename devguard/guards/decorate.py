@@ -95,7 +95,19 @@ def _function(scope: DecoratingScope, function: Callable[..., Any], parameter: P
             result = function(*args, **kwargs)
         return within.after_call(function, result)
 
+    _keep_methods(wrapper, function)
     return wrapper
+
+
+def _keep_methods(wrapper: Any, function: Any) -> None:
+    """Give a decorated callable object's public methods to its wrapper, such as the ``cache_info`` of a cache."""
+    if isinstance(function, (types.FunctionType, types.MethodType)):
+        return
+    for kind in type(function).__mro__:
+        for name, value in vars(kind).items():
+            is_method = isinstance(value, (types.FunctionType, types.MethodDescriptorType))
+            if is_method and not name.startswith("_") and not hasattr(wrapper, name):
+                setattr(wrapper, name, value.__get__(function, kind))
 
 
 def decorate_coroutine(scope: DecoratingScope, function: Callable[..., Any], parameter: Parameter | None) -> Any:

@@ -213,7 +213,7 @@ def _report(scope: DecoratingScope, kind: type, function: Any) -> None:
             else f"await it with `await {scope!r}.run(awaitable)`"
         )
         warn_user(
-            f"{name} is decorated with {scope!r} and returned a {what}, {runs} outside that scope. Decorate the "
-            f"coroutine function that runs in it, or {remedy}.",
-            level=4,
+            f"{name} is decorated with {scope!r} and returned an object of type {what}, {runs} outside that scope. "
+            f"Decorate the coroutine function that runs in it, or {remedy}.",
+            level=5,
         )

@@ -437,3 +437,40 @@ def test_decorating_a_class_is_a_type_error_that_names_it() -> None:
 def test_decorating_what_cannot_be_called_is_a_type_error(thing: Any) -> None:
     with pytest.raises(TypeError, match="decorates functions"):
         devguard.guard("cpu")(thing)
+
+
+@pytest.mark.parametrize("decorator", [functools.lru_cache, functools.lru_cache(maxsize=2), functools.cache])
+@pytest.mark.parametrize("twice", [False, True])
+def test_the_cache_of_a_decorated_function_stays_within_reach(decorator: Any, twice: bool) -> None:
+    scoped = devguard.guard("cpu")
+    decorated = scoped(decorator(lambda value: where()))
+    if twice:
+        decorated = scoped(decorated)
+    assert [decorated(1), decorated(1), decorated(2)] == ["cpu"] * 3
+    assert decorated.cache_info()[:2] == (1, 2)
+    assert decorated.cache_parameters()["typed"] is False
+    decorated.cache_clear()
+    assert decorated.cache_info()[:2] == (0, 0)
+
+
+def test_the_methods_of_a_decorated_callable_object_stay_within_reach() -> None:
+    class Counted:
+        """A function that counts its calls, as decorators of other libraries make it."""
+
+        count = 0
+
+        def __call__(self) -> str:
+            self.count += 1
+            return where()
+
+        def reset(self) -> int:
+            last, self.count = self.count, 0
+            return last
+
+        @property
+        def failing(self) -> Any:
+            raise RuntimeError("not read")
+
+    decorated = devguard.guard("cpu")(Counted())
+    assert [decorated(), decorated()] == ["cpu", "cpu"]
+    assert (decorated.reset(), decorated.reset()) == (2, 0)

@@ -556,8 +556,9 @@ def test_another_awaitable_is_returned_unchanged_and_reported_with_what_to_write
         return made[-1]
 
     async def main() -> list[Any]:
-        with pytest.warns(RuntimeWarning, match=rf"get is decorated .*{kind.__name__}.*guard\('cpu'\)\.run\("):
+        with pytest.warns(RuntimeWarning, match=rf"get is decorated .*{kind.__name__}.*guard\('cpu'\)\.run\(") as given:
             first = get()
+        assert given[0].filename == __file__
         assert first is made[0]
         if kind is Request:
             async with get() as entered:
