@@ -1,8 +1,8 @@
 """Removes the temporary state file of simulated GPUs when the last process that uses it has ended, however it ended.
 
 ``devguard sim`` becomes the program, so nothing of devguard is left in that process to clean up. A small process of its
-own waits instead: first for the process that made the file, then for all that have its path in their environment. It
-runs this file as a script, apart from the user's packages and settings.
+own waits instead: first for the process that made the file, then for all that have its path in their environment, or
+the file mapped or open. It runs this file as a script, apart from the user's packages and settings.
 """
 
 from __future__ import annotations
@@ -39,11 +39,20 @@ def _wait_for(pid: int) -> None:
 
 
 def _is_used(folder: str) -> bool:
-    """Return whether a process has a path in `folder` in its environment."""
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
-            if int(pid) != os.getpid() and f"={folder}{os.sep}".encode() in Path(f"/proc/{pid}/environ").read_bytes():
-                return True
+    """Return whether a process names a path in `folder` in its environment, or has one mapped or open."""
+    mine = os.getpid()
+    return any(int(pid) != mine and _uses(pid, folder) for pid in filter(str.isdecimal, os.listdir("/proc")))
+
+
+def _uses(pid: str, folder: str) -> bool:
+    path = f"{folder}{os.sep}"
+    with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+        process = Path("/proc", pid)
+        if f"={path}".encode() in (process / "environ").read_bytes():
+            return True
+        if f" {path}".encode() in (process / "maps").read_bytes():  # a title may overwrite the environment
+            return True
+        return any(os.readlink(each).startswith(path) for each in (process / "fd").iterdir())
     return False
 
 

@@ -18,7 +18,7 @@ WAIT_S = 2.0  # longer than any lock is held, unless the lock waits for the thre
 
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 _awaited: list[Any] = []
-_taken: dict[int, list[Any]] = {}  # thread -> the locks that its fork holds
+_taken: dict[int, list[Any]] = {}  # thread -> the locks that its fork acquires
 
 
 def new_lock(*, awaited: bool = False) -> Any:
@@ -36,16 +36,25 @@ def new_lock(*, awaited: bool = False) -> Any:
     return lock
 
 
+# An interrupt (Ctrl-C) may end each hook at any step, and Python then forks all the same. So a lock is noted before it
+# is acquired, and released only if this thread owns it; and the hooks after a fork, which may be repeated, run twice.
+
+
 def _before() -> None:
     taken = _taken[threading.get_ident()] = []
     for lock in _awaited:
-        if lock.acquire(timeout=WAIT_S):
+        if not lock._is_owned():  # otherwise the program holds it during the fork, and releases it
             taken.append(lock)
+            lock.acquire(timeout=WAIT_S)
 
 
 def _after() -> None:
-    for lock in reversed(_taken.pop(threading.get_ident(), [])):
-        lock.release()
+    taken = _taken.get(threading.get_ident(), [])
+    while taken:
+        if taken[-1]._is_owned():
+            taken[-1].release()
+        taken.pop()
+    _taken.pop(threading.get_ident(), None)
 
 
 def _after_in_child() -> None:
@@ -61,4 +70,6 @@ def _after_in_child() -> None:
 # another thread was importing, and would open the doors a second time.
 opening = new_lock(awaited=True)
 
-os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_after_in_child)
+os.register_at_fork(before=_before)
+for _ in range(2):
+    os.register_at_fork(after_in_parent=_after, after_in_child=_after_in_child)

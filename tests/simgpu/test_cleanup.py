@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from devguard.simgpu import cleanup
 from tests.helpers.simulated import ROOT
 
 LIMIT_S = 60
@@ -89,6 +90,36 @@ import os; os._exit(0)
         process.stdout.readline()
         process.wait()
         (folder,) = tmp_path.iterdir()
+        assert (folder / "state").exists()
+        process.stdin.write("\n")
+        process.stdin.close()
+    assert is_emptied(tmp_path)
+
+
+HIDDEN = """
+import ctypes, mmap, os, sys
+if os.fork(): os._exit(0)  # a daemon: the program of `devguard sim` ends, the worker goes on
+use = sys.argv[1]
+file = open(os.environ["DEVGUARD_SIM_STATE"], "r+b")
+mapped = mmap.mmap(file.fileno(), 4096) if use == "a map" else None
+if use == "a map": file.close()
+fields = open("/proc/self/stat").read().rpartition(")")[2].split()
+start, end = int(fields[47]), int(fields[48])
+ctypes.memset(start, 0, end - start)  # as setproctitle does, whose title overwrites the environment
+print(1, flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("use", ["a map", "a descriptor"])
+def test_the_file_stays_while_a_process_without_an_environment_uses_it(use: str, tmp_path: Path) -> None:
+    with start(HIDDEN.replace("sys.argv[1]", repr(use)), tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        process.stdout.readline()
+        process.wait()
+        (folder,) = tmp_path.iterdir()
+        time.sleep(3 * cleanup.POLL_S)  # the cleaner looks at once, and then at these intervals
         assert (folder / "state").exists()
         process.stdin.write("\n")
         process.stdin.close()
