@@ -237,6 +237,8 @@ def inspect(where: str, origin: Origin | None = None) -> None:
     """
     native = _open.get("native")
     if native is not None:
+        if process.adoption is not None and process.adoption.firm:
+            process.adoption.check_contexts()  # a named owner is owned before its first entry
         native.inspect(where, origin)
 
 

@@ -178,7 +178,7 @@ class Adoption:
     def check_contexts(self) -> None:
         """Freeze the owner if this process holds a context on a device that is not owned, since that is a stray."""
         owner = self._holder.owner
-        if self.frozen or owner is None or owner.index < 0 or not (self.firm or self.is_one_of_several()):
+        if self.frozen or owner is None or not (self.firm or owner is CPU or self.is_one_of_several()):
             return
         owned = [] if self.firm else owned_tags()  # by guards, which know better than a guess
         if any(index != owner.index and f"cuda:{index}" not in owned for index in accelerator.contexts()):

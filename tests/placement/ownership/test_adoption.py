@@ -468,3 +468,79 @@ def test_a_device_that_is_named_for_each_rank_is_firm(rank: str) -> None:
 def test_a_helper_child_of_a_rank_with_a_named_device_inherits_that_as_a_guess() -> None:
     environ = {"DEVGUARD_DEVICE": "cuda:1", **RANK_1}
     assert helper("found = loads('cuda:0')", **environ)[:3] == ["cuda:1", "cuda:1", [1]]
+
+
+OPENS = {
+    "a factory that pins": "torch.zeros(4, pin_memory=True)",
+    "a stream": "torch.Stream('cuda')",
+    "the driver": "open_by_driver()",
+}
+NATIVE = "[(s.door, s.source, s.owner) for s in devguard.strays()]"
+
+
+class TestAProcessThatOwnsTheCpuFromTheStart:
+    """A context that no other door sees is a stray, although the owner was never entered before."""
+
+    @pytest.mark.parametrize("mode", ["observe", "warn", "repair", "error"])
+    @pytest.mark.parametrize("opens", OPENS.values(), ids=list(OPENS))
+    def test_the_first_context_is_found(self, opens, mode):
+        code = (
+            "def open_by_driver():\n    import ctypes; c, d = ctypes.c_void_p(), ctypes.CDLL('libcuda.so.1')\n"
+            "    d.cuInit(0); d.cuDevicePrimaryCtxRetain(ctypes.byref(c), 0)\n"
+            f"warnings.simplefilter('ignore'); x = {opens}\nprint({NATIVE}, ctx())"
+        )
+        assert out(code, DEVGUARD=mode, DEVGUARD_DEVICE="cpu") == "[('native', 'cuda:0', 'cpu')] [0]"
+
+    def test_the_end_of_the_process_finds_it(self):
+        code = (
+            "x = torch.zeros(4, pin_memory=True)\nfrom devguard.reporting.journal import journal\n"
+            "from devguard.support import process_exit\n"
+            "from devguard.activation.activate import _look_at_end; _look_at_end()\n"
+            "print([s.source for s in journal.strays()])"
+        )
+        assert out(code, DEVGUARD_DEVICE="cpu") == "['cuda:0']"
+
+    def test_no_strays_finds_it(self):
+        code = (
+            "try:\n    with devguard.no_strays(): x = torch.Stream('cuda')\n"
+            "except devguard.StrayDeviceError as error: print('native: cuda:0' in str(error))"
+        )
+        assert out(code, DEVGUARD_DEVICE="cpu") == "True"
+
+    def test_a_forked_child_finds_it(self):
+        code = (
+            "import os\npid = os.fork()\n"
+            f"if pid == 0:\n    x = torch.zeros(4, pin_memory=True); os._exit({NATIVE} != [('native', 'cuda:0', 'cpu')])\n"
+            "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
+        )
+        assert out(code, DEVGUARD_DEVICE="cpu") == "0"
+
+    @pytest.mark.parametrize(
+        "work",
+        [
+            "",
+            "with devguard.guard(1): torch.empty(4, device='cuda')",
+            "with devguard.unguarded(): x = torch.zeros(4, pin_memory=True)",
+            "devguard.allow('cuda:0'); x = torch.zeros(4, pin_memory=True)",
+        ],
+    )
+    def test_other_work_is_no_stray(self, work):
+        code = f"{work}\nprint([row for row in {NATIVE} if row[0] == 'native'])"
+        assert out(code, DEVGUARD_DEVICE="cpu") == "[]"
+
+
+def test_a_named_owner_is_owned_before_its_first_entry() -> None:
+    code = (
+        "@devguard.guard(2)\ndef work(): return torch.empty(4, device='cuda')\n"
+        "x = torch.empty(4, device='cuda'); y = work()\nprint(ctx(), devguard.strays())"
+    )
+    assert out(code, DEVGUARD_DEVICE="cuda:1") == "[1, 2] ()"
+
+
+def test_a_named_owner_is_recorded_with_a_context_that_a_call_of_another_guard_opens() -> None:
+    code = (
+        "@devguard.guard(2)\ndef work(): return torch.empty(4, device='cuda:3')\n"
+        "x = torch.empty(4, device='cuda'); y = work()\n"
+        "from devguard.reporting.journal import journal\nprint([(s.source, s.owner) for s in journal.strays()])"
+    )
+    assert out(code, DEVGUARD_DEVICE="cuda:1") == "[('cuda:3', 'cuda:1, cuda:2')]"
