@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from devguard.doors import table
 from devguard.errors import StrayDeviceError, StrayDeviceWarning
+from devguard.guards import unwind
 from devguard.ownership import in_force
 from devguard.ownership.process import forget_past_owners, process
 from devguard.ownership.stack import local, stacks
@@ -46,12 +48,12 @@ class no_strays:
         self._blocks: list[_Block] = []
 
     def __enter__(self) -> None:
-        self._blocks.append(_Block())
+        self._blocks.append(_Block(sys._getframe(1)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        block = self._take()
+        block = self._take(unwind.holder_of(sys._getframe(1)))
         try:
             if error is None:
                 block.judge()
@@ -63,10 +65,13 @@ class no_strays:
         if error is None:
             block.raise_for_strays()
 
-    def _take(self) -> _Block:
-        """Return the newest block that this thread entered; another thread may share this object."""
-        ident = threading.get_ident()
-        own = [block for block in self._blocks if block.thread == ident] or self._blocks
+    def _take(self, holder: int) -> _Block:
+        """Return the newest block that the frame `holder` entered, as in unwind.py; others may share this object."""
+        ident, blocks = threading.get_ident(), self._blocks
+        here = [block for block in blocks if block.thread == ident]
+        plain = [block for block in here if not block.holder]
+        # A generator may be closed on another thread. Other frames are left in order, and may be gone.
+        own = [block for block in blocks if holder and block.holder == holder] or plain or here or blocks
         self._blocks.remove(own[-1])
         return own[-1]
 
@@ -78,10 +83,13 @@ class _Block:
     ----------
     thread : int
         The thread that entered it.
+    holder : int
+        The generator or coroutine frame that entered it; 0 for any other frame.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, frame: FrameType) -> None:
         self.thread, self._pid = threading.get_ident(), os.getpid()
+        self.holder = unwind.holder_of(frame)
         in_force.owner_at_door()  # a change of the device that was not undone came before
         table.look("before no_strays()")
         # Otherwise a GPU that had an owner once would be owned for ever. Owners that the block enters are owned in it.

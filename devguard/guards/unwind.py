@@ -19,7 +19,16 @@ from devguard.ownership.stack import Entry, ScopePolicy, Stack, judge_pending, l
 from devguard.support import callsite
 from devguard.support.notices import warn_user
 
-__all__ = ["Again", "enter_again", "is_entered", "judge_changes", "leave", "report_missing"]
+__all__ = [
+    "Again",
+    "caller_of",
+    "enter_again",
+    "holder_of",
+    "is_entered",
+    "judge_changes",
+    "leave",
+    "report_missing",
+]
 
 _CAN_BE_SUSPENDED = (
     inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -67,7 +76,7 @@ def is_entered(stack: Stack, scope: ScopePolicy) -> bool:
 def enter_again(scope: ScopePolicy, owner: Owner | None, frame: FrameType) -> None:
     """Push an entry with an identity of its own; `frame` enters the scope."""
     stack = local.stack
-    holder = _holder(frame)
+    holder = holder_of(frame)
     stack.append((Again(scope, holder), owner, stack.take(-1 if owner is None else owner.index)))
 
 
@@ -133,7 +142,7 @@ def _position(stack: Stack, scope: ScopePolicy, frame: FrameType) -> int:
 
     The first entry names no holder. It belongs to a frame that can be suspended if no other entry names that frame.
     """
-    holder = _holder(frame)
+    holder = holder_of(frame)
     first = plain = newest = -1
     for position in range(len(stack) - 1, -1, -1):
         within = stack[position][0]
@@ -150,11 +159,17 @@ def _position(stack: Stack, scope: ScopePolicy, frame: FrameType) -> int:
     return next((position for position in candidates if position >= 0), newest)
 
 
-def _holder(frame: FrameType) -> int:
-    """Return the identity of a frame that can be suspended, 0 for any other; an ExitStack is a part of its caller."""
+def caller_of(frame: FrameType) -> FrameType | None:
+    """Return the frame that enters or leaves a scope: `frame`, or the caller of its ExitStack."""
     caller: FrameType | None = frame
     while caller is not None and caller.f_code.co_filename == contextlib.__file__:
         caller = caller.f_back
+    return caller
+
+
+def holder_of(frame: FrameType) -> int:
+    """Return the identity of a frame that can be suspended, 0 for any other; an ExitStack is a part of its caller."""
+    caller = caller_of(frame)
     return id(caller) if caller is not None and caller.f_code.co_flags & _CAN_BE_SUSPENDED else 0
 
 
