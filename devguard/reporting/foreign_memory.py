@@ -8,6 +8,7 @@ NCCL, an allocator of the program) is not in them.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -28,9 +29,10 @@ _NOTE = "torch allocated memory there"
 
 
 class Picture(NamedTuple):
-    """The contexts of this process, and what torch's allocator had counted on each of their devices."""
+    """The contexts of this process, what torch's allocator had counted on each of their devices, and the time."""
 
     memory: dict[int, Usage]
+    moment: float  # seconds since 1970
 
     @property
     def contexts(self) -> list[str]:
@@ -40,7 +42,7 @@ class Picture(NamedTuple):
 
 def take_picture() -> Picture:
     """Return the present picture; opens no context."""
-    return Picture({index: allocation_history.usage(index) for index in accelerator.contexts()})
+    return Picture({index: allocation_history.usage(index) for index in accelerator.contexts()}, time.time())
 
 
 def is_memory(stray: Stray) -> bool:
@@ -72,7 +74,7 @@ def record_growth(
     strays = journal.since(mark)
     for index, now in take_picture().memory.items():
         tag = f"cuda:{index}"
-        grown = now.since(before.memory.get(index, Usage(0, 0, 0)))
+        grown = _growth(before, index, now)
         if not (grown.number or grown.held) or tag in owned or tag in allowed or index in accepted:
             continue
         named = [stray for stray in strays if tag in stray.devices_used]
@@ -90,3 +92,12 @@ def record_growth(
             note = f"{_NOTE} {times} x, unseen by any door"
             found = Occurrence(NAME, tag, ", ".join(owned), nbytes, sys._getframe(1), note=note, origin=where)
             judge_too_late(found, mode)
+
+
+def _growth(before: Picture, index: int, now: Usage) -> Usage:
+    """Return what a device has allocated since a picture; from the history, if the counters were reset."""
+    earlier = before.memory.get(index, Usage(0, 0, 0))
+    grown = now.since(earlier)
+    if not now.is_reset(earlier):
+        return grown
+    return grown._replace(number=max(grown.number, allocation_history.count_since(index, before.moment)))

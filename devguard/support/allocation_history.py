@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from devguard.support import accelerator, allocator, callsite
 from devguard.support.callsite import Frame, Origin
 
-__all__ = ["count", "newest", "newest_lines", "record", "stop", "Usage", "usage"]
+__all__ = ["count", "count_since", "newest", "newest_lines", "record", "stop", "Usage", "usage"]
 
 MAX_ENTRIES = 20_000  # allocations and releases, over all devices; torch forgets older ones
 
@@ -68,20 +68,37 @@ class Usage(NamedTuple):
     ----------
     number, total : int
         The number and the bytes of all allocations so far; 0 if the allocator does not count them.
-    held : int
-        The bytes in use.
+    held, peak : int
+        The bytes in use, and the most that were in use at a time.
+    freed, reserved : int
+        The bytes of all releases so far, and the bytes that the allocator holds for the program, in use or not.
     """
 
     number: int
     total: int
     held: int
+    peak: int = 0
+    freed: int = 0
+    reserved: int = 0
 
     def since(self, before: Usage) -> Usage:
         """Return the number and the bytes of the allocations since `before`, and the bytes of them in use, at least."""
         if self.number < before.number or self.total < before.total:
-            before = Usage(0, 0, before.held)  # the program has reset the counters
-        held = max(0, self.held - before.held)
+            before = before._replace(number=0, total=0)  # the program has reset the counters
+        held = max(0, self.held - before.held, self.peak - before.peak)
         return Usage(self.number - before.number, max(self.total - before.total, held), held)
+
+    def is_reset(self, before: Usage) -> bool:
+        """Return whether the program seems to have reset the counters since `before`, so that `since` is too low.
+
+        The bytes allocated, less those released and those in use, change only if the counters are reset. If nothing was
+        in use then, the other counters show an allocation that the number of allocations does not.
+        """
+        if self.number < before.number or self.total < before.total or self.freed < before.freed:
+            return True
+        if self.total - self.freed - self.held != before.total - before.freed - before.held:
+            return True
+        return self.number == before.number and (self.peak > before.peak or self.reserved > before.reserved)
 
 
 def usage(index: int) -> Usage:
@@ -89,8 +106,9 @@ def usage(index: int) -> Usage:
     stats = allocator.statistics(index)
     if not stats:
         return Usage(0, 0, 0)
-    number, memory = stats["allocation"]["all"], stats["allocated_bytes"]["all"]
-    return Usage(number["allocated"], memory["allocated"], memory["current"])
+    number, memory = stats["allocation"]["all"]["allocated"], stats["allocated_bytes"]["all"]
+    reserved = stats["reserved_bytes"]["all"]["current"]
+    return Usage(number, memory["allocated"], memory["current"], memory["peak"], memory["freed"], reserved)
 
 
 def count(index: int) -> int:
@@ -124,9 +142,21 @@ def newest_lines(index: int, number: int) -> list[tuple[Origin | None, int, int]
     if number < 1 or not allocator.keeps_history():
         return []
     made: dict[object, list[dict[str, Any]]] = {}
-    for entry in [entry for entry in allocator.history(index) if entry["action"] == "alloc"][-number:]:
+    for entry in _allocations(index)[-number:]:
         made.setdefault(_site(entry["frames"]), []).append(entry)
     return [(_origin(row[0]["frames"]), len(row), sum(entry["size"] for entry in row)) for row in made.values()]
+
+
+def count_since(index: int, moment: float) -> int:
+    """Return the number of allocations on a device since a time, in seconds since 1970, that are in the history."""
+    if not allocator.keeps_history():
+        return 0
+    return sum(entry.get("time_us", 0) >= moment * 1e6 for entry in _allocations(index))
+
+
+def _allocations(index: int) -> list[dict[str, Any]]:
+    """Return the allocations in the history of a device, the oldest first."""
+    return [entry for entry in allocator.history(index) if entry["action"] == "alloc"]
 
 
 def _site(frames: list[dict[str, Any]]) -> tuple[str, int] | None:

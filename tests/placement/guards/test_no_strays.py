@@ -75,6 +75,56 @@ class TestWhatCameBefore:
         assert "in grow" in error  # the line
 
 
+RESETS = {
+    "accumulated": "torch.cuda.reset_accumulated_memory_stats(0)",
+    "both": "torch.cuda.reset_accumulated_memory_stats(0); torch.cuda.reset_peak_memory_stats(0)",
+    "peak": "torch.cuda.reset_peak_memory_stats(0)",
+}
+SMALL = "torch.empty(4, device='cuda:0')"
+STATES = {
+    "memory in use": f"kept = {GROW}\n",
+    "memory was freed": f"x = [{SMALL} for _ in range(9)]; del x\n",
+    "only a context": "",
+}
+ORDERS = {
+    "before the reset": "{stray}; {reset}",
+    "after the reset": "{reset}; {stray}",
+    "between resets": "{reset}; {stray}; {reset}",
+    "before the reset, right work after": ("{stray}; {reset}; [torch.empty(4, device='cuda') for _ in range(40)]"),
+}
+
+
+class TestCountersThatTheProgramResets:
+    @pytest.mark.parametrize("order", ORDERS.values(), ids=list(ORDERS))
+    @pytest.mark.parametrize("reset", RESETS.values(), ids=list(RESETS))
+    @pytest.mark.parametrize("state", STATES.values(), ids=list(STATES))
+    def test_a_stray_beside_a_reset_raises_with_its_line(self, state, reset, order):
+        before = state + "torch.cuda.synchronize(0)\n"
+        work = order.format(stray="torch.empty(40, device='cuda:0')", reset=reset)
+        (error,) = errors(f"def work():\n    {work}\nblock(work, devguard.guard(1))", before)
+        assert error is not None
+        assert error.startswith("1 stray(s)")
+        assert "in work" in error
+
+    @pytest.mark.parametrize("reset", RESETS.values(), ids=list(RESETS))
+    @pytest.mark.parametrize("state", STATES.values(), ids=list(STATES))
+    def test_a_reset_alone_is_no_stray(self, state, reset):
+        before = state + "torch.cuda.synchronize(0)\n"
+        assert errors(
+            f"def work(): {reset}\nblock(work, devguard.guard(1)); block(work, devguard.guard(1))", before
+        ) == [
+            None,
+            None,
+        ]
+
+    def test_a_history_of_the_program_is_read_from_the_block_on(self):
+        before = "torch.cuda.memory._record_memory_history(max_entries=1000)\n" + STATES["memory in use"]
+        (error,) = errors(f"def work(): {SMALL}; {RESETS['accumulated']}\nblock(work, devguard.guard(1))", before)
+        assert error is not None
+        assert error.startswith("1 stray(s)")
+        assert "in work" in error
+
+
 WAYS = {
     "kept": f"kept = []\ndef work(): kept.append({GROW})\n",
     "freed in the block": f"def work(): {GROW}\n",
