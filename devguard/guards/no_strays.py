@@ -6,18 +6,19 @@ import contextlib
 import os
 import sys
 import threading
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 
 from devguard.doors import table
 from devguard.errors import StrayDeviceError, StrayDeviceWarning
 from devguard.guards import unwind
 from devguard.ownership import in_force
 from devguard.ownership.process import forget_past_owners, process
-from devguard.ownership.stack import local, stacks
+from devguard.ownership.stack import Stack, local, stacks
 from devguard.reporting import foreign_memory
 from devguard.reporting.journal import journal
 from devguard.reporting.stray import Stray
 from devguard.support import allocation_history
+from devguard.support.notices import warn_user
 
 __all__ = ["judge_blocks", "no_strays", "renew_blocks"]
 
@@ -90,6 +91,9 @@ class _Block:
     def __init__(self, frame: FrameType) -> None:
         self.thread, self._pid = threading.get_ident(), os.getpid()
         self.holder = unwind.holder_of(frame)
+        caller = unwind.caller_of(frame) or frame
+        self._code, self._line = caller.f_code, (caller.f_code.co_filename, caller.f_lineno)
+        self._stack = local.stack
         in_force.owner_at_door()  # a change of the device that was not undone came before
         table.look("before no_strays()")
         # Otherwise a GPU that had an owner once would be owned for ever. Owners that the block enters are owned in it.
@@ -113,10 +117,36 @@ class _Block:
         with contextlib.suppress(StrayDeviceWarning):
             table.inspect(_END)
 
-    def judge_memory(self) -> None:
-        """Record the memory on devices without an owner since the last picture."""
-        if table.is_open("native") and not _is_other_thread_unguarded():
-            foreign_memory.record_growth(self._picture, self._mark, in_force.mode_of("native"))
+    def judge_memory(self, *, is_shared: bool = False) -> None:
+        """Record the memory on devices without an owner since the last picture.
+
+        Parameters
+        ----------
+        is_shared : bool
+            Whether another thread has run unguarded code since. The counters do not tell which thread allocates, so
+            then only the lines count whose stack holds the code that entered the block; the rest is reported.
+        """
+        if not table.is_open("native"):
+            return
+        by = self._own_code() if is_shared or _is_other_thread_unguarded() else None
+        unknown = foreign_memory.record_growth(self._picture, self._mark, in_force.mode_of("native"), by=by)
+        if unknown:
+            warn_user(
+                f"devguard: no_strays() did not judge the memory that was allocated on {', '.join(unknown)}, because "
+                "another thread was inside unguarded() meanwhile, and torch does not record which thread allocates. To "
+                "have it judged, let that thread leave unguarded() while the block runs.",
+                at=self._line,
+            )
+
+    def _own_code(self) -> list[CodeType]:
+        """Return the code that entered the block, unless another thread runs it, too."""
+        others = [frame for ident, frame in sys._current_frames().items() if ident != self.thread]
+        return [self._code] if not any(_runs(frame, self._code) for frame in others) else []
+
+    def judge_shared_memory(self) -> None:
+        """Judge the memory so far, since unguarded code of this thread has ended while another thread has the block."""
+        if self.thread != threading.get_ident() and not _is_unguarded(self._stack):
+            self.judge_memory(is_shared=True)
 
     def renew(self) -> None:
         """Take a new picture: memory until now is no stray, or is recorded already."""
@@ -160,9 +190,26 @@ def judge_blocks() -> None:
 def renew_blocks() -> None:
     """Take new pictures for all blocks: what unguarded code has allocated is no stray."""
     for block in tuple(_blocks):
+        with contextlib.suppress(Exception):  # the exit of a scope must not raise for another thread
+            block.judge_shared_memory()
         block.renew()
+
+
+def _is_unguarded(stack: Stack) -> bool:
+    """Return whether the thread of a stack runs unguarded code now."""
+    entries = tuple(stack)
+    return bool(entries) and entries[-1][1] is None
 
 
 def _is_other_thread_unguarded() -> bool:
     """Return whether another thread runs unguarded code now: the counters do not tell which thread allocates."""
-    return any(stack and stack[-1][1] is None for stack in stacks() if stack is not local.stack)
+    return any(_is_unguarded(stack) for stack in stacks() if stack is not local.stack)
+
+
+def _runs(frame: FrameType | None, code: CodeType) -> bool:
+    """Return whether `frame` or one of its callers runs `code`."""
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False

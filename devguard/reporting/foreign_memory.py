@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Collection
+from types import CodeType
 from typing import NamedTuple
 
 from devguard.modes import DoorMode
@@ -51,8 +52,13 @@ def is_memory(stray: Stray) -> bool:
 
 
 def record_growth(
-    before: Picture, mark: Mark, mode: DoorMode, origin: Origin | None = None, accepted: Collection[int] = ()
-) -> None:
+    before: Picture,
+    mark: Mark,
+    mode: DoorMode,
+    origin: Origin | None = None,
+    accepted: Collection[int] = (),
+    by: Collection[CodeType] | None = None,
+) -> list[str]:
     """Record the memory since `before` on devices that have no owner here: a stray for each line that allocated it.
 
     Parameters
@@ -67,10 +73,18 @@ def record_growth(
         The call site of memory that torch's history does not explain; by default the caller's.
     accepted : collection of int
         Devices on which memory is no stray.
+    by : collection of code, optional
+        Record only what one of these has allocated, itself or in a call; by default all.
+
+    Returns
+    -------
+    list of str
+        The devices with memory that was left out because of `by`.
     """
+    left_out: list[str] = []
     owned, allowed = owned_tags(), allowlist.allowances()
     if mode == "off" or not owned:
-        return
+        return left_out
     strays = journal.since(mark)
     for index, now in take_picture().memory.items():
         tag = f"cuda:{index}"
@@ -81,9 +95,11 @@ def record_growth(
         if any(stray.site is None or not stray.bytes for stray in named):
             continue  # Such a stray, as of a thread that starts there, explains all that follows on the device.
         known = {(stray.site.file, stray.site.line) for stray in named if stray.site is not None}
-        lines = allocation_history.newest_lines(index, grown.number)
+        lines = allocation_history.newest_lines(index, grown.number, by)
         number, total = grown.number - sum(line[1] for line in lines), grown.total - sum(line[2] for line in lines)
-        if number > 0 or not lines:  # more than torch's history holds
+        if by is not None and (number > 0 or not lines):
+            left_out.append(tag)
+        elif number > 0 or not lines:  # more than torch's history holds
             lines.append((None, max(number, 1), max(total, 0)))
         for line, times, nbytes in lines:
             where = line or origin
@@ -92,6 +108,7 @@ def record_growth(
             note = f"{_NOTE} {times} x, unseen by any door"
             found = Occurrence(NAME, tag, ", ".join(owned), nbytes, sys._getframe(1), note=note, origin=where)
             judge_too_late(found, mode)
+    return left_out
 
 
 def _growth(before: Picture, index: int, now: Usage) -> Usage:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Collection
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -137,13 +138,20 @@ def newest(index: int, number: int) -> tuple[Origin | None, int]:
     return (made[0][0], sum(nbytes for _, _, nbytes in made)) if made else (None, 0)
 
 
-def newest_lines(index: int, number: int) -> list[tuple[Origin | None, int, int]]:
-    """Return the newest allocations on a device by call site, the oldest site first: origin, number and bytes."""
+def newest_lines(
+    index: int, number: int, by: Collection[CodeType] | None = None
+) -> list[tuple[Origin | None, int, int]]:
+    """Return the newest allocations on a device by call site, the oldest site first: origin, number and bytes.
+
+    Of the `number` newest, those that one of the functions `by` has made, itself or in a call; by default all.
+    """
     if number < 1 or not allocator.keeps_history():
         return []
+    names = None if by is None else {(code.co_filename, code.co_name) for code in by}
     made: dict[object, list[dict[str, Any]]] = {}
     for entry in _allocations(index)[-number:]:
-        made.setdefault(_site(entry["frames"]), []).append(entry)
+        if names is None or any((frame["filename"], frame["name"]) in names for frame in entry["frames"]):
+            made.setdefault(_site(entry["frames"]), []).append(entry)
     return [(_origin(row[0]["frames"]), len(row), sum(entry["size"] for entry in row)) for row in made.values()]
 
 

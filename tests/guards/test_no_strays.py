@@ -200,8 +200,8 @@ def as_async_generator(shared: devguard.no_strays, work: Callable[[], object]) -
 def as_generator_that_another_thread_ends(
     shared: devguard.no_strays, work: Callable[[], object]
 ) -> Iterator[Callable[[], object]]:
-    for end in as_generator(shared, work):
-        yield lambda: _on_a_thread(end)
+    (end,) = as_generator(shared, work)
+    yield lambda: _on_a_thread(end)
 
 
 def as_plain_calls(shared: devguard.no_strays, work: Callable[[], object]) -> Iterator[Callable[[], object]]:

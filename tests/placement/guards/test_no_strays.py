@@ -370,3 +370,63 @@ def test_an_allocator_that_counts_only_what_is_in_use():
     )
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}
     assert run_child(code, environment=environment) == "True True\n1"
+
+
+ASIDE = """
+import warnings
+warnings.simplefilter('ignore')
+said = []
+warnings.showwarning = lambda message, *rest: said.append(str(message))
+warnings.simplefilter('always', RuntimeWarning)
+go, inside, done = threading.Event(), threading.Event(), threading.Event()
+def aside(*, work):
+    with devguard.unguarded():
+        inside.set(); go.wait(); work(); done.set()
+        if not leaves: stop.wait()
+    left.set()
+stop, left, leaves = threading.Event(), threading.Event(), {leaves}
+thread = threading.Thread(target=aside, kwargs={'work': {there}}); thread.start(); inside.wait()
+def other():
+    go.set(); done.wait()
+    if leaves: left.wait()
+"""
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["stays", "leaves in the block"])
+class TestAThreadInsideUnguarded:
+    """The counters do not tell which thread allocates: judge the lines of the block, and report the rest."""
+
+    def run(self, work: str, leaves: bool, there: str = "lambda: None") -> tuple[str | None, list[str]]:
+        prepare = ASIDE.replace("{leaves}", str(leaves)).replace("{there}", there)
+        code = f"{prepare}def work():\n    {work}\nblock(work, devguard.guard(1))\n"
+        error, said = errors(code + "stop.set(); thread.join(); found.append(said)", BEFORE)
+        return error, said  # type: ignore[return-value]
+
+    @pytest.mark.parametrize("work", [f"{GROW}; other()", "grow(); other()", f"x = {GROW}; other()"])
+    def test_a_line_of_the_block_raises(self, leaves, work):
+        error, said = self.run(work, leaves)
+        assert error is not None
+        assert f"{16 * MIB} bytes" in error
+        assert said == []
+
+    def test_memory_of_the_other_thread_is_no_stray_and_is_reported(self, leaves):
+        error, said = self.run("other()", leaves, "grow")
+        assert error is None
+        assert len(said) == 1
+        assert "did not judge the memory that was allocated on cuda:0" in said[0]
+
+    def test_of_both_the_line_of_the_block_raises(self, leaves):
+        error, said = self.run("torch.empty(4, device='cuda:0'); other()", leaves, "grow")
+        assert error is not None
+        assert "in work" in error
+        assert "in grow" not in error
+        assert len(said) == 1
+
+    def test_a_third_thread_is_reported(self, leaves):
+        error, said = self.run("t = threading.Thread(target=grow); t.start(); t.join(); other()", leaves)
+        assert error is None
+        assert len(said) == 1
+
+    @pytest.mark.parametrize("work", ["other()", "torch.empty(4, device='cuda'); other()"])
+    def test_a_block_that_does_not_stray_is_silent(self, leaves, work):
+        assert self.run(work, leaves) == (None, [])

@@ -510,7 +510,8 @@ class TestAProcessThatOwnsTheCpuFromTheStart:
     def test_a_forked_child_finds_it(self):
         code = (
             "import os\npid = os.fork()\n"
-            f"if pid == 0:\n    x = torch.zeros(4, pin_memory=True); os._exit({NATIVE} != [('native', 'cuda:0', 'cpu')])\n"
+            "if pid == 0:\n    x = torch.zeros(4, pin_memory=True)\n"
+            f"    os._exit({NATIVE} != [('native', 'cuda:0', 'cpu')])\n"
             "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
         )
         assert out(code, DEVGUARD_DEVICE="cpu") == "0"
