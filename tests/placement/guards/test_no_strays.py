@@ -118,7 +118,9 @@ class TestCountersThatTheProgramResets:
         ]
 
     def test_a_history_of_the_program_is_read_from_the_block_on(self):
-        before = "torch.cuda.memory._record_memory_history(max_entries=1000)\n" + STATES["memory in use"]
+        before = (
+            "torch.cuda.memory._record_memory_history(max_entries=1000, stacks='python')\n" + STATES["memory in use"]
+        )
         (error,) = errors(f"def work(): {SMALL}; {RESETS['accumulated']}\nblock(work, devguard.guard(1))", before)
         assert error is not None
         assert error.startswith("1 stray(s)")
