@@ -124,7 +124,7 @@ class _Block:
         ----------
         is_shared : bool
             Whether another thread has run unguarded code since. The counters do not tell which thread allocates, so
-            then only the lines count whose stack holds the code that entered the block; the rest is reported.
+            then only the lines count that the code which entered the block runs; the rest is reported.
         """
         if not table.is_open("native"):
             return
