@@ -1,29 +1,27 @@
-"""Work handed to the threads of anyio, asgiref and gevent; for the door ``threads``.
+"""Work handed to the threads of anyio, asgiref, eventlet and gevent, and to loops of uvloop; for the door ``threads``.
 
 Starlette and FastAPI use anyio, Django uses asgiref. What they hand to a thread, and what a thread hands back to the
-event loop, runs within the scopes of the code that hands it over. A coroutine holds them only while it runs, as under
-``guard(...).run()``. The libraries may be imported later, or never.
+event loop, runs within the scopes of the code that hands it over; see loops.py for the latter. The libraries may be
+imported later, or never.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-import types
-from collections.abc import Callable, Generator
+import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from devguard.doors.concurrency import thread_plan, thread_run
-from devguard.doors.concurrency.pools import quiet_task, task
-from devguard.doors.concurrency.thread_plan import Start, failures
+from devguard.doors.concurrency import loops, thread_plan
+from devguard.doors.concurrency.pools import task
+from devguard.doors.concurrency.thread_plan import failures
 from devguard.ownership.process import process
-from devguard.ownership.stack import Entry, local
-from devguard.support import accelerator
+from devguard.ownership.stack import local
 from devguard.support.import_hooks import when_imported
 from devguard.support.patching import Patches
 
-__all__ = ["step_within", "unwatch", "watch"]
+__all__ = ["unwatch", "watch"]
 
 
 class _State:
@@ -64,13 +62,13 @@ def _patch_anyio(module: ModuleType) -> None:
     """Patch a backend of anyio; all of anyio's functions end there, early copies of them too."""
     backend = module.backend_class
     _replace(backend, "run_sync_in_worker_thread", _to_worker)
-    _replace(backend, "run_sync_from_thread", functools.partial(_handing_over, quiet_task))
-    _replace(backend, "run_async_from_thread", functools.partial(_handing_over, _stepping))
+    _replace(backend, "run_sync_from_thread", functools.partial(_handing_over, loops.callback_within))
+    _replace(backend, "run_async_from_thread", functools.partial(_handing_over, loops.handed_over))
 
 
 def _patch_portal(module: ModuleType) -> None:
     for name in ("start_task_soon", "start_task"):
-        _replace(module.BlockingPortal, name, functools.partial(_handing_over, _stepping))
+        _replace(module.BlockingPortal, name, functools.partial(_handing_over, loops.handed_over))
 
 
 def _patch_current_thread_executor(module: ModuleType) -> None:
@@ -87,13 +85,23 @@ def _patch_gevent(module: ModuleType) -> None:
         _replace(module.ThreadPool, name, _submitting, inherited=True)
 
 
+def _patch_tpool(module: ModuleType) -> None:
+    _replace(module, "execute", _executing)
+
+
+def _patch_uvloop(module: ModuleType) -> None:
+    _replace(module.Loop, "call_soon_threadsafe", loops.call_soon_threadsafe, inherited=True)
+
+
 _LIBRARIES: dict[str, Callable[[ModuleType], None]] = {
     "anyio._backends._asyncio": _patch_anyio,
     "anyio._backends._trio": _patch_anyio,
     "anyio.from_thread": _patch_portal,
     "asgiref.current_thread_executor": _patch_current_thread_executor,
     "asgiref.sync": _patch_async_to_sync,
+    "eventlet.tpool": _patch_tpool,
     "gevent.threadpool": _patch_gevent,
+    "uvloop": _patch_uvloop,
 }
 
 
@@ -119,11 +127,25 @@ def _submitting(original: Callable[..., Any]) -> Callable[..., Any]:
     return submit
 
 
+def _executing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``eventlet.tpool.execute``."""
+
+    def execute(meth: Any, *args: Any, **kwargs: Any) -> Any:
+        if local.stack or process.owner is not None:
+            meth = task(meth, None)
+        return original(meth, *args, **kwargs)
+
+    return execute
+
+
 def _handing_over(scoped: Callable[[Any], Any], original: Callable[..., Any]) -> Callable[..., Any]:
     """Return a method that hands its argument to an event loop."""
+    is_finalizing = sys.is_finalizing  # at the end of Python, this module loses its names
 
     def hand_over(self: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(self, scoped(func) if local.stack else func, *args, **kwargs)
+        if callable(func) and not is_finalizing():
+            func = scoped(func)
+        return original(self, func, *args, **kwargs)
 
     return hand_over
 
@@ -134,54 +156,6 @@ def _wrapping(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrap(self: Any, *args: Any, **kwargs: Any) -> Any:
         coroutine = original(self, *args, **kwargs)
         start = failures.safely(thread_plan.plan_quietly)
-        return coroutine if start is None else step_within(start, coroutine)
+        return coroutine if start is None else loops.step_within(start, coroutine)
 
     return wrap
-
-
-def _stepping(function: Any) -> Any:
-    """Return a function within the scopes of this thread; if it returns a coroutine, its steps are, too."""
-    called = quiet_task(function)
-    start = called.start if called is not function else None
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        result = called(*args, **kwargs)
-        return step_within(start, result) if start is not None and inspect.isawaitable(result) else result
-
-    return call
-
-
-async def step_within(start: Start, awaitable: Any) -> Any:
-    """Await `awaitable`; each of its steps runs in the scopes of `start`, which are left while it is suspended."""
-    return await _steps(start, awaitable if hasattr(awaitable, "send") else awaitable.__await__())
-
-
-@types.coroutine
-def _steps(start: Start, inner: Any) -> Generator[Any, Any, Any]:
-    held: list[Entry] = []
-    device = -1  # the device that the code has made current, where it is not the one of its scopes
-    resume, value = inner.send, None
-    while True:
-        left = failures.safely(thread_run.enter, start)
-        stack = local.stack
-        depth, own = len(stack), stack.read()
-        if held:
-            stack.extend(held)
-            stack.judged = None
-        if device >= 0:
-            accelerator.bind().to(device)
-        try:
-            yielded = resume(value)
-        except StopIteration as done:
-            return done.value
-        finally:
-            held, device = stack[depth:], stack.read()
-            device = -1 if device == own else device
-            if held and stack.changes:  # suspended code may still undo them
-                stack.changes = [change for change in stack.changes if change.depth <= depth]
-            failures.safely(thread_run.leave, left)
-        try:
-            value = yield yielded
-            resume = inner.send
-        except BaseException as error:  # noqa: BLE001 - whatever is thrown in belongs to the coroutine
-            resume, value = inner.throw, error

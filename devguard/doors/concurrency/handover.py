@@ -25,7 +25,7 @@ from devguard.ownership.stack import Entry, Stack, local
 from devguard.support import accelerator, callsite
 from devguard.support.patching import Patches
 
-__all__ = ["fall_back", "fallen_back", "replacements"]
+__all__ = ["device_of", "fall_back", "fallen_back", "falling_back", "replacements"]
 
 MAX_NAMES = 16
 
@@ -51,6 +51,18 @@ def _taking(original: Callable[..., Any]) -> Callable[..., Any]:
         return taken
 
     return take
+
+
+def falling_back(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that first leaves the scopes that were left where this thread was started."""
+
+    def serve(*args: Any, **kwargs: Any) -> Any:
+        stack = local.stack
+        if stack.inherited is not None:
+            failures.safely(fall_back, stack)
+        return original(*args, **kwargs)
+
+    return serve
 
 
 def _waiting(original: Callable[..., bool]) -> Callable[..., bool]:
@@ -82,7 +94,7 @@ def fall_back(stack: Stack) -> None:
         return
     thread_run.end(start) if start.observed else thread_run.judge_leftovers()
     stack[:], stack.judged = kept, None
-    index = _device_of(kept)
+    index = device_of(kept)
     stack.inherited = Start(kept, index) if kept else None
     if start.device >= 0 and index >= 0 and accelerator.current_device() == start.device:
         accelerator.bind().back(index)
@@ -90,7 +102,7 @@ def fall_back(stack: Stack) -> None:
         fallen_back.append(threading.current_thread().name)
 
 
-def _device_of(kept: tuple[Entry, ...]) -> int:
+def device_of(kept: tuple[Entry, ...]) -> int:
     """Return the device of a thread with these scopes, -1 for the one that it has; as a new thread, 0 by default."""
     if kept:
         owner = kept[-1][1]

@@ -96,6 +96,8 @@ class Start:
         Whether a task gives the worker's device back.
     site : Origin or None
         Where it was started, for strays of work that has no line of user code: ``Thread(target=torch.load)``.
+    hides : bool
+        Whether a task without scopes leaves those of its thread.
     """
 
     entries: tuple[Entry, ...]
@@ -104,6 +106,7 @@ class Start:
     observed: bool = False
     restores: bool = False
     site: callsite.Origin | None = None
+    hides: bool = False
 
 
 # Threads of libraries that outlive the scope in which they happen to start: module and qualified name of what they run.

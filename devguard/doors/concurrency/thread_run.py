@@ -94,7 +94,7 @@ Left = tuple[Start, int, bool, "Start | None", Any]
 def enter(start: Start) -> Left:
     """Enter the scopes of a task, in place of those of its worker, and set its device."""
     stack = local.stack
-    hidden = _hide(stack) if stack and start.entries else None
+    hidden = _hide(stack) if stack and (start.entries or start.hides) else None
     outer, stack.task = stack.task, start
     try:
         stack.extend(start.entries)
@@ -142,7 +142,7 @@ def _end(stack: Stack, start: Start, outer: Start | None, hidden: tuple[Any, ...
     if hidden is not None:
         stack[:], stack.hidden, stack.changes = hidden
         stack.judged = None
-    elif start.entries:
+    elif start.entries or start.hides:
         stack.clear()
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
 
-from devguard.doors.concurrency import foreign_pools, handover, pools, thread_plan, thread_run
+from devguard.doors.concurrency import foreign_pools, handover, loops, pools, thread_plan, thread_run
 from devguard.doors.concurrency.pools import Replacement
 from devguard.doors.concurrency.thread_plan import failures, recall
 from devguard.ownership import greenlets
@@ -40,7 +40,7 @@ def install() -> None:
     handover.fallen_back.clear()
     known = (threading.main_thread(), threading.current_thread())
     _before[:] = sorted(thread.name for thread in threading.enumerate() if thread not in known)
-    found = [*_thread(), *pools.replacements(_patches), *handover.replacements(_patches)]
+    found = [*_thread(), *pools.replacements(_patches), *handover.replacements(_patches), *loops.replacements(_patches)]
     for owner, name, ours in found:
         _patches.replace(owner, name, ours)
     inherit_with(thread_run.inherit)
