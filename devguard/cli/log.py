@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,13 +60,13 @@ def _show(processes: list[Process], merged: list[Merged], *, list_processes: boo
     for site in merged:
         where = f"{site.file}:{site.line} in {site.function}" if site.file else "no line of user code"
         via = f" (via {site.via})" if site.via else ""
-        size, devices = _format_size(site.bytes), ", ".join(site.devices)
+        size, devices = _format_size(site.bytes), _list(site.devices)
         show()
         show(printable(f"{size:>10}  {site.count} x  {site.door}: {devices} [{site.action}]"))
         show(printable(f"{'':10}  at {where}{via}"))
         if site.note:
             show(printable(f"{'':10}  {site.note}"))
-        show(f"{'':10}  in {_format_pids(site.processes)}")
+        show(f"{'':10}  in pid {_list(site.processes)}")
     if any(not site.file and site.door in CONTEXT_DOORS for site in merged):
         show("\nA context has no line. To see the call that opens it, use devguard run --trace-contexts.")
     if list_processes:
@@ -73,16 +74,16 @@ def _show(processes: list[Process], merged: list[Merged], *, list_processes: boo
         for process in processes:
             rank = f", rank {process.rank}" if process.rank else ""
             owner = process.owner or "no known device"
-            contexts = ", ".join(process.contexts) or "none"
+            contexts = _list(process.contexts) or "none"
             end = "" if process.ended else " (still running, or killed: as it last wrote)"
             found = f"owned {owner}, contexts {contexts}{end}"
             show(printable(f"pid {process.pid} on {process.host}{rank}: {found}"))
             show("    " + cut(printable(process.command), width() - 4))
 
 
-def _format_pids(pids: list[int], most: int = 8) -> str:
-    more = f" and {len(pids) - most} more" if len(pids) > most else ""
-    return f"pid {', '.join(map(str, pids[:most]))}{more}"
+def _list(values: Sequence[object], most: int = 8) -> str:
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return ", ".join(map(str, values[:most])) + more
 
 
 def _format_size(nbytes: int) -> str:

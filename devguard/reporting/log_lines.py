@@ -1,7 +1,8 @@
 """The JSON objects in the files of a log folder, which may hold anything, because others may write there.
 
 Only regular files are opened, never a link, a pipe or a device. A line that is too long, is not JSON or is no object is
-named as damaged. Memory stays bounded by the longest line that is accepted.
+named as damaged. Time and memory are bounded: of a file that no process of devguard can have written, only the
+beginning is read.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from devguard.errors import ConfigError
 __all__ = ["Damage", "list_files", "read_objects"]
 
 LONGEST_LINE = 4 << 20  # bytes; a line of devguard has some thousands
+MOST_SKIPPED = 64 << 20  # bytes of one line that is too long
+MOST_READ = 128 << 20  # bytes of one file
+MOST_LINES = 250_000  # of one file
 MOST_NAMED = 20  # damaged lines of one file that are named one by one
 
 
@@ -86,9 +90,14 @@ def read_objects(file: Path, damage: Damage) -> Iterator[tuple[int, dict[str, An
     try:
         with _open(file) as opened:
             for number, line in enumerate(iter(lambda: opened.readline(LONGEST_LINE), b""), 1):
+                if number > MOST_LINES or opened.tell() > MOST_READ:
+                    damage.stop(f"only its beginning is read, up to line {number - 1}: the file is too long for a log")
+                    break
                 if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
                     damage.add(number)
-                    _skip_line(opened)
+                    if not _skip_line(opened):
+                        damage.stop(f"only its beginning is read, because line {number} does not end")
+                        break
                 elif line.strip():
                     found = _parse(line)
                     if found is None:
@@ -111,9 +120,13 @@ def _open(file: Path) -> BinaryIO:
     raise OSError(0, "not a regular file, so it is not read")
 
 
-def _skip_line(opened: BinaryIO) -> None:
-    while (part := opened.readline(LONGEST_LINE)) and not part.endswith(b"\n"):
-        pass
+def _skip_line(opened: BinaryIO) -> bool:
+    """Read to the end of the line; return whether there is one within the bound."""
+    for _ in range(MOST_SKIPPED // LONGEST_LINE):
+        part = opened.readline(LONGEST_LINE)
+        if not part or part.endswith(b"\n"):
+            return True
+    return False
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

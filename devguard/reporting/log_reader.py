@@ -119,7 +119,7 @@ def read(folder: Path) -> tuple[list[Process], list[Merged], list[str]]:
             f"devguard run --log {folder} -- ..."
         )
     processes: list[Process] = []
-    sites: dict[tuple[Any, ...], Merged] = {}
+    sites: dict[tuple[Any, ...], list[Merged]] = {}
     damaged: list[str] = []
     for name in names:
         damage = Damage(name)
@@ -133,9 +133,10 @@ def read(folder: Path) -> tuple[list[Process], list[Merged], list[str]]:
         if process.pid or newest:
             processes.append(process)
         for row in newest.values():
-            _merge_into(sites, row)
+            sites.setdefault((row.door, row.action, row.file, row.line, row.function), []).append(row)
         damaged += damage.places()
-    return processes, sorted(sites.values(), key=lambda site: (-site.bytes, -site.count)), damaged
+    merged = [_merge(rows) for rows in sites.values()]
+    return processes, sorted(merged, key=lambda site: (-site.bytes, -site.count)), damaged
 
 
 def _read_line(line: dict[str, Any], process: Process, newest: dict[int, Merged]) -> None:
@@ -201,12 +202,10 @@ def _texts(value: Any) -> list[str]:
     return [_text(each) for each in value]
 
 
-def _merge_into(sites: dict[tuple[Any, ...], Merged], row: Merged) -> None:
-    """Add the strays of one process to those of its call site."""
-    merged = sites.setdefault((row.door, row.action, row.file, row.line, row.function), row)
-    if merged is row:
-        return
-    merged.count += row.count
-    merged.bytes += row.bytes
-    merged.devices += [devices for devices in row.devices if devices not in merged.devices]
-    merged.processes += [pid for pid in row.processes if pid not in merged.processes]
+def _merge(rows: list[Merged]) -> Merged:
+    """Return the strays of one call site as one, with the texts of its first row."""
+    merged = rows[0]
+    merged.count, merged.bytes = sum(row.count for row in rows), sum(row.bytes for row in rows)
+    merged.devices = list(dict.fromkeys(devices for row in rows for devices in row.devices))
+    merged.processes = list(dict.fromkeys(pid for row in rows for pid in row.processes))
+    return merged

@@ -164,3 +164,19 @@ def test_a_context_without_a_line_has_a_next_step(
 ) -> None:
     write_log(tmp_path, 7, door=door, site=site)
     assert ("devguard run --trace-contexts" in shown(capsys, tmp_path)) is is_shown
+
+
+def test_a_long_list_of_devices_is_shortened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for pid in range(1, 12):
+        write_log(tmp_path, pid, source=f"cuda:{pid}")
+    assert "cuda:6 -> cuda:1 and 3 more [repaired]" in shown(capsys, tmp_path)
+
+
+def test_a_file_that_was_cut_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_log(tmp_path, 7)
+    with open(tmp_path / "8.jsonl", "wb") as file:
+        file.truncate(200 << 30)
+    assert cli.main(["log", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "cannot be read: 8.jsonl: only its beginning is read, because line 1 does not end" in out
+    assert "at /srv/server.py:43" in out

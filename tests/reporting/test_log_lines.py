@@ -84,3 +84,33 @@ def test_what_is_no_folder_is_an_error_of_the_user(tmp_path: Path, name: str) ->
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(ConfigError, match=r"is not a folder|cannot be read"):
         log_lines.list_files(tmp_path / name, ".x")
+
+
+def test_a_line_without_an_end_is_not_read_to_the_end_of_the_file(tmp_path: Path) -> None:
+    for name, start in (("first", b""), ("second", b'{"a": 1}\n')):
+        with open(tmp_path / name, "wb") as file:
+            file.write(start)
+            file.truncate(200 << 30)  # a sparse file: it takes no space on the disk
+    cut = "only its beginning is read, because line {} does not end"
+    assert read(tmp_path / "first") == ([], ["first:1", "first: " + cut.format(1)])
+    assert read(tmp_path / "second") == ([(1, {"a": 1})], ["second:2", "second: " + cut.format(2)])
+
+
+def test_of_a_file_of_many_lines_the_beginning_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "log").write_bytes(b'{"a": 1}\n' * 10)
+    cut = ["log: only its beginning is read, up to line 4: the file is too long for a log"]
+    every = [(number, {"a": 1}) for number in range(1, 11)]
+    for name, most in (("MOST_LINES", 4), ("MOST_READ", 40)):
+        with monkeypatch.context() as patch:
+            patch.setattr(log_lines, name, most)
+            assert read(tmp_path / "log") == (every[:4], cut)
+    monkeypatch.setattr(log_lines, "MOST_LINES", 10)
+    monkeypatch.setattr(log_lines, "MOST_READ", 90)
+    assert read(tmp_path / "log") == (every, [])
+
+
+@pytest.mark.parametrize("part", [b"\n", b"x\n", b"{}\n", b"\0", b"[]\r\n", b'{"a": [[[]]]}\n'])
+def test_a_file_without_end_is_cut_whatever_it_holds(tmp_path: Path, part: bytes) -> None:
+    (tmp_path / "log").write_bytes(part * ((140 << 20) // len(part)))
+    _, places = read(tmp_path / "log")
+    assert "only its beginning is read" in places[-1]

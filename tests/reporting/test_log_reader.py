@@ -140,3 +140,33 @@ def test_whatever_the_values_the_sums_can_be_printed(
     _, sites, damaged = log_reader.read(tmp_path)
     assert len(damaged) <= 1
     assert str(sum(site.bytes + site.count for site in sites)).isdigit()
+
+
+class Counted(int):
+    """A process ID that counts the comparisons with others."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return int(self) == other
+
+    __hash__ = int.__hash__
+
+
+def test_the_rows_of_one_call_site_are_not_compared_with_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_reader, "_number", Counted)
+    count = 2000
+    write(
+        tmp_path,
+        1,
+        *[row(n, pid=n, target=f"cuda:{n}") for n in range(count)],
+        *[row(count + n, pid=n) for n in range(5)],
+    )
+    Counted.compared = 0
+    _, (site,), _ = log_reader.read(tmp_path)
+    assert (site.count, site.processes) == (count + 5, list(range(count)))
+    assert len(site.devices) == count
+    assert Counted.compared < 20 * count
