@@ -104,3 +104,10 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# Then torch does not load devguard, which would report a guard that is off.
+if os.environ.get("DEVGUARD") and os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+    from devguard.ownership import unloaded as _unloaded
+
+    _unloaded.watch()

@@ -9,7 +9,7 @@ from typing import Any
 from devguard import modes
 from devguard._version import __version__
 from devguard.doors import table
-from devguard.ownership import in_force
+from devguard.ownership import in_force, unloaded
 from devguard.ownership.process import process
 from devguard.reporting import process_state
 from devguard.reporting.journal import journal
@@ -70,6 +70,7 @@ def status() -> dict[str, Any]:
         ``mode``, problems, copies taken before it opened), ``strays`` (total), ``strays_not_kept``.
     """
     torch = sys.modules.get("torch")
+    unloaded.report()
     table.look("when status() was called")
     rows = table.status()
     for name, row in rows.items():

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -43,7 +42,6 @@ __all__ = [
     "NAMES",
     "ON_REQUEST",
     "open_all",
-    "report_missing_activation",
     "status",
 ]
 
@@ -174,23 +172,6 @@ def _start_log() -> None:
         except OSError:  # the current directory was removed
             path = Path(folder)
         log_file.start(path, last_look=look)
-
-
-def report_missing_activation() -> None:
-    """Report that ``DEVGUARD`` is set and torch has not loaded devguard, so that only guards in the code work."""
-    mode = os.environ.get("DEVGUARD", "").strip()
-    if not mode or is_killed() or "devguard.autoload" in sys.modules or process.source:
-        return
-    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
-        why = "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it"
-    else:
-        why = (
-            "torch has not loaded devguard, which is not installed in this environment, or torch is too old. Install it"
-        )
-    report_off(
-        f"devguard is off in this process, except for the guards in its code, although DEVGUARD={mode!r}: {why}, or "
-        "unset DEVGUARD."
-    )
 
 
 def close_all() -> list[str]:

@@ -18,7 +18,7 @@ from devguard.guards import unwind
 from devguard.guards.base import Scope
 from devguard.guards.parameter import Parameter
 from devguard.modes import DoorMode, Mode
-from devguard.ownership import in_force
+from devguard.ownership import in_force, unloaded
 from devguard.ownership.owner import UNKNOWN, Owner, parse_owner
 from devguard.ownership.prepare import prepare
 from devguard.ownership.resolve import owner_from_environment, owner_not_found
@@ -44,7 +44,7 @@ class guard(Scope):
         this one.
     argument : str, optional
         For decorators: the name of the parameter of the decorated function that holds the device. Where a
-        call passes None, the search goes on as above.
+        call passes None, the search goes on as above. After a device, the mode: ``guard("cuda:1", "warn")``.
     resolve : callable, optional
         Called without arguments at each entry; returns the device, or None for the search to go on.
     mode : {'off', 'observe', 'warn', 'repair', 'error'}, optional
@@ -93,6 +93,7 @@ class guard(Scope):
                 self._owner = _owners[device]
                 return
         else:
+            argument, mode = _order(type(self).__name__, device, argument, mode)
             self._options = _check_options(device, argument, resolve, mode, doors)
         self._owner = owner = UNKNOWN if device is None else self._parse(device)
         if device.__class__ is int:
@@ -187,7 +188,7 @@ class guard(Scope):
         owner = self._find() if self._owner is UNKNOWN else self._owner
         if owner.device is None:
             table.open_all()
-            table.report_missing_activation()
+            unloaded.report()
             prepare(owner, self.mode_of)
         return owner
 
@@ -238,6 +239,23 @@ class _Options:
         self.resolve = resolve
         self.mode = mode
         self.doors = doors
+
+
+def _order(name: str, device: Any, argument: Any, mode: Any) -> tuple[Any, Any]:
+    """Return `argument` and `mode`, where the second value of a call may be a mode: ``guard("cuda:1", "warn")``."""
+    call = f"{name}({device!r}, {argument!r})"
+    if device is None or not isinstance(argument, str):
+        return argument, mode
+    if isinstance(device, str) and device in modes.MODES:
+        raise ConfigError(f"{call}: the device comes first, then the mode. Write {name}({argument!r}, {device!r}).")
+    if argument not in modes.MODES:
+        raise ConfigError(
+            f"{call}: the device and the parameter {argument!r} each name the device. Give only one of them. A mode "
+            f"comes second: {', '.join(modes.MODES)}."
+        )
+    if mode is not None:
+        raise ConfigError(f"{call} names the mode twice, also by mode={mode!r}. Give it once.")
+    return None, argument
 
 
 def _check_options(device: Any, argument: Any, resolve: Any, mode: Any, doors: Any) -> _Options:

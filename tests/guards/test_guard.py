@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import devguard
-from devguard import ConfigError, DeviceResolutionError
+from devguard import ConfigError, DeviceResolutionError, modes
 from devguard.ownership.stack import local
 from tests.helpers.fakecuda import FakeCuda
 
@@ -437,3 +437,32 @@ def test_a_guard_out_of_range_names_cuda_visible_devices_and_leaves_no_scope() -
             pass
         assert devguard.owner() is None
         assert cuda.calls == []
+
+
+@pytest.mark.parametrize("kind", [devguard.guard, devguard.remap])
+@pytest.mark.parametrize("mode", modes.MODES)
+def test_the_mode_may_follow_the_device(kind: type[devguard.guard], mode: Any) -> None:
+    for device in ("cuda:1", 1, "cpu", torch.device("cuda", 1)):
+        assert kind(device, mode) == kind(device, mode=mode)
+        assert kind(device, mode, doors={"load": "warn"}) == kind(device, mode=mode, doors={"load": "warn"})
+    assert kind(argument=mode).parameter == mode  # without a device it is the name of a parameter
+    assert kind(None, mode).parameter == mode
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "message"),
+    [
+        (
+            ("warn", "cuda:1"),
+            {},
+            r"guard\('warn', 'cuda:1'\): the device comes first, .*Write guard\('cuda:1', 'warn'\)",
+        ),
+        (("error", "warn"), {}, "the device comes first, then the mode"),
+        (("cuda:1", "loud"), {}, "'loud' each name the device.*A mode comes second: off, observe, warn, repair, error"),
+        (("cuda:1", "warn"), {"mode": "error"}, "names the mode twice, also by mode='error'"),
+        (("cuda:1", "warn"), {"resolve": pick}, "device and resolve each name the device"),
+    ],
+)
+def test_a_confused_order_is_shown_as_it_was_written(values: Any, options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        devguard.guard(*values, **options)

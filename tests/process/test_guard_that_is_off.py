@@ -49,6 +49,36 @@ WAYS: dict[str, tuple[dict[str, str], dict[str, str], str, str]] = {
         GUARDED,
         "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it",
     ),
+    "no autoload, devguard, then torch": (
+        {"DEVGUARD": "repair", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        {},
+        "import devguard, torch; print('work')",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it",
+    ),
+    "no autoload, torch, then devguard": (
+        {"DEVGUARD": "repair", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        {},
+        "import torch, devguard; print('work')",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it",
+    ),
+    "no autoload, a module of devguard": (
+        {"DEVGUARD": "repair", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        {},
+        "import torch, devguard.support.callsite; print('work')",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it",
+    ),
+    "no autoload, from devguard": (
+        {"DEVGUARD": "repair", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        {},
+        "from devguard import guard; import torch.nn; print('work')",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it",
+    ),
+    "no autoload, status before torch": (
+        {"DEVGUARD": "repair", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        {},
+        "import devguard; assert devguard.status()['problem'] is not None; print('work')",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it",
+    ),
 }
 
 
@@ -87,3 +117,45 @@ def test_a_strict_process_with_its_guard_goes_on_and_says_nothing(tmp_path: Path
     environ |= {"DEVGUARD": "repair", "DEVGUARD_DEVICE": "cpu", "DEVGUARD_STRICT": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environ, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "work\n", "")
+
+
+@pytest.mark.parametrize("program", ["import torch, devguard", "import devguard, torch", "import devguard"])
+def test_the_status_says_why_the_guard_is_off(program: str) -> None:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("DEVGUARD")}
+    environ |= {"DEVGUARD": "repair", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTHONPATH": str(ROOT)}
+    program += "\nimport sys; print(devguard.status()['problem'], 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True)
+    why = "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it, or unset DEVGUARD."
+    assert done.stdout == f"{why} {'torch' in program.splitlines()[0]}\n"
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"DEVGUARD": "off", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        {"DEVGUARD": "observe", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"},
+    ],
+)
+@pytest.mark.parametrize("order", ["torch, devguard", "devguard, torch"])
+def test_a_guard_that_is_not_asked_for_or_in_force_is_not_reported(variables: dict[str, str], order: str) -> None:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("DEVGUARD")}
+    environ |= {"DEVGUARD_STRICT": "1", "PYTHONPATH": str(ROOT)} | variables
+    program = f"import {order}; assert devguard.status()['problem'] is None; print('work')"
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "work\n", "")
+
+
+@pytest.mark.parametrize("command", [["--version"], ["run", "--help"], ["log", "/none"], ["run", "true"]])
+def test_a_command_of_devguard_is_no_program_without_its_guard(command: list[str]) -> None:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("DEVGUARD")}
+    environ |= {"DEVGUARD": "repair", "DEVGUARD_STRICT": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "devguard", *command],
+        env=environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert "This process ends here" not in done.stderr
+    assert done.stdout or done.stderr.startswith("devguard ")
