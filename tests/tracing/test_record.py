@@ -286,3 +286,28 @@ def test_sim_and_run_compose_in_both_orders(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("devguard: context on device 1 ") == 1
         assert "<string>:1 <module>" in done.stderr
+
+
+@pytest.mark.parametrize("closes", ["the shell", "the program"])
+def test_nothing_is_written_into_a_file_of_the_program_under_the_number_of_standard_error(
+    closes: str, tmp_path: Path, sim_environment: Callable[..., dict[str, str]]
+) -> None:
+    program = f"""
+import os
+if {closes!r} == "the program": os.closerange(2, 64)
+own = os.open("own", os.O_RDWR | os.O_CREAT)
+assert own == 2
+import torch; torch.ones(1, device="cuda:1")
+others = [os.open(f"other{{i}}", os.O_RDWR | os.O_CREAT) for i in range(12)]
+os.closerange(3, 64)
+others = [os.open(f"other{{i}}", os.O_RDWR | os.O_CREAT) for i in range(60)]
+torch.ones(1, device="cuda:0")
+print(torch.cuda.is_available(), sum(os.stat(name).st_size for name in os.listdir() if name[0] == "o"))
+os._exit(0)
+"""
+    command = [sys.executable, "-m", "devguard", "run", "--trace-contexts", "--", sys.executable, "-c", program]
+    closed = ["sh", "-c", 'exec "$@" 2>&-', "sh"] if closes == "the shell" else []
+    done = subprocess.run(
+        [*closed, *command], cwd=tmp_path, env=sim_environment(2), stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "True 0\n")

@@ -25,7 +25,8 @@ __thread int sim_bound = -1;
 __thread cudaError_t sim_last_error;
 __thread const char *sim_call = "?";
 
-static int log_fd = -1, state_fd = -1;
+static int log_fd = -1, state_fd = -1, had_stderr;
+static struct stat log_file;
 static pid_t initialised_by;   /* 0: not initialised; another pid: forked after that process initialised CUDA */
 static int state_unusable;
 
@@ -37,7 +38,8 @@ static long setting(const char *name, long otherwise)
 
 void sim_log(const char *format, ...)
 {
-    if (log_fd < 0) return;
+    struct stat now; /* The program may have closed the log, and opened its own file under the same number. */
+    if (log_fd < 0 || fstat(log_fd, &now) || now.st_dev != log_file.st_dev || now.st_ino != log_file.st_ino) return;
     char line[768];
     int length = snprintf(line, sizeof line, "%d %ld ", getpid(), syscall(SYS_gettid));
     va_list arguments;
@@ -52,7 +54,8 @@ void sim_log(const char *format, ...)
 
 static void complain(const char *what, const char *path)
 {
-    fprintf(stderr, "devguard simulated GPUs: %s: %s\n", path, what);
+    int flags = had_stderr ? fcntl(STDERR_FILENO, F_GETFD) : -1; /* Python opens its files with FD_CLOEXEC. */
+    if (flags >= 0 && !(flags & FD_CLOEXEC)) fprintf(stderr, "devguard simulated GPUs: %s: %s\n", path, what);
 }
 
 /* ---- the file ---- */
@@ -114,6 +117,7 @@ static void open_state(void)
 
 static __attribute__((constructor)) void load(void)
 {
+    had_stderr = fcntl(STDERR_FILENO, F_GETFD) >= 0;
     pthread_mutexattr_t recursive;
     pthread_mutexattr_init(&recursive);
     pthread_mutexattr_settype(&recursive, PTHREAD_MUTEX_RECURSIVE);
@@ -129,7 +133,7 @@ static __attribute__((constructor)) void load(void)
     const char *log = getenv("DEVGUARD_SIM_LOG");
     if (log && *log) {
         log_fd = open(log, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
-        if (log_fd < 0) complain(strerror(errno), log);
+        if (log_fd < 0 || fstat(log_fd, &log_file)) complain(strerror(errno), log);
     }
     open_state();
 }

@@ -145,10 +145,24 @@ static void write_text(struct text *text, const struct context *context, const c
 
 /* ---- output ---- */
 
+static int had_stderr;
+
+static __attribute__((constructor)) void look_for_stderr(void)
+{
+    had_stderr = fcntl(STDERR_FILENO, F_GETFD) >= 0;
+}
+
+/* Returns standard error, or -1: a file that Python opened under this number, once it was closed, is closed on exec. */
+static int standard_error(void)
+{
+    int flags = had_stderr ? fcntl(STDERR_FILENO, F_GETFD) : -1;
+    return flags < 0 || flags & FD_CLOEXEC ? -1 : STDERR_FILENO;
+}
+
 static void write_out(const char *data, size_t length)
 {
     const char *path = getenv("DEVGUARD_TRACE_OUTPUT");
-    int named = path && *path, fd = named ? open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600) : STDERR_FILENO;
+    int named = path && *path, fd = named ? open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600) : standard_error();
     while (fd >= 0 && length) {
         ssize_t written = write(fd, data, length);
         if (written < 0 && errno == EINTR) continue;
