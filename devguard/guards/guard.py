@@ -243,9 +243,9 @@ class _Options:
 
 def _order(name: str, device: Any, argument: Any, mode: Any) -> tuple[Any, Any]:
     """Return `argument` and `mode`, where the second value of a call may be a mode: ``guard("cuda:1", "warn")``."""
-    call = f"{name}({device!r}, {argument!r})"
     if device is None or not isinstance(argument, str):
         return argument, mode
+    call = f"{name}({device!r}, {argument!r})"
     if isinstance(device, str) and device in modes.MODES:
         raise ConfigError(f"{call}: the device comes first, then the mode. Write {name}({argument!r}, {device!r}).")
     if argument not in modes.MODES:
