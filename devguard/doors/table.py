@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from devguard.errors import ConfigError
@@ -82,14 +83,12 @@ class _Stage:
     ----------
     complete : bool
         Whether every door was opened, or has failed.
-    opening : bool
-        Whether a call of `open_all` is running.
     dirty : bool
         Whether a call of `open_all` or `close_all` has begun and has not ended.
     """
 
     def __init__(self) -> None:
-        self.complete = self.opening = self.dirty = False
+        self.complete = self.dirty = False
 
 
 _stage = _Stage()
@@ -127,10 +126,9 @@ def open_all() -> None:
         return
     import_torch()
     with opening:
-        if _stage.complete or _stage.opening:  # by another thread; by this one, below a signal handler
+        if _stage.complete or _is_opening(sys._getframe(1)):  # by another thread; by this one, below a signal handler
             return
         try:
-            _stage.opening = True
             if _stage.dirty:  # the last call was interrupted, and so was the removal of its doors
                 close_all()
             _stage.dirty = True
@@ -143,8 +141,6 @@ def open_all() -> None:
         except BaseException:  # all doors or none: the next call must find no half-opened door
             close_all()
             raise
-        finally:
-            _stage.opening = False
         failed = dict(_failed)
     for name, problem in failed.items():
         report_off(f"devguard: the door {name} stays closed in this process: {problem}")
@@ -159,6 +155,13 @@ def _open_door(name: str) -> None:
         module.uninstall()  # removes the patches from before the failure
         _failed[name] = str(error)
         del _open[name]
+
+
+def _is_opening(frame: FrameType | None) -> bool:
+    """Return whether `frame` runs inside a call of `open_all`: a flag could be left behind by an interrupt."""
+    while frame is not None and frame.f_code is not open_all.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _start_log() -> None:

@@ -339,3 +339,30 @@ class TestPatchesThatOutliveUninstall:
             pass
         assert devguard.uninstall() == []
         assert changed(before, everything_in_torch()) == set()
+
+
+def test_an_interrupt_at_any_line_of_the_opening_itself_leaves_it_possible(originals: Originals) -> None:
+    code = table.open_all.__code__
+
+    def interrupt(line: int) -> Callable[..., Any]:
+        def trace(frame: FrameType, event: str, argument: object) -> Any:
+            if frame.f_code is not code:
+                return None
+            if event == "line" and frame.f_lineno == line:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return trace
+
+        return trace
+
+    for line in sorted({line for _, _, line in code.co_lines() if line is not None}):
+        with contextlib.suppress(KeyboardInterrupt):
+            try:
+                sys.settrace(interrupt(line))
+                table.open_all()
+            finally:
+                sys.settrace(None)
+        table.open_all()
+        assert all(row["open"] for row in table.status().values()), f"line {line}"
+        assert table.close_all() == [], f"line {line}"
+        assert replaced(originals) == [], f"line {line}"
