@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import _thread
 import os
+import sys
 
 from devguard._version import __version__
 
@@ -84,7 +85,20 @@ _HOMES = {
 # A fork waits for imports of other threads: its child could never import a module that another thread was importing.
 # The lock lies here, because other modules are imported under it; see support/forks.py for all other locks.
 _importing = _thread.RLock()  # threading itself would take longer to import than this module
-os.register_at_fork(before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release)
+
+
+def _at_fork(hook: str) -> None:
+    """Run a hook of support/forks.py, which may have been imported after the fork looked for hooks."""
+    function = getattr(sys.modules.get("devguard.support.forks"), hook, None)
+    if function is not None:
+        function()
+
+
+os.register_at_fork(
+    before=lambda: (_importing.acquire(), _at_fork("before")),
+    after_in_parent=lambda: (_at_fork("after"), _importing.release()),
+    after_in_child=lambda: (_at_fork("after_in_child"), _importing.release()),
+)
 
 
 def __getattr__(name: str) -> object:

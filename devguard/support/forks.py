@@ -12,7 +12,7 @@ import threading
 import weakref
 from typing import Any
 
-__all__ = ["new_lock", "opening"]
+__all__ = ["after", "after_in_child", "before", "new_lock", "opening"]
 
 WAIT_S = 2.0  # longer than any lock is held, unless the lock waits for the thread that forks
 
@@ -40,7 +40,10 @@ def new_lock(*, awaited: bool = False) -> Any:
 # is acquired, and released only if this thread owns it; and the hooks after a fork, which may be repeated, run twice.
 
 
-def _before() -> None:
+def before() -> None:
+    """Wait for the awaited locks; a second call before the same fork does nothing."""
+    if threading.get_ident() in _taken:
+        return
     taken = _taken[threading.get_ident()] = []
     for lock in _awaited:
         if not lock._is_owned():  # otherwise the program holds it during the fork, and releases it
@@ -48,7 +51,8 @@ def _before() -> None:
             lock.acquire(timeout=WAIT_S)
 
 
-def _after() -> None:
+def after() -> None:
+    """Release what `before` took."""
     taken = _taken.get(threading.get_ident(), [])
     while taken:
         if taken[-1]._is_owned():
@@ -57,12 +61,13 @@ def _after() -> None:
     _taken.pop(threading.get_ident(), None)
 
 
-def _after_in_child() -> None:
+def after_in_child() -> None:
+    """Make the locks that other threads held free again."""
     for lock in _locks:
         renew = getattr(lock, "_at_fork_reinit", None)  # as Python's own modules do
         if renew is not None and not lock._is_owned():
             renew()
-    _after()
+    after()
     _taken.clear()
 
 
@@ -70,6 +75,6 @@ def _after_in_child() -> None:
 # another thread was importing, and would open the doors a second time.
 opening = new_lock(awaited=True)
 
-os.register_at_fork(before=_before)
+os.register_at_fork(before=before)
 for _ in range(2):
-    os.register_at_fork(after_in_parent=_after, after_in_child=_after_in_child)
+    os.register_at_fork(after_in_parent=after, after_in_child=after_in_child)

@@ -81,7 +81,7 @@ def test_the_command_line_in_the_log_holds_no_secret(tmp_path: Path, monkeypatch
     first, *_ = lines(tmp_path)
     command = first["process"]["command"]
     assert "hunter2" not in json.dumps(first)
-    assert command == "python serve.py --api-key=*** --hf-token *** DB=postgres://***@db/x --tp=2"
+    assert command == "python serve.py --api-key=*** --hf-token *** *** --tp=2"
 
 
 def test_every_stray_is_in_the_file_at_once_in_the_line_of_its_call_site(
