@@ -6,7 +6,7 @@ import argparse
 import os
 
 from devguard import modes
-from devguard.cli import interpreter, program
+from devguard.cli import program
 from devguard.errors import ConfigError, DevGuardError
 from devguard.ownership.resolve import owner_from_environment
 
@@ -110,6 +110,8 @@ def _check_program(path: str, command: list[str], environment: dict[str, str]) -
             "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it, or guard in code, with the "
             "decorator or devguard.install()."
         )
+    from devguard.cli import interpreter  # imports subprocess, which --help need not
+
     python = interpreter.find(path, command)
     problem = python and interpreter.find_problem(python, environment)
     if problem:

@@ -7,7 +7,7 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 from unittest import mock
@@ -22,6 +22,7 @@ from devguard.doors import table
 from devguard.doors.concurrency import threads
 from devguard.doors.current_device import streams
 from devguard.support import patching
+from devguard.support.forks import opening
 from tests.helpers import tagging
 from tests.helpers.torch_state import changed, everything_in_torch, relay_something
 
@@ -227,6 +228,14 @@ def originals() -> Originals:
     assert len(found) > 20
     assert replaced(found) == []
     return found
+
+
+@pytest.fixture(autouse=True)
+def _release() -> Iterator[None]:
+    """Release the lock of the doors, which an interrupt between two steps of a `with` statement leaves held."""
+    yield
+    while opening._is_owned():
+        opening.release()
 
 
 STRIDE = 17  # all lines take minutes

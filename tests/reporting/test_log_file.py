@@ -40,6 +40,12 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.fixture(autouse=True)
+def _no_alerts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the alerts of earlier tests, which a new log would begin with."""
+    monkeypatch.setattr(notices, "_alerts", {})
+
+
 def test_the_first_line_names_the_process_and_the_last_one_its_final_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,7 +92,7 @@ def test_a_simulation_that_cannot_be_built_is_a_usage_error(suite: pytest.Pytest
     monkeypatch.setenv("DEVGUARD_CACHE_DIR", "/dev/null/nowhere")
     done = suite.runpytest_subprocess("--devguard-gpus", "3")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
-    done.stderr.fnmatch_lines(["ERROR: --devguard-gpus 3: *cannot be created*set DEVGUARD_CACHE_DIR to*"])
+    done.stderr.fnmatch_lines(["ERROR: --devguard-gpus 3: */dev/null belongs to root*Set DEVGUARD_CACHE_DIR to*"])
 
 
 @pytest.mark.parametrize(
