@@ -94,10 +94,20 @@ def _at_fork(hook: str) -> None:
         function()
 
 
+def _before_fork() -> None:
+    _importing.acquire()
+    _at_fork("before")
+
+
+def _after_fork(hook: str) -> None:
+    _at_fork(hook)
+    _importing.release()
+
+
 os.register_at_fork(
-    before=lambda: (_importing.acquire(), _at_fork("before")),
-    after_in_parent=lambda: (_at_fork("after"), _importing.release()),
-    after_in_child=lambda: (_at_fork("after_in_child"), _importing.release()),
+    before=_before_fork,
+    after_in_parent=lambda: _after_fork("after"),
+    after_in_child=lambda: _after_fork("after_in_child"),
 )
 
 
