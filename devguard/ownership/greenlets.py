@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from devguard.support.accelerator import Exchange
 from devguard.support.notices import alert
 
-__all__ = ["forget_devices", "is_imported", "NO_DEVICES", "on_import", "register", "stop", "watch"]
+__all__ = ["forget_devices", "is_imported", "on_import", "register", "stop", "watch"]
 
 Trace = Callable[[str, Any], object]
 
@@ -41,13 +41,6 @@ class Suspended(NamedTuple):
     entries: Sequence[Any]
     rest: Mapping[str, Any]
 
-
-def _none(index: int = -1) -> int:
-    return -1
-
-
-# For a process that was forked after CUDA was initialised, where torch's functions raise.
-NO_DEVICES = Exchange(_none, _none, _none, _none)
 
 # The stacks of greenlets, where a library has replaced ``threading.local``.
 _stacks: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -102,7 +95,8 @@ class Watch:
             exchange.back(resumed)
 
 
-_watches: dict[int, Watch] = {}  # by the system's thread
+# By the system's thread. A watch lives as long as its thread: greenlet keeps it as that thread's trace function.
+_watches: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()
 _prepare_again: list[Callable[[], None]] = []
 
 
@@ -136,7 +130,7 @@ def watch(stack: Any, exchange: Exchange | None) -> None:
 
 def forget_devices() -> None:
     """Exchange only the scopes from now on, in a forked child that cannot use CUDA."""
-    for trace in _watches.values():
+    for trace in list(_watches.values()):
         trace.exchange = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -173,3 +174,21 @@ def test_a_device_that_cannot_be_read_is_told_and_breaks_no_greenlet(
         greenlet.greenlet(lambda: done.append(1)).switch()
     assert done == [1]
     assert "no longer keeps greenlets of this thread apart" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("switches", [0, 2])
+def test_a_thread_that_ends_leaves_no_watch_and_no_stack(cuda: FakeCuda, switches: int) -> None:
+    ended = []
+
+    def work() -> None:
+        with devguard.guard(1):
+            ended.append(weakref.ref(local.stack))
+            for _ in range(switches):
+                greenlet.greenlet(lambda: None).switch()
+
+    for _ in range(20):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    greenlet.getcurrent()  # greenlet clears the state of ended threads at its next call
+    assert [stack() for stack in ended if stack() is not None] == []
