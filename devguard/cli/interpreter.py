@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from devguard._version import __version__
+from devguard.support.installed_torch import TORCH_MINIMUM
 from devguard.support.strictness import is_strict
 from devguard.support.terminal import complain
 
@@ -23,7 +24,7 @@ __all__ = ["find", "find_problem", "Interpreter"]
 
 LIMIT = 60.0  # seconds for the answer, on a busy machine
 OLDEST_PYTHON = (3, 10)
-OLDEST = {"torch": (2, 6), "wrapt": (2, 0)}
+OLDEST = {"torch": TORCH_MINIMUM, "wrapt": (2, 0)}
 FLAGS = "SIEsP"  # the flags of Python that decide what it can import
 
 # What matters about a program's Python; written for any version of Python 3. The modules of Python and the packages are

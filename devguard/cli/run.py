@@ -8,6 +8,7 @@ import os
 from devguard import modes
 from devguard.cli import program
 from devguard.errors import ConfigError, DevGuardError
+from devguard.ownership import unloaded
 from devguard.ownership.resolve import owner_from_environment
 
 __all__ = ["configure", "run"]
@@ -105,7 +106,7 @@ def _set_guard(arguments: argparse.Namespace, environment: dict[str, str]) -> No
 
 def _check_program(path: str, command: list[str], environment: dict[str, str]) -> None:
     """Refuse a program that would run without the guard, with the reason."""
-    if environment.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+    if unloaded.is_prevented(environment):
         raise ConfigError(
             "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it, or guard in code, with the "
             "decorator or devguard.install()."

@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from devguard.errors import ConfigError
@@ -25,6 +25,7 @@ from devguard.modes import MODES, DoorMode, is_killed
 from devguard.ownership import in_force
 from devguard.ownership.process import process
 from devguard.reporting.journal import journal
+from devguard.support import callsite
 from devguard.support.callsite import Origin
 from devguard.support.forks import opening
 from devguard.support.installed_torch import import_torch
@@ -126,7 +127,8 @@ def open_all() -> None:
         return
     import_torch()
     with opening:
-        if _stage.complete or _is_opening(sys._getframe(1)):  # by another thread; by this one, below a signal handler
+        # By another thread; or by this one, below a signal handler (a flag could be left behind by an interrupt).
+        if _stage.complete or callsite.runs(sys._getframe(1), open_all.__code__):
             return
         try:
             if _stage.dirty:  # the last call was interrupted, and so was the removal of its doors
@@ -155,13 +157,6 @@ def _open_door(name: str) -> None:
         module.uninstall()  # removes the patches from before the failure
         _failed[name] = str(error)
         del _open[name]
-
-
-def _is_opening(frame: FrameType | None) -> bool:
-    """Return whether `frame` runs inside a call of `open_all`: a flag could be left behind by an interrupt."""
-    while frame is not None and frame.f_code is not open_all.__code__:
-        frame = frame.f_back
-    return frame is not None
 
 
 def _start_log() -> None:

@@ -15,6 +15,7 @@ from devguard.guards.coroutines import Steps
 from devguard.guards.parameter import Parameter
 from devguard.modes import DoorMode
 from devguard.ownership.stack import local
+from devguard.support import callsite
 from devguard.support.notices import warn_user
 
 __all__ = ["Bound", "Scope"]
@@ -87,14 +88,14 @@ class Scope:
             return returned.within(self, result, function)
         except Exception as error:  # noqa: BLE001 - the call has worked, and its result must not be lost
             if returned.is_later(result):
-                name = getattr(function, "__qualname__", type(function).__name__)
+                name = callsite.name_of(function)
                 warn_user(f"What {name} returned runs outside {self!r}: {type(error).__name__}: {error}")
             return result
 
     def look_after(self, function: Callable[..., Any]) -> None:
         """Look for contexts that no door explains, if the call of a decorated function that ends was the outermost."""
         if not local.stack and _inspection.claim_turn():
-            name = getattr(function, "__qualname__", type(function).__name__)
+            name = callsite.name_of(function)
             try:
                 table.inspect(f"after {name} had returned")
             except StrayDeviceError:
@@ -116,13 +117,7 @@ class Scope:
         if stack and (entry := stack[-1])[0] is self:
             # First the undo, by two instructions between which Python handles no signal.
             del stack[-1]
-            _, owner, previous = entry
-            if owner is not None and previous == owner.index:
-                inside = stack.read()
-                if inside != previous:
-                    stack.give_back(previous)
-            else:
-                inside = stack.give_back(previous)
+            inside = stack.give_back(entry[2])
             if stack.changes:
                 unwind.judge_changes(stack, entry, inside, kind is not None)
         else:

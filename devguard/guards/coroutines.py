@@ -28,13 +28,13 @@ class Steps:
         The code to step. Scopes that `inner` holds across a suspend are left and entered with it.
     """
 
-    __slots__ = ("_advance", "_device", "_held", "_inner", "_within", "suspends")
+    __slots__ = ("_advance", "_device", "_held", "_inner", "_suspends", "_within")
 
     def __init__(self, within: AbstractContextManager[Any], inner: Any = None) -> None:
         self._within = within
         self._held: list[Entry] = []
         self._device = -1  # the device that `inner` has made current, where it is not the one of the scope
-        self.suspends: type[BaseException] | None = None
+        self._suspends: type[BaseException] | None = None
         self._advance: Any = None
         self._inner: Any = None
         self.drive(inner)
@@ -51,7 +51,7 @@ class Steps:
         """
         self._inner = inner
         self._advance = getattr(inner, "__next__", None)  # a coroutine has only send
-        self.suspends = suspends
+        self._suspends = suspends
         return self
 
     def __iter__(self) -> Steps:
@@ -91,8 +91,9 @@ class Steps:
                 outside = self._resume(stack, depth, outside)
             result = resume(*arguments)
         except BaseException as error:
+            ends = self._suspends is None or not isinstance(error, self._suspends)
             failing = not isinstance(error, (StopIteration, StopAsyncIteration))
-            self._suspend(stack, depth, outside, self.suspends is None or not isinstance(error, self.suspends), failing)
+            self._suspend(stack, depth, outside, ends, failing)
             raise
         self._suspend(stack, depth, outside, False, False)
         return result
@@ -124,17 +125,10 @@ class Steps:
         if len(stack) > depth + 1:  # a plain `with` inside is held across this suspend
             self._held = stack[depth + 1 :]
         del stack[depth:]
-        if entry[2] >= 0:
-            home = entry[1].index  # type: ignore[union-attr]  # a scope that took a device has an owner
-            inside = stack.read() if outside == home else stack.give_back(outside)
-            self._device = -1 if inside == home else inside
-            if inside != home == outside:
-                stack.give_back(outside)
-        else:
-            inside = stack.read()
-            self._device = inside if inside != max(outside, 0) or self._held else -1
-            if inside >= 0 and inside != outside:
-                stack.give_back(max(outside, 0))  # before CUDA was initialised, device 0 was current
+        owner, took = entry[1], entry[2] >= 0
+        home = owner.index if took and owner is not None else max(outside, 0)
+        inside = stack.give_back(outside) if took and outside != home else stack.restore(outside)
+        self._device = inside if inside != home or (self._held and not took) else -1
         if stack.changes:
             if ends:
                 unwind.judge_changes(stack, entry, inside, failing)

@@ -17,7 +17,7 @@ from devguard.ownership.stack import Stack, local, stacks
 from devguard.reporting import foreign_memory
 from devguard.reporting.journal import journal
 from devguard.reporting.stray import Stray
-from devguard.support import allocation_history
+from devguard.support import allocation_history, callsite
 from devguard.support.notices import warn_user
 
 __all__ = ["judge_blocks", "no_strays", "renew_blocks"]
@@ -141,7 +141,7 @@ class _Block:
     def _own_code(self) -> list[CodeType]:
         """Return the code that entered the block, unless another thread runs it, too."""
         others = [frame for ident, frame in sys._current_frames().items() if ident != self.thread]
-        return [self._code] if not any(_runs(frame, self._code) for frame in others) else []
+        return [self._code] if not any(callsite.runs(frame, self._code) for frame in others) else []
 
     def judge_shared_memory(self) -> None:
         """Judge the memory so far, since unguarded code of this thread has ended while another thread has the block."""
@@ -204,12 +204,3 @@ def _is_unguarded(stack: Stack) -> bool:
 def _is_other_thread_unguarded() -> bool:
     """Return whether another thread runs unguarded code now: the counters do not tell which thread allocates."""
     return any(_is_unguarded(stack) for stack in stacks() if stack is not local.stack)
-
-
-def _runs(frame: FrameType | None, code: CodeType) -> bool:
-    """Return whether `frame` or one of its callers runs `code`."""
-    while frame is not None:
-        if frame.f_code is code:
-            return True
-        frame = frame.f_back
-    return False

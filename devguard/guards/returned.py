@@ -24,6 +24,7 @@ from devguard.guards.decorate import (
     decorate_generator,
 )
 from devguard.ownership.stack import Entry
+from devguard.support import callsite
 from devguard.support.notices import warn_user
 
 __all__ = ["is_later", "PLAIN", "within"]
@@ -201,7 +202,7 @@ class _SharedAsyncGenerator:
 
 
 def _report(scope: DecoratingScope, kind: type, function: Any) -> None:
-    name = getattr(function, "__qualname__", type(function).__name__)
+    name = callsite.name_of(function)
     if name not in _reported and len(_reported) < _MAX_REPORTS:
         _reported.add(name)
         is_task = _defines(kind, "get_coro")

@@ -162,6 +162,16 @@ class Stack(list[Entry]):
         self.give_back: Callable[[int], int] = _give_back_first
         self.read: Callable[[], int] = _read_if_initialized
 
+    def restore(self, device: int) -> int:
+        """Restore the device that was current before code which took none; return the one that the code left current.
+
+        A `device` of -1 was read before CUDA was initialised, when device 0 was current.
+        """
+        inside = self.read()
+        if inside >= 0 and inside != max(device, 0):
+            self.give_back(max(device, 0))
+        return inside
+
     def forget_device(self) -> None:
         """Prepare this thread again the next time that it takes a device: the doors were closed."""
         self.take, self.read = _take_first, _read_if_initialized
@@ -189,12 +199,16 @@ def prepare_again() -> None:
     _watch_greenlets(local.stack)
 
 
+def _give_back_nothing(index: int) -> int:
+    return -1
+
+
 def _forget_devices() -> None:
     """Forget torch's functions in a forked child: the parent has initialised CUDA, so that each of them raises."""
     for stack in stacks():
         if stack.give_back is not _give_back_first:
             stack.forget_device()
-            stack.give_back = greenlets.NO_DEVICES.back
+            stack.give_back = _give_back_nothing
     greenlets.forget_devices()
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 
 from devguard.modes import is_killed
 from devguard.ownership.process import process
 from devguard.support.strictness import report_off
 
-__all__ = ["report", "watch"]
+__all__ = ["is_prevented", "report", "watch"]
 
 
 def report() -> None:
@@ -36,9 +37,9 @@ def report() -> None:
     )
 
 
-def is_prevented() -> bool:
+def is_prevented(environ: Mapping[str, str] | None = None) -> bool:
     """Return whether the environment keeps torch from loading devguard."""
-    return os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0"
+    return (os.environ if environ is None else environ).get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0"
 
 
 def watch() -> None:

@@ -53,7 +53,7 @@ class _Log:
         self._rows = 0
         self._numbers: dict[Row, int] = {}  # each row that was written -> its number in the file
         self._counts_at: dict[Row, int | None] = {}  # the offsets of their counts
-        self._flushed = self._looked = 0.0
+        self._looked = 0.0
         self._state: dict[str, Any] = {}
         self._broken = False
         self.where: str | None = None
@@ -99,13 +99,16 @@ class _Log:
             return
         if not self._write_counts(row):
             self._write_row(key, row)
-        if time.monotonic() - self._flushed >= FLUSH_INTERVAL_S:
-            self.flush()
+        self._look_at_times()
 
     def flush(self) -> None:
         """Write the state of the process, if it has changed; each stray has written its own row."""
-        self._flushed = time.monotonic()
+        self._looked = time.monotonic()
         self.write_state()
+
+    def _look_at_times(self) -> None:
+        if time.monotonic() - self._looked >= FLUSH_INTERVAL_S:
+            self.flush()
 
     def _write_row(self, key: Key, row: Row) -> None:
         line = {"stray": self._numbers[row], **format_row(key, row, *row.total()).as_dict()}
@@ -140,9 +143,8 @@ class _Log:
 
     def _look_after_collection(self, phase: str, info: dict[str, int]) -> None:
         """Look for new contexts now and then: C++ code opens them, and a server may never end in an orderly way."""
-        if phase == "stop" and time.monotonic() - self._looked >= FLUSH_INTERVAL_S:
-            self._looked = time.monotonic()
-            self.write_state()
+        if phase == "stop":
+            self._look_at_times()
 
     def _stop_listening(self) -> None:
         listeners: tuple[tuple[list[Any], Any], ...] = (

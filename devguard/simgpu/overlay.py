@@ -18,12 +18,12 @@ from pathlib import Path
 from devguard.errors import SimulationError
 from devguard.simgpu import cached, native, wheels
 from devguard.simgpu.progress import Reporter
-from devguard.support import user_cache
+from devguard.support import compiler, user_cache
+from devguard.support.installed_torch import TORCH_MINIMUM
 
 __all__ = ["cache_folder", "DEFAULT_TORCH", "Overlay", "prepare"]
 
 DEFAULT_TORCH = "2.13.0"
-OLDEST_TORCH = (2, 6)
 COMPILED = "simulation.json"  # the list of the files that are compiled here, and not part of torch
 NEEDED_BYTES = 2_500_000_000  # a wheel of 0.5 to 0.9 GB and its unpacked contents at the same time
 
@@ -113,17 +113,18 @@ def _version(torch: str | None) -> str:
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None or not re.fullmatch(r"[0-9A-Za-z.]+", version):
         raise SimulationError(f"{torch!r} is not a version of torch (--torch): give a version such as {DEFAULT_TORCH}")
-    if (int(numbers[1]), int(numbers[2])) < OLDEST_TORCH:
+    if (int(numbers[1]), int(numbers[2])) < TORCH_MINIMUM:
+        oldest = ".".join(map(str, TORCH_MINIMUM))
         raise SimulationError(
-            f"torch {version} is too old for simulated GPUs: 2.6 is the oldest, {DEFAULT_TORCH} the default"
+            f"torch {version} is too old for simulated GPUs: {oldest} is the oldest, {DEFAULT_TORCH} the default"
         )
     return version
 
 
 def _source_hash() -> str:
     digest = hashlib.sha256(f"format {cached.FORMAT}".encode())
-    here = Path(__file__).parent
-    for source in [*sorted(native.SOURCES.glob("*.[ch]")), here / "native.py", here / "stubs.py", here / "symbols.py"]:
+    scripts = [Path(__file__).with_name(name) for name in ("native.py", "stubs.py", "symbols.py")]
+    for source in (*sorted(native.SOURCES.glob("*.[ch]")), compiler.HEADER, *scripts):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:12]
 

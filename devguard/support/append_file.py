@@ -11,6 +11,8 @@ import os
 import stat
 from pathlib import Path
 
+from devguard.support import private_folders
+
 __all__ = ["AppendFile"]
 
 # Nonblocking, because another program may have put a pipe in the place of the file.
@@ -32,7 +34,7 @@ class AppendFile:
     """
 
     def __init__(self, path: Path) -> None:
-        _make_folders(path.parent)
+        private_folders.make(path.parent)
         self.path = path
         self._descriptor = os.open(path, _FLAGS | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
         self._second = -1  # pwrite appends to a file that is open for appending
@@ -86,14 +88,3 @@ class AppendFile:
             if (found.st_dev, found.st_ino) == self._identity and stat.S_ISREG(found.st_mode):
                 return found.st_size
         return None
-
-
-def _make_folders(folder: Path) -> None:
-    """Create a folder and its missing parents, whatever the umask; `mkdir` gives its mode to the last one only."""
-    missing = []
-    while not os.path.lexists(folder):
-        missing.append(folder)
-        folder = folder.parent
-    for each in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # another process has just made it
-            os.mkdir(each, 0o700)

@@ -33,9 +33,7 @@ def call_afterwards(start: FrameType, function: Callable[[], object]) -> bool:
     bool
         Whether `function` will be called; not if there is no user code, or if a profiler is active on this thread.
     """
-    frame: FrameType | None = start
-    while frame is not None and not callsite.is_user(frame.f_code):
-        frame = frame.f_back
+    frame = callsite.user_frame(start)
     if frame is None or sys.getprofile() is not None:
         return False
     sys.setprofile(_Watch(frame, function))

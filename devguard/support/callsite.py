@@ -24,12 +24,15 @@ __all__ = [
     "has_user_code",
     "is_user",
     "module_of",
+    "name_of",
     "Origin",
     "origin_of",
+    "runs",
     "runs_user_code",
     "SeenLines",
     "Site",
     "stack_of",
+    "user_frame",
     "when_freed",
 ]
 
@@ -222,14 +225,30 @@ def origin_of(start: FrameType) -> Origin:
     return Origin(*find(start), stack_of(start))
 
 
+def user_frame(start: FrameType) -> FrameType | None:
+    """Return the first frame of user code, from `start` outwards; None if there is none."""
+    frame: FrameType | None = start
+    while frame is not None and not is_user(frame.f_code):
+        frame = frame.f_back
+    return frame
+
+
 def module_of(start: FrameType) -> str:
     """Return the module of the first frame of user code, from `start` outwards; empty if there is none."""
-    frame: FrameType | None = start
-    while frame is not None:
-        if is_user(frame.f_code):
-            return str(frame.f_globals.get("__name__", ""))
+    frame = user_frame(start)
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
+
+
+def runs(frame: FrameType | None, code: CodeType) -> bool:
+    """Return whether `frame` or one of its callers runs `code`."""
+    while frame is not None and frame.f_code is not code:
         frame = frame.f_back
-    return ""
+    return frame is not None
+
+
+def name_of(function: object) -> str:
+    """Return the name of a callable for a message: its qualified name, else that of its class."""
+    return str(getattr(function, "__qualname__", type(function).__name__))
 
 
 def stack_of(start: FrameType) -> tuple[Frame, ...]:

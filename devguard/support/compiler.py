@@ -10,10 +10,13 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 from devguard.errors import DevGuardError
 
-__all__ = ["find", "run"]
+__all__ = ["find", "HEADER", "run"]
+
+HEADER = Path(__file__).parent / "csrc" / "process.h"  # the sources of several parts include it
 
 
 def find(purpose: str, error: type[DevGuardError], *, tools: Sequence[str] = ()) -> str:

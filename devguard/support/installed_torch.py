@@ -6,7 +6,7 @@ from typing import Any
 
 from devguard.errors import DevGuardError
 
-__all__ = ["import_torch", "MissingTorchError", "release", "SUPPORTED"]
+__all__ = ["import_torch", "MissingTorchError", "release", "SUPPORTED", "TORCH_MINIMUM"]
 
 TORCH_MINIMUM = (2, 6)
 SUPPORTED = "2.6 to 2.15"  # the releases that devguard was tested with: python -m tests.torch_versions

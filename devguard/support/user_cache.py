@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from devguard.errors import DevGuardError
+from devguard.support import private_folders
 
 __all__ = ["check_file", "check_folder", "check_tree", "locate", "make_folder", "make_private"]
 
@@ -52,18 +53,10 @@ def make_folder(folder: Path, error: type[DevGuardError]) -> None:
     OSError
         If it cannot be created.
     """
-    missing = []
-    present = folder
-    while not os.path.lexists(present):
-        missing.append(present)
-        present = present.parent
-    _check_way(present, error, final=not missing)
-    for each in reversed(missing):
-        try:
-            os.mkdir(each, 0o700)
-        except FileExistsError:  # Another process created it meanwhile; its owner is checked below.
-            continue
-    check_folder(folder, error)
+    present = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    _check_way(present, error, final=present == folder)
+    private_folders.make(folder)
+    check_folder(folder, error)  # also of what another process has made meanwhile
 
 
 def make_private(folder: Path) -> None:

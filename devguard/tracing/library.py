@@ -36,7 +36,7 @@ def library() -> Path:
     _check_platform()
     sources = sorted(SOURCES.glob("*.[ch]"))
     digest = hashlib.sha256(f"{platform.machine()} {FLAGS}".encode())
-    for source in sources:
+    for source in (*sources, compiler.HEADER):
         digest.update(source.name.encode() + source.read_bytes())
     target = user_cache.locate("tracing", TracingError) / f"libdevguard-trace-{digest.hexdigest()[:12]}.so"
     if any(mark in str(target) for mark in " :$"):

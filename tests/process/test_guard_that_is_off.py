@@ -23,8 +23,16 @@ import torch
 print("work")
 """
 
+Way = tuple[dict[str, str], dict[str, str], str, str]
+
+
+def no_autoload(program: str) -> Way:
+    variables = {"DEVGUARD": "repair", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    return variables, {}, program, "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it"
+
+
 # What is wrong -> the variables, modules that cannot be imported, the program, and words of the line.
-WAYS: dict[str, tuple[dict[str, str], dict[str, str], str, str]] = {
+WAYS: dict[str, Way] = {
     "mode": ({"DEVGUARD": "loud"}, {}, PROGRAM, "'loud' is not a mode. Valid: off"),
     "doors": ({"DEVGUARD": "repair", "DEVGUARD_DOORS": "lod=warn"}, {}, PROGRAM, "there is no door 'lod'"),
     "device": ({"DEVGUARD": "repair", "DEVGUARD_DEVICE": "gpu"}, {}, PROGRAM, "DEVGUARD_DEVICE is 'gpu'. Valid"),
@@ -43,41 +51,13 @@ WAYS: dict[str, tuple[dict[str, str], dict[str, str], str, str]] = {
         "devguard is off in this process, although DEVGUARD=",
     ),
     "broken door": ({"DEVGUARD": "repair"}, {}, BROKEN_DOOR, "the door streams stays closed in this process"),
-    "no autoload": (
-        {"DEVGUARD": "repair", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-        {},
-        GUARDED,
-        "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it",
-    ),
-    "no autoload, devguard, then torch": (
-        {"DEVGUARD": "repair", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-        {},
-        "import devguard, torch; print('work')",
-        "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it",
-    ),
-    "no autoload, torch, then devguard": (
-        {"DEVGUARD": "repair", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-        {},
-        "import torch, devguard; print('work')",
-        "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it",
-    ),
-    "no autoload, a module of devguard": (
-        {"DEVGUARD": "repair", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-        {},
-        "import torch, devguard.support.callsite; print('work')",
-        "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it",
-    ),
-    "no autoload, from devguard": (
-        {"DEVGUARD": "repair", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-        {},
-        "from devguard import guard; import torch.nn; print('work')",
-        "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it",
-    ),
-    "no autoload, status before torch": (
-        {"DEVGUARD": "repair", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-        {},
-        "import devguard; assert devguard.status()['problem'] is not None; print('work')",
-        "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading devguard. Unset it",
+    "no autoload": no_autoload(GUARDED),
+    "no autoload, devguard, then torch": no_autoload("import devguard, torch; print('work')"),
+    "no autoload, torch, then devguard": no_autoload("import torch, devguard; print('work')"),
+    "no autoload, a module of devguard": no_autoload("import torch, devguard.support.callsite; print('work')"),
+    "no autoload, from devguard": no_autoload("from devguard import guard; import torch.nn; print('work')"),
+    "no autoload, status before torch": no_autoload(
+        "import devguard; assert devguard.status()['problem'] is not None; print('work')"
     ),
 }
 

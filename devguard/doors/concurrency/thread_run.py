@@ -121,10 +121,10 @@ def leave(left: Left | None) -> None:
         if is_judged:
             judge_end(start)
         _end(stack, start, outer, hidden)
-        if not start.restores:
+        if start.restores:
+            stack.restore(device)
+        else:
             stack.give_back(device)
-        elif (inside := stack.read()) >= 0 and inside != max(device, 0):
-            accelerator.bind().back(max(device, 0))  # before CUDA was initialised, device 0 was current
 
 
 def _hide(stack: Stack) -> tuple[Any, ...]:

@@ -117,13 +117,12 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         if stray and owner is not None and in_force.mode_of(first_use.door()) == "error":
             judge(first_use.door(), "cuda", owner, 0, _ADVICE, note=_NOTE)  # raises
         result = original(*args)
+        frame = sys._getframe(1)
         if process.adoption is not None:
-            caller = sys._getframe(1)
             process.adoption.make_owner_current(
-                chooses=_is_inside(caller, _CHOOSING), uses_current=_is_inside(caller, _USING)
+                chooses=_is_inside(frame, _CHOOSING), uses_current=_is_inside(frame, _USING)
             )
         unowned = not _state.is_owned and owner is None and not local.stack
-        frame = sys._getframe(1)
         thread, module = threading.current_thread().name, callsite.module_of(frame)
         touch = Touch(callsite.origin_of(frame), os.getpid(), thread, time.time(), unowned, module)
         first_use.record(touch)

@@ -6,6 +6,8 @@
  */
 #include "sim.h"
 
+#include "../../support/csrc/process.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
@@ -25,7 +27,7 @@ __thread int sim_bound = -1;
 __thread cudaError_t sim_last_error;
 __thread const char *sim_call = "?";
 
-static int log_fd = -1, state_fd = -1, had_stderr;
+static int log_fd = -1, state_fd = -1;
 static struct stat log_file;
 static pid_t initialised_by;   /* 0: not initialised; another pid: forked after that process initialised CUDA */
 static int state_unusable;
@@ -54,8 +56,7 @@ void sim_log(const char *format, ...)
 
 static void complain(const char *what, const char *path)
 {
-    int flags = had_stderr ? fcntl(STDERR_FILENO, F_GETFD) : -1; /* Python opens its files with FD_CLOEXEC. */
-    if (flags >= 0 && !(flags & FD_CLOEXEC)) fprintf(stderr, "devguard simulated GPUs: %s: %s\n", path, what);
+    if (standard_error() >= 0) fprintf(stderr, "devguard simulated GPUs: %s: %s\n", path, what);
 }
 
 /* ---- the file ---- */
@@ -117,7 +118,7 @@ static void open_state(void)
 
 static __attribute__((constructor)) void load(void)
 {
-    had_stderr = fcntl(STDERR_FILENO, F_GETFD) >= 0;
+    look_for_stderr();
     pthread_mutexattr_t recursive;
     pthread_mutexattr_init(&recursive);
     pthread_mutexattr_settype(&recursive, PTHREAD_MUTEX_RECURSIVE);
@@ -228,35 +229,6 @@ int sim_alive(const struct sim_process *process)
     pid_t pid = __atomic_load_n(&process->pid, __ATOMIC_SEQ_CST);
     if (pid <= 0) return 0;
     return pid == getpid() ? process == sim_me : start_time(pid) == process->started;
-}
-
-/* Drops what follows the program, the options of Python and the script or module: other words, and code, may hold secrets. */
-static size_t drop_arguments(char *words, size_t length)
-{
-    static const char child[] = "multiprocessing";
-    const char *slash = strrchr(words, '/');
-    size_t at = strlen(words) + 1;
-    int done = strncmp(slash ? slash + 1 : words, "python", 6) != 0;
-    while (!done && at < length) {
-        const char *word = words + at;
-        size_t size = strlen(word);
-        int flags = word[0] == '-' && size > 1 && word[1] != '-' && word[1] != 'W' && word[1] != 'X';
-        int has_value = !strcmp(word, "-W") || !strcmp(word, "-X");
-        done = word[0] != '-' || (flags && (word[size - 1] == 'c' || word[size - 1] == 'm'));
-        at += size + 1;
-        if (flags && word[size - 1] == 'c' && at < length && strstr(words + at, child)) {
-            memcpy(words + at, child, sizeof child);
-            at += sizeof child;
-        } else if (at < length && (has_value || (flags && word[size - 1] == 'm'))) {
-            at += strlen(words + at) + 1;
-        }
-    }
-    if (at > length + 1) at = length + 1;
-    if (at && at - 1 < length) {
-        memset(words + at - 1, 0, length - (at - 1));
-        length = at - 1;
-    }
-    return length;
 }
 
 static struct sim_process *take_slot(void)

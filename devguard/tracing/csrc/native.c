@@ -1,6 +1,8 @@
 /* native.c - finds the thread, the library and the C call that opened the context. */
 #include "trace.h"
 
+#include "../../support/csrc/process.h"
+
 #include <dlfcn.h>
 #include <execinfo.h>
 #include <fcntl.h>
@@ -74,35 +76,6 @@ static void walk(struct native_stack *stack)
             last = name;
         }
     }
-}
-
-/* Drops what follows the program, the options of Python and the script or module: other words, and code, may hold secrets. */
-static size_t drop_arguments(char *words, size_t length)
-{
-    static const char child[] = "multiprocessing";
-    const char *slash = strrchr(words, '/');
-    size_t at = strlen(words) + 1;
-    int done = strncmp(slash ? slash + 1 : words, "python", 6) != 0;
-    while (!done && at < length) {
-        const char *word = words + at;
-        size_t size = strlen(word);
-        int flags = word[0] == '-' && size > 1 && word[1] != '-' && word[1] != 'W' && word[1] != 'X';
-        int has_value = !strcmp(word, "-W") || !strcmp(word, "-X");
-        done = word[0] != '-' || (flags && (word[size - 1] == 'c' || word[size - 1] == 'm'));
-        at += size + 1;
-        if (flags && word[size - 1] == 'c' && at < length && strstr(words + at, child)) {
-            memcpy(words + at, child, sizeof child);
-            at += sizeof child;
-        } else if (at < length && (has_value || (flags && word[size - 1] == 'm'))) {
-            at += strlen(words + at) + 1;
-        }
-    }
-    if (at > length + 1) at = length + 1;
-    if (at && at - 1 < length) {
-        memset(words + at - 1, 0, length - (at - 1));
-        length = at - 1;
-    }
-    return length;
 }
 
 static void read_text(const char *path, char *text, size_t size, int command)

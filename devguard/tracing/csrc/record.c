@@ -5,6 +5,8 @@
  */
 #include "trace.h"
 
+#include "../../support/csrc/process.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -145,18 +147,9 @@ static void write_text(struct text *text, const struct context *context, const c
 
 /* ---- output ---- */
 
-static int had_stderr;
-
-static __attribute__((constructor)) void look_for_stderr(void)
+static __attribute__((constructor)) void load(void)
 {
-    had_stderr = fcntl(STDERR_FILENO, F_GETFD) >= 0;
-}
-
-/* Returns standard error, or -1: a file that Python opened under this number, once it was closed, is closed on exec. */
-static int standard_error(void)
-{
-    int flags = had_stderr ? fcntl(STDERR_FILENO, F_GETFD) : -1;
-    return flags < 0 || flags & FD_CLOEXEC ? -1 : STDERR_FILENO;
+    look_for_stderr();
 }
 
 static void write_out(const char *data, size_t length)

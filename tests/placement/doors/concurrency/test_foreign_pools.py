@@ -7,7 +7,6 @@ import inspect
 import io
 import pickle
 import sys
-import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ import devguard
 from devguard import guard
 from devguard.ownership import in_force
 from devguard.ownership.stack import local
+from tests.helpers.handed_work import check_restored, on_a_fresh_thread
 from tests.helpers.programs import run_child
 
 Handed = Callable[[Callable[[], Any]], Awaitable[Any]]
@@ -97,15 +97,22 @@ SCOPES: list[Callable[[], Any]] = [
 
 
 def expected(scope: Any) -> tuple[Any, ...]:
-    """Return what `everything` returns on a fresh thread within a scope."""
-    got: list[Any] = []
-    with guard(0):
-        pass  # opens the doors
-    with scope:
-        thread = threading.Thread(target=lambda: got.append(everything()))
-        thread.start()
-        thread.join()
-    return tuple(got[0])
+    return tuple(on_a_fresh_thread(scope, everything))
+
+
+async def beside_another_task(step: Callable[[], Awaitable[Any]]) -> tuple[Any, set[Any]]:
+    """Return what `step` returns, handed back by a thread under a guard, and what another task sees meanwhile."""
+    noted: list[Any] = []
+
+    async def watch() -> None:
+        for _ in range(10):
+            noted.append(seen())
+            await asyncio.sleep(0)
+
+    watching = asyncio.create_task(watch())
+    result = await guard(1).run(anyio.to_thread.run_sync(lambda: anyio.from_thread.run(step)))
+    await watching
+    return result, set(noted)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -197,20 +204,7 @@ def test_a_guard_held_in_a_coroutine_that_is_handed_over_is_left_while_it_is_sus
             second = seen()
         return first, second, seen()
 
-    async def main() -> Any:
-        noted: list[Any] = []
-
-        async def watch() -> None:
-            for _ in range(10):
-                noted.append(seen())
-                await asyncio.sleep(0)
-
-        watching = asyncio.create_task(watch())
-        result = await guard(1).run(anyio.to_thread.run_sync(lambda: anyio.from_thread.run(step)))
-        await watching
-        return result, set(noted)
-
-    assert asyncio.run(main()) == (((2, "cuda:2"), (2, "cuda:2"), (1, "cuda:1")), {(0, "None")})
+    assert asyncio.run(beside_another_task(step)) == (((2, "cuda:2"), (2, "cuda:2"), (1, "cuda:1")), {(0, "None")})
 
 
 def test_a_portal_runs_each_call_in_the_scope_of_its_caller():
@@ -342,14 +336,7 @@ def test_the_loop_makes_no_difference(loop):
 
 
 def test_uninstall_restores_the_libraries():
-    def found() -> list[Any]:
-        return [vars(owner)[name] for owner, name in PATCHED]
-
-    before = found()
-    with guard(1):
-        assert not any(now is then for now, then in zip(found(), before, strict=True))
-    assert devguard.uninstall() == []
-    assert all(now is then for now, then in zip(found(), before, strict=True))
+    check_restored(PATCHED)
 
 
 import anyio._backends._asyncio as backend  # noqa: E402
@@ -411,17 +398,4 @@ def test_the_device_that_a_coroutine_makes_current_is_its_own():
         await asyncio.sleep(0)
         return inside, seen()
 
-    async def main() -> Any:
-        noted: list[Any] = []
-
-        async def watch() -> None:
-            for _ in range(10):
-                noted.append(seen())
-                await asyncio.sleep(0)
-
-        watching = asyncio.create_task(watch())
-        result = await guard(1).run(anyio.to_thread.run_sync(lambda: anyio.from_thread.run(step)))
-        await watching
-        return result, set(noted)
-
-    assert asyncio.run(main()) == (((3, "cuda:1"), (1, "cuda:1")), {(0, "None")})
+    assert asyncio.run(beside_another_task(step)) == (((3, "cuda:1"), (1, "cuda:1")), {(0, "None")})

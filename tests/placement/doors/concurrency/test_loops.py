@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import inspect
 import pickle
 import socket
 import socketserver
@@ -24,6 +23,7 @@ import torch
 import devguard
 from devguard import guard
 from devguard.ownership.stack import local
+from tests.helpers.handed_work import check_restored
 from tests.helpers.programs import run_child
 
 OUTSIDE = (0, "None", "cuda:0")
@@ -509,14 +509,7 @@ class TestWhatTheLoopSees:
 
 
 def test_uninstall_restores_the_functions():
-    def found() -> list[Any]:
-        return [inspect.getattr_static(owner, name) for owner, name in PATCHED]
-
-    before = found()
-    with guard(1):
-        assert not any(now is then for now, then in zip(found(), before, strict=True))
-    assert devguard.uninstall() == []
-    assert all(now is then for now, then in zip(found(), before, strict=True))
+    check_restored(PATCHED)
 
 
 PATCHED = [

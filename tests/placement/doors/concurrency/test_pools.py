@@ -26,6 +26,7 @@ import devguard
 from devguard import guard
 from devguard.ownership import in_force
 from devguard.ownership.stack import local
+from tests.helpers.handed_work import on_a_fresh_thread
 
 
 def seen(*_: Any) -> tuple[int, str]:
@@ -228,15 +229,7 @@ def submit(request: pytest.FixtureRequest) -> Iterator[Submit]:
 
 
 def expected(scope: Any) -> tuple[Any, ...]:
-    """Return what `everything` returns on a fresh thread within a scope."""
-    got: list[Any] = []
-    with guard(0):
-        pass  # opens the doors
-    with scope:
-        thread = threading.Thread(target=lambda: got.append(everything()))
-        thread.start()
-        thread.join()
-    return tuple(got[0])
+    return tuple(on_a_fresh_thread(scope, everything))
 
 
 class TestEveryWay:
