@@ -13,9 +13,6 @@ import pytest
 import devguard
 from tests.helpers.simulated import ROOT
 
-MAX_MILLISECONDS = 15
-MOST_ROUNDS = 30  # The minimum counts; a busy machine needs more rounds.
-
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     dropped = ("DEVGUARD", "PYTHONPROFILE", "PYTHONDONTWRITEBYTECODE")  # An installed package has its bytecode.
@@ -25,48 +22,18 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def import_milliseconds(*arguments: str) -> float:
-    """Return the time of devguard's imports, including all modules that they import; the minimum of several runs."""
-
-    def once() -> float:
-        total = 0
-        for line in run("-X", "importtime", *arguments).stderr.splitlines():
-            fields = line.removeprefix("import time:").split("|")
-            if len(fields) != 3 or not fields[1].strip().isdigit():
-                continue
-            name = fields[2].removeprefix(" ")
-            if name.split(".")[0] == "devguard":  # Not indented, so no counted module has imported it.
-                total += int(fields[1])
-        assert total > 0
-        return total / 1000
-
-    least = once()
-    for _ in range(MOST_ROUNDS):
-        if least <= MAX_MILLISECONDS:
-            break
-        least = min(least, once())
-    return least
+def test_importing_devguard_imports_its_face_and_nothing_else() -> None:
+    program = "import sys; before = set(sys.modules); import devguard; print(sorted(set(sys.modules) - before))"
+    assert run("-c", program).stdout.strip() == "['__future__', 'devguard', 'devguard._version']"
 
 
-def test_importing_devguard_imports_neither_torch_nor_wrapt() -> None:
-    program = "import devguard, sys; print(sorted({'torch', 'wrapt', 'numpy'} & set(sys.modules)))"
-    assert run("-c", program).stdout.strip() == "[]"
-
-
-def test_help_imports_neither_torch_nor_wrapt() -> None:
+def test_help_imports_nothing_slow() -> None:
     done = run("-X", "importtime", "-m", "devguard", "--help")
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "devguard" in imported
-    assert not imported & {"torch", "wrapt", "numpy", "rich"}
+    slow = {"torch", "wrapt", "numpy", "rich", "asyncio", "inspect", "subprocess", "multiprocessing", "logging"}
+    assert not imported & slow
     assert "usage: devguard" in done.stdout
-
-
-def test_importing_devguard_is_cheap() -> None:
-    assert import_milliseconds("-c", "import devguard") <= MAX_MILLISECONDS
-
-
-def test_help_is_cheap() -> None:
-    assert import_milliseconds("-m", "devguard", "--help") <= MAX_MILLISECONDS
 
 
 def test_building_and_decorating_import_no_torch() -> None:
