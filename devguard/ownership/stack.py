@@ -32,6 +32,7 @@ __all__ = [
     "site_of_work",
     "Stack",
     "stacks",
+    "take_first",
     "unwatch_moves",
     "watch_moves",
 ]
@@ -58,7 +59,7 @@ Entry = tuple[ScopePolicy, "Owner | None", int]
 on_taken: list[Callable[[], None]] = []
 
 
-def _take_first(index: int) -> int:
+def take_first(index: int) -> int:
     """Take a device on a thread that has taken none, or not since the doors were opened.
 
     ``set_device`` binds a context to the thread, which an exchange alone would not do. Afterwards torch's own exchange
@@ -158,7 +159,7 @@ class Stack(list[Entry]):
         self.task: Any = None
         self.hidden: tuple[Entry, ...] = ()
         self.selected = False
-        self.take: Callable[[int], int] = _take_first
+        self.take: Callable[[int], int] = take_first
         self.give_back: Callable[[int], int] = _give_back_first
         self.read: Callable[[], int] = _read_if_initialized
 
@@ -174,7 +175,7 @@ class Stack(list[Entry]):
 
     def forget_device(self) -> None:
         """Prepare this thread again the next time that it takes a device: the doors were closed."""
-        self.take, self.read = _take_first, _read_if_initialized
+        self.take, self.read = take_first, _read_if_initialized
         self.changes.clear()
 
 
@@ -195,7 +196,7 @@ def stacks() -> list[Stack]:
 def prepare_again() -> None:
     """Prepare each thread again the next time that it takes a device; watch the greenlets of this one now."""
     for stack in stacks():
-        stack.take = _take_first
+        stack.take = take_first
     _watch_greenlets(local.stack)
 
 

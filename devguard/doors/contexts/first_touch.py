@@ -1,9 +1,9 @@
 """The door ``first_touch``: the first initialisation of CUDA in this process, and the line that did it.
 
-It is a stray where the owner is ``cpu``: mode ``error`` refuses it before the driver is initialised, and the call may
-be repeated later. It is also a stray if it came before there was an owner and left a context on another device than the
-first owner's. This is recorded when the owner becomes known; a context cannot be closed again. Contexts that later
-lines opened belong to the door ``native``.
+It is a stray where the owner is ``cpu``, unless a guard for a GPU is entered there: mode ``error`` refuses it before
+the driver is initialised, and the call may be repeated later. It is also a stray if it came before there was an owner
+and left a context on another device than the first owner's. This is recorded when the owner becomes known; a context
+cannot be closed again. Contexts that later lines opened belong to the door ``native``.
 
 Every initialisation by torch ends in ``torch._C._cuda_init``, once in the life of a process, so watching it costs
 nothing afterwards. Calls that use CUDA without torch's initialisation get it first (uninitialised.py). Not seen:
@@ -27,9 +27,9 @@ from devguard.doors.first_use import Touch
 from devguard.modes import DoorMode
 from devguard.ownership import in_force
 from devguard.ownership.owner import Owner
-from devguard.ownership.prepare import on_prepare
+from devguard.ownership.prepare import on_prepare, prepare
 from devguard.ownership.process import process, unguarded_contexts
-from devguard.ownership.stack import local
+from devguard.ownership.stack import local, take_first
 from devguard.reporting.allowlist import is_allowed
 from devguard.reporting.stray import Occurrence
 from devguard.reporting.verdict import judge, judge_too_late
@@ -49,6 +49,8 @@ _NOTE = "this process owns no GPU: keep the work on the CPU, without pin_memory,
 # Functions of torch that choose a device for good, and of devguard, for a guard: the owner's must not be opened before.
 _CHOOSING = frozenset({"set_device", "set_device_index", "set_stream", "move", "choose", "prepare"})
 _USING = frozenset({"first_initialised"})  # uninitialised.py
+# What initialises CUDA where a scope with a GPU is entered, or a GPU becomes the owner of the process.
+_ENTERING = (prepare.__code__, take_first.__code__)
 
 
 class _State:
@@ -112,8 +114,10 @@ def status() -> dict[str, Any]:
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     def _cuda_init(*args: Any) -> Any:
         owner = in_force.owner()
-        # A GPU that is allowed here can be used only after CUDA is initialised.
-        stray = owner is not None and owner.index < 0 and not _is_some_gpu_allowed()
+        # A GPU that is allowed here, or that becomes the owner, can be used only after CUDA is initialised.
+        stray = (
+            owner is not None and owner.index < 0 and not _is_entering(sys._getframe(1)) and not _is_some_gpu_allowed()
+        )
         if stray and owner is not None and in_force.mode_of(first_use.door()) == "error":
             judge(first_use.door(), "cuda", owner, 0, _ADVICE, note=_NOTE)  # raises
         result = original(*args)
@@ -141,6 +145,16 @@ def _is_inside(start: FrameType, functions: frozenset[str]) -> bool:
     frame: FrameType | None = start
     while frame is not None and not callsite.is_user(frame.f_code):
         if frame.f_code.co_name in functions:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_entering(start: FrameType) -> bool:
+    """Return whether devguard itself initialises CUDA, for a GPU that the program names as the owner."""
+    frame: FrameType | None = start
+    while frame is not None and not callsite.is_user(frame.f_code):
+        if frame.f_code in _ENTERING:
             return True
         frame = frame.f_back
     return False

@@ -63,6 +63,74 @@ class TestUnderACpuOwner:
         assert child(code).splitlines() == ["True", "[] False False", "cuda:1 [1]"]
 
 
+ACTIVATED = """
+import os
+os.environ.update(DEVGUARD="{mode}", DEVGUARD_DEVICE="cpu")
+from devguard.activation.activate import activate
+activate()
+"""
+CPU_OWNERS = {
+    "by the environment": ACTIVATED,
+    "by install": "devguard.install('cpu', '{mode}')\n",
+    "by a guard": "devguard.guard('cpu', '{mode}').__enter__()\n",
+}
+ENTRIES = {
+    "index": "with devguard.guard(1): work()",
+    "name": "with devguard.guard('cuda:1'): work()",
+    "remap": "with devguard.remap(1): work()",
+    "again": "scope = devguard.guard(1)\nwith scope, scope: work()",
+    "inside a cpu guard": "with devguard.guard('cpu'), devguard.guard(1): work()",
+    "without claims": "import os; os.environ['DEVGUARD_RANK_LOCK'] = 'off'\nwith devguard.guard(1): work()",
+    "without the door visibility": "with devguard.guard(1, doors={'visibility': 'off'}): work()",
+    "function": "devguard.guard(1)(work)()",
+    "argument": "devguard.guard(argument='gpu')(lambda gpu: work())(1)",
+    "bound function": "devguard.guard(1).bind(work)()",
+    "generator": "@devguard.guard(1)\ndef steps(): yield work()\nlist(steps())",
+    "coroutine": "@devguard.guard(1)\nasync def main(): work()\nasyncio.run(main())",
+    "run": "async def main(): work()\nasyncio.run(devguard.guard(1).run(main()))",
+    "thread": "def body():\n with devguard.guard(1): work()\nt = threading.Thread(target=body); t.start(); t.join()",
+    "pool": "ThreadPoolExecutor(1).submit(devguard.guard(1)(work)).result()",
+}
+WORK = """
+import asyncio, threading
+from concurrent.futures import ThreadPoolExecutor
+def work(): print(torch.ones(1, device='cuda').device)
+"""
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode"),
+    [("by the environment", "warn"), ("by the environment", "repair"), *((owner, "error") for owner in CPU_OWNERS)],
+)
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_entering_a_gpu_is_no_stray_of_a_cpu_owner(entry, owner, mode):
+    code = f"{WORK}{CPU_OWNERS[owner].format(mode=mode)}{ENTRIES[entry]}\nprint(ctx())"
+    answer = fresh.run(code)
+    assert answer["out"].splitlines() == ["cuda:1", "[1]"]
+    assert answer["strays"] == []
+
+
+@pytest.mark.parametrize("owner", ["by the environment", "by install"])
+def test_installing_a_gpu_is_no_stray_of_the_cpu_owner_before(owner):
+    code = f"{WORK}{CPU_OWNERS[owner].format(mode='error')}devguard.install('cuda:1', 'error'); work(); print(ctx())"
+    answer = fresh.run(code)
+    assert answer["out"].splitlines() == ["cuda:1", "[1]"]
+    assert answer["strays"] == []
+
+
+@pytest.mark.parametrize("owner", CPU_OWNERS)
+def test_the_cpu_owner_is_in_force_again_where_the_entry_failed(owner):
+    code = (
+        f"{CPU_OWNERS[owner].format(mode='error')}"
+        "try: devguard.guard(9).__enter__()\n"
+        "except devguard.DeviceResolutionError as error: print('names cuda:9' in str(error))\n"
+        "try: torch.ones(1, device='cuda')\n"
+        "except devguard.StrayDeviceError as error: print(str(error)[:12])\n"
+        "print(ctx())"
+    )
+    assert child(code).splitlines() == ["True", "first_touch:", "[]"]
+
+
 class TestModes:
     def test_a_closed_door_records_nothing(self):
         assert strays(f"with devguard.guard('cpu'):\n    devguard.uninstall()\n    {TOUCH}") == []
