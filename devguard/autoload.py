@@ -1,7 +1,8 @@
 """The entry point ``devguard`` of the group ``torch.backends``, which torch calls at the end of ``import torch``.
 
-If none of devguard's variables asks for a guard, it does nothing and imports nothing. It never raises: ``import torch``
-would then fail. A guard that cannot be in force is reported on standard error, whatever the filters of warnings.
+If none of devguard's variables asks for a guard, it imports nothing, and does nothing but make a relative
+``DEVGUARD_LOG`` absolute, for guards in code. It never raises: ``import torch`` would then fail. A guard that cannot be
+in force is reported on standard error, whatever the filters of warnings.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ __all__ = ["activate"]
 
 def activate() -> None:
     """Apply ``DEVGUARD`` and devguard's other variables; if that fails, report it and leave devguard off."""
-    mode, doors = (os.environ.get(name, "").strip() for name in ("DEVGUARD", "DEVGUARD_DOORS"))
+    mode, doors, log = (os.environ.get(name, "").strip() for name in ("DEVGUARD", "DEVGUARD_DOORS", "DEVGUARD_LOG"))
+    if log and not os.path.isabs(log):
+        with contextlib.suppress(Exception):  # this devguard is broken, which is reported below
+            from devguard.support import log_folder
+
+            log_folder.locate()  # before the program changes its working directory
     if not mode:
         if doors:
             problem = "without DEVGUARD it has no effect. Set DEVGUARD=repair or another mode, or unset DEVGUARD_DOORS."

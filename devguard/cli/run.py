@@ -100,8 +100,9 @@ def _set_guard(arguments: argparse.Namespace, environment: dict[str, str]) -> No
     environment.update({name: value for name, value in settings.items() if value is not None})
     if read(environment).owner is not None:
         owner_from_environment(environment)
-    if arguments.log is not None:
-        environment["DEVGUARD_LOG"] = os.path.abspath(arguments.log)
+    folder = environment.get("DEVGUARD_LOG", "").strip()
+    if folder:  # the program may change its working directory
+        environment["DEVGUARD_LOG"] = os.path.abspath(folder)
 
 
 def _check_program(path: str, command: list[str], environment: dict[str, str]) -> None:

@@ -13,10 +13,8 @@ in `DOORS`, its section in docs/doors.md and its tests. The module defines ``NAM
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,7 +23,7 @@ from devguard.modes import MODES, DoorMode, is_killed
 from devguard.ownership import in_force
 from devguard.ownership.process import process
 from devguard.reporting.journal import journal
-from devguard.support import callsite
+from devguard.support import callsite, log_folder
 from devguard.support.callsite import Origin
 from devguard.support.forks import opening
 from devguard.support.installed_torch import import_torch
@@ -161,15 +159,11 @@ def _open_door(name: str) -> None:
 
 def _start_log() -> None:
     """Start the log file, if ``DEVGUARD_LOG`` names a folder."""
-    folder = os.environ.get("DEVGUARD_LOG", "").strip()
-    if folder and journal.log is None:  # importing torch may have started it already
+    folder = log_folder.locate()
+    if folder is not None and journal.log is None:  # importing torch may have started it already
         from devguard.reporting import log_file
 
-        try:
-            path = Path(os.path.abspath(folder))
-        except OSError:  # the current directory was removed
-            path = Path(folder)
-        log_file.start(path, last_look=look)
+        log_file.start(folder, last_look=look)
 
 
 def close_all() -> list[str]:

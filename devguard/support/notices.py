@@ -70,13 +70,12 @@ def alert(text: str) -> None:
 def _write_to_log(text: str) -> None:
     """Write an alert to the folder that ``DEVGUARD_LOG`` names, where no log has been started: the guard is off."""
     with contextlib.suppress(Exception):  # the text has been printed
-        folder = os.environ.get("DEVGUARD_LOG", "").strip()
-        if folder:
-            from pathlib import Path
+        if os.environ.get("DEVGUARD_LOG", "").strip():
+            from devguard.support import log_folder, process_file
 
-            from devguard.support.process_file import open_in
-
-            open_in(Path(os.path.abspath(folder))).write_alert(text)
+            folder = log_folder.locate()
+            if folder is not None:
+                process_file.open_in(folder).write_alert(text)
 
 
 def alerts() -> tuple[str, ...]:

@@ -47,6 +47,15 @@ def test_the_command_becomes_the_program_with_the_variables_set(tmp_path: Path) 
     ]
 
 
+def test_a_relative_log_folder_of_the_environment_is_made_absolute(
+    become: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DEVGUARD_LOG", "logs")
+    assert cli.main(["run", "--", "true"]) == 0
+    assert become == {"DEVGUARD": "repair", "DEVGUARD_LOG": f"{tmp_path}/logs"}
+
+
 def test_without_options_the_mode_comes_from_the_environment_or_is_repair(
     become: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
