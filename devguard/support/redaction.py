@@ -2,7 +2,8 @@
 
 A value is redacted if its name says that it is secret (``--api-key ...``, ``HF_TOKEN=...``, ``"password": "..."``,
 ``setdefault("TOKEN", "...")``), if it follows ``Bearer``, if it is the user part of a URL, or if it has the form of a
-well-known token. In doubt more is redacted. A secret without any such sign cannot be told from other text.
+well-known token. In doubt more is redacted: the word after ``--token`` is its value even if it looks like an option. A
+secret without any such sign cannot be told from other text.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ ASSIGNMENT = re.compile(
 )
 WHOLE = re.compile(rf"(?:--?|[+/])?([\w.%-]+(?:[/+][\w.%-]+)*)[ \t]*{OPERATOR}")  # a word that is one assignment
 OPTION = re.compile(rf"(?:--?|/)?([\w.%-]+){OPERATOR}?|.*[=\s]([\w.-]+)[:=]", re.DOTALL)
-IN_TEXT = re.compile(r"""(?<![\w.-])(?:--?([A-Za-z][\w.-]*)[ \t]+(?!--)|[A-Za-z]\w*[_.-][\w.-]*[ \t]+(?![-=:]))""")
+SPACE = r"(?:[ \t]|\\\n)+"  # between words of a shell command
+IN_TEXT = re.compile(
+    rf"""(?<![\w.-])(?:--?([A-Za-z][\w.-]*){SPACE}|[A-Za-z]\w*[_.-][\w.-]*{SPACE}(?![=:]|--?(?:\s|$)))"""
+)
+NEXT_WORD, NEXT_VALUE = re.compile(SPACE), re.compile(rf"{SPACE}(?![-;|&<>])")
 HEADER = re.compile(r"(?:cookies?|authorization)[ \t]*:", re.IGNORECASE)  # Its value has many parts.
 USER_OPTION = re.compile(r"(?:-u|--?(?:proxy-)?user|--login|--auth)")
 USER_IN_TEXT = re.compile(r"""((?<![\w-])(?:-[uU]\s*|--(?:proxy-)?user[ =]\s*))[^\s"':]+:[^\s"']+""")
@@ -76,11 +81,11 @@ def redact_command(words: Sequence[str]) -> str:
         if left < 0:
             shown.append("...")
             break
-        is_value = (names and not word.startswith("--")) or (follows and not word.startswith("-"))
+        is_value = names or (follows and not word.startswith("-"))
         if word in ("=", ":", ":=", "=>", "==") and _is_secret(before):
             is_value, names, follows = False, True, True
         elif is_value:
-            names, follows = False, True
+            names, follows = _is_no_value_yet(word), True
         else:
             names = follows = _names_secret(word)
         if USER_OPTION.fullmatch(before) and ":" in word:
@@ -132,9 +137,10 @@ def _redact_shapes(text: str) -> str:
 def _end_of_values(text: str, start: int) -> int:
     """Return where the values of an option end: before the next option, the end of the command or a closing quote."""
     end = _end_of_piece(text, start)
-    while (space := re.compile(r"[ \t]+(?![-;|&<>])").match(text, end)) and space.end() < len(text):
-        following = _end_of_piece(text, space.end())
-        if following == space.end():
+    before = start
+    while (space := (NEXT_WORD if _is_no_value_yet(text[before:end]) else NEXT_VALUE).match(text, end)) is not None:
+        before, following = space.end(), _end_of_piece(text, space.end())
+        if following == before:
             break
         end = following
     return end
@@ -207,6 +213,11 @@ def _end_of_brackets(text: str, start: int) -> int:
             continue
         place += 1
     return len(text)
+
+
+def _is_no_value_yet(word: str) -> bool:
+    """Return whether a word in the place of a secret can stand before it: a scheme, ``--``, or one more option."""
+    return word == "--" or word.strip().lower() in SCHEMES or (word.startswith("-") and _names_secret(word))
 
 
 def _names_secret(word: str) -> bool:

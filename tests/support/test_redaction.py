@@ -36,6 +36,50 @@ def test_the_value_of_a_secret_option_is_redacted(name: str, dash: str) -> None:
         assert shown.endswith("--port 8000")
 
 
+DASHED = "--S3cr3t/x+y_z"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--token", DASHED],
+        ["--token", f"{DASHED}=Q"],
+        ["--token", f"-{DASHED}"],
+        ["--password", "--hunter2-S3cr3t"],
+        ["-token", DASHED],
+        ["/token", DASHED],
+        ["--token=", DASHED],
+        ["--token", "=", DASHED],
+        ["token:", DASHED],
+        ["--token", "--", "S3cr3t"],
+        ["--token", "--password", DASHED],
+        ["--token", "--password", "S3cr3t"],
+        ["--token", "Bearer", DASHED],
+        ["--header", "Authorization:", DASHED],
+        ["--header", "Authorization:", "Bearer", DASHED],
+        ["HF_TOKEN", DASHED],
+        ["sh", "-c", f"x --token {DASHED}"],
+        ["sh", "-c", f"x --token \\\n {DASHED}"],
+        ["sh", "-c", f"x --token --password {DASHED}"],
+        ["sh", "-c", f"x --token Bearer {DASHED}"],
+        ["sh", "-c", "x --token -- S3cr3t"],
+        ["sh", "-c", f"x HF_TOKEN {DASHED}"],
+        ["sh", "-c", f"x HF_TOKEN {DASHED[1:]}"],
+    ],
+)
+def test_a_value_that_begins_with_dashes_is_redacted(words: list[str]) -> None:
+    for arguments in (["x", *words], ["x", *words, "--port=8000"]):
+        shown = redact_command(arguments)
+        assert "S3cr3t" not in shown
+        assert "***" in shown
+        assert shown.endswith("--port=8000") == (arguments[-1] == "--port=8000")
+
+
+def test_an_option_after_the_value_of_a_secret_one_stays() -> None:
+    for words in (["--token", DASHED, "--port", "8000"], ["sh", "-c", f"x --token {DASHED} --port 8000"]):
+        assert redact_command(words).endswith("--token *** --port 8000")
+
+
 @pytest.mark.parametrize("name", VARIABLES)
 def test_the_value_of_a_secret_variable_is_redacted(name: str) -> None:
     for text in (
