@@ -193,7 +193,7 @@ def _update(uuid: str, new: Claim | None, *, keep: bool = False) -> list[Claim]:
         _lock(descriptor)
         try:
             pid = os.getpid()
-            living = [found for found in _read(_content(descriptor)) if _start_time(found.pid) == found.started]
+            living = _living(_read(_content(descriptor)))
             rest = [found for found in living if found.pid != pid]
             own = [found for found in living if found.pid == pid] if keep else [new] if new else []
             text = json.dumps([asdict(found) for found in (*rest, *own)]).encode()
@@ -204,6 +204,12 @@ def _update(uuid: str, new: Claim | None, *, keep: bool = False) -> list[Claim]:
     finally:
         os.close(descriptor)
     return rest
+
+
+def _living(claims: list[Claim]) -> list[Claim]:
+    """Return the claims of living processes, the last of each; a process is looked up once, however many it has."""
+    started = {pid: _start_time(pid) for pid in {found.pid for found in claims}}
+    return list({found.pid: found for found in claims if started[found.pid] == found.started}.values())
 
 
 def _lock(descriptor: int) -> None:

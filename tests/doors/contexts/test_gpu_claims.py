@@ -95,6 +95,15 @@ class TestClaims:
         write(replace(other, started=other.started + 1))
         assert gpu_claims.claim(UUID, 1) == []
 
+    def test_of_many_claims_of_one_process_the_last_counts_and_the_process_is_looked_up_once(self, other, monkeypatch):
+        looked: list[int] = []
+        start_time = gpu_claims._start_time
+        monkeypatch.setattr(gpu_claims, "_start_time", lambda pid: looked.append(pid) or start_time(pid))
+        reused = replace(other, started=other.started + 1, index=8000)
+        write(*(replace(other, index=index) for index in range(7000)), reused)
+        assert gpu_claims.others(UUID) == [replace(other, index=6999)]
+        assert written() == looked == [other.pid]
+
     def test_the_claim_of_a_zombie_is_dropped(self, other):
         process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         write(replace(other, pid=process.pid, started=gpu_claims._start_time(process.pid) or 0))
