@@ -27,7 +27,7 @@ __all__ = ["main"]
 # The name of each command and its line of help. The module is devguard.cli.<name>.
 COMMANDS = {
     "demo": "show the bug and the fix: stray tensors on GPU 0, before and after the guard",
-    "doctor": "check versions, devices, doors and settings, and suggest what to do next",
+    "doctor": "check versions, devices, doors, settings and shared memory, and suggest what to do next",
     "log": "show the strays that DEVGUARD_LOG or devguard run --log recorded: per call site, most bytes first",
     "run": "run any program guarded, without changing it; or report which calls open CUDA contexts (--trace-contexts)",
     "sim": "run any program on simulated GPUs, on a machine that has none",

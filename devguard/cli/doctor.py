@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from devguard._version import __version__
-from devguard.cli import variables
+from devguard.cli import shared_memory, variables
 from devguard.support import terminal
 
 __all__ = ["configure", "run"]
@@ -31,6 +31,7 @@ TAIL = 6  # lines of a failed self-check to show
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``devguard doctor``."""
     parser.add_argument("--json", action="store_true", help="print the findings as JSON on standard output")
+    shared_memory.configure(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -39,8 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
     Returns
     -------
     int
-        0 if all is well, 1 if there is a problem, 2 if a setting is not valid.
+        0 if all is well, 1 if there is a problem, 2 if a setting is not valid; see `shared_memory.run` for its options.
     """
+    status = shared_memory.run(arguments)
+    if status is not None:
+        return status
     found = examine(os.environ)
     if arguments.json:
         terminal.show_json(found)
@@ -56,8 +60,8 @@ def examine(environ: Mapping[str, str]) -> dict[str, Any]:
     -------
     dict
         ``status`` (the exit status), ``versions``, ``devices``, ``doors``, ``check``, ``environment``,
-        ``simulated_gpus``, ``sglang`` (None where it is not installed), ``configuration`` (what is wrong
-        with the settings), ``problems``, ``notes`` and ``advice`` (lists of text).
+        ``simulated_gpus``, ``sglang`` (None where it is not installed), ``shared_memory`` (None without /dev/shm),
+        ``configuration`` (what is wrong with the settings), ``problems``, ``notes`` and ``advice`` (lists of text).
     """
     installed = {name: _find_version(name) for name in ("torch", "wrapt", "sglang")}
     checked = {} if installed["torch"] is None else _self_check(environ)
@@ -78,6 +82,7 @@ def examine(environ: Mapping[str, str]) -> dict[str, Any]:
         "environment": variables.select_relevant(environ),
         "simulated_gpus": _examine_simulation(environ),
         "sglang": sglang,
+        "shared_memory": shared_memory.examine(),
         "configuration": configuration,
         "problems": problems,
         "notes": _list_notes(checked, environ) + sglang_notes,
@@ -282,6 +287,7 @@ def show(found: dict[str, Any]) -> None:
         terminal.show(f"SGLang {found['sglang']['version']}")
     for bug in found["sglang"]["bugs"] if found["sglang"] else ():
         terminal.show(f"  wrong GPU: {bug['what']} ({bug['reference']})\n    devguard, {bug['remedy']}")
+    shared_memory.show_summary(found["shared_memory"])
     for name, value in found["environment"].items():
         terminal.show(f"  {name}={terminal.printable(value)}")
     for title in ("configuration", "problems", "notes"):

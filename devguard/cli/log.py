@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from devguard.support.terminal import cut, printable, show, show_json, width
+from devguard.support.terminal import cut, format_size, printable, show, show_json, width
 
 if TYPE_CHECKING:
     from devguard.reporting.log_reader import Merged, Process
@@ -53,14 +53,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _show(processes: list[Process], merged: list[Merged], *, list_processes: bool) -> None:
     count, nbytes = sum(site.count for site in merged), sum(site.bytes for site in merged)
-    show(f"{len(processes)} process(es), {count} stray(s) at {len(merged)} call site(s), {_format_size(nbytes)}")
+    show(f"{len(processes)} process(es), {count} stray(s) at {len(merged)} call site(s), {format_size(nbytes)}")
     for process in processes:
         for text in process.alerts:
             show(f"pid {process.pid}: {printable(text)}")
     for site in merged:
         where = f"{site.file}:{site.line} in {site.function}" if site.file else "no line of user code"
         via = f" (via {site.via})" if site.via else ""
-        size, devices = _format_size(site.bytes), _list(site.devices)
+        size, devices = format_size(site.bytes), _list(site.devices)
         show()
         show(printable(f"{size:>10}  {site.count} x  {site.door}: {devices} [{site.action}]"))
         show(printable(f"{'':10}  at {where}{via}"))
@@ -84,10 +84,3 @@ def _show(processes: list[Process], merged: list[Merged], *, list_processes: boo
 def _list(values: Sequence[object], most: int = 8) -> str:
     more = f" and {len(values) - most} more" if len(values) > most else ""
     return ", ".join(map(str, values[:most])) + more
-
-
-def _format_size(nbytes: int) -> str:
-    if nbytes < 1024:
-        return f"{nbytes} B"
-    power = min((nbytes.bit_length() - 1) // 10, 4)
-    return f"{nbytes / 1024**power:.1f} {'KMGT'[power - 1]}iB"

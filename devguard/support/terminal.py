@@ -14,7 +14,7 @@ from typing import Any
 
 from devguard.support.notices import print_error
 
-__all__ = ["complain", "cut", "printable", "show", "show_json", "width"]
+__all__ = ["complain", "cut", "format_size", "printable", "show", "show_json", "width"]
 
 NARROWEST = 40
 
@@ -75,6 +75,14 @@ def cut(text: str, columns: int) -> str:
         if used <= columns - 3:
             fits = place + 1
     return text
+
+
+def format_size(nbytes: int) -> str:
+    """Return a number of bytes as text, such as 1.5 MiB."""
+    if nbytes < 1024:
+        return f"{nbytes} B"
+    power = min((nbytes.bit_length() - 1) // 10, 4)
+    return f"{nbytes / 1024**power:.1f} {'KMGT'[power - 1]}iB"
 
 
 def _escape(char: str) -> str:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from devguard import cli
-from devguard.cli import doctor, variables
+from devguard.cli import doctor, shared_memory, variables
 from devguard.demo.launch import clean
 
 
@@ -60,6 +60,18 @@ def test_in_a_good_environment_the_guard_is_effective_and_the_status_is_0(enviro
     assert found["doors"]["load"]["open"] is True
     assert set(found["versions"]) >= {"devguard", "python", "torch", "cuda", "driver", "wrapt"}
     assert found["advice"]
+
+
+def test_what_lies_in_shared_memory_is_listed_and_no_problem(environ, checked, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)
+    (tmp_path / f"torch_{2**22}_1_1").write_bytes(b"x")  # no process has that pid
+    assert cli.main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["shared_memory"]["left_entries"] == 1
+    assert cli.main(["doctor"]) == 0
+    assert "left by processes that have ended: devguard doctor --reap" in capsys.readouterr().out
+    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path / "missing")
+    assert cli.main(["doctor"]) == 0
+    assert f"there is no {tmp_path / 'missing'} here" in capsys.readouterr().out
 
 
 def test_devguard_off_is_reported_as_a_problem(environ, capsys):
