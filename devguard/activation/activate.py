@@ -18,7 +18,7 @@ from devguard.ownership.prepare import ModeOf, on_prepare
 from devguard.ownership.process import BY_ENVIRONMENT, INSTALLED, process, unguarded_contexts
 from devguard.ownership.resolve import has_local_siblings, is_one_visible, owner_from_environment
 from devguard.reporting import allowlist
-from devguard.support import accelerator, process_exit
+from devguard.support import accelerator, context_check, process_exit
 from devguard.support.forks import opening
 
 __all__ = ["activate"]
@@ -59,7 +59,7 @@ def activate(environ: Mapping[str, str] | None = None) -> bool:
             if process.owner is None:
                 _adopt(settings, environ)
                 process.restart_with(lambda: _adopt_again(settings, environ))
-            accelerator.set_torchs_own_check(process.mode_of(""))
+            context_check.follow(process.mode_of(""))
         except BaseException:
             uninstall()
             raise

@@ -22,7 +22,7 @@ from devguard.ownership.resolve import owner_from_environment, owner_not_found
 from devguard.ownership.stack import local
 from devguard.reporting import allowlist
 from devguard.reporting.journal import journal
-from devguard.support import accelerator
+from devguard.support import context_check
 from devguard.support.forks import opening
 from devguard.support.installed_torch import import_torch
 
@@ -132,7 +132,7 @@ def _own(owner: Owner, mode: Mode, doors: dict[str, DoorMode], source: str) -> N
         prepare(owner, lambda door: doors.get(door, mode))
         process.configure(mode, doors, source)
         process.own(owner)
-        accelerator.set_torchs_own_check(mode)
+        context_check.follow(mode)
         if owner.index >= 0 and not local.stack:
             local.stack.take(owner.index)
     journal.note_state()
@@ -161,5 +161,5 @@ def uninstall() -> list[str]:
         forget()
         process.reset()
         allowlist.forget_allowances()
-        accelerator.restore_torchs_own_check()
+        context_check.restore()
     return left

@@ -1,9 +1,9 @@
-"""The one place, with allocator.py, that calls ``torch.cuda``: the current device, the devices and their contexts.
+"""The one place, with allocator.py and context_check.py, that calls ``torch.cuda``: devices and their contexts.
 
 CUDA is the accelerator (ROCm builds of torch have the same names). A function opens a context only if its docstring
-says so, and only `bind` and `set_torchs_own_check` import torch. Queries about contexts never initialise CUDA, so that
-the process can still fork. Doors patch functions of ``torch.cuda``, but call them here; hot paths bind `queries`. The
-demo (devguard.demo) plays a user's program and calls torch itself.
+says so, and only `bind` imports torch. Queries about contexts never initialise CUDA, so that the process can still
+fork. Doors patch functions of ``torch.cuda``, but call them here; hot paths bind `queries`. The demo (devguard.demo)
+plays a user's program and calls torch itself.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ __all__ = [
     "name_of",
     "out_of_range",
     "queries",
-    "restore_torchs_own_check",
-    "set_torchs_own_check",
     "unwatched_set_device",
     "uuid_of",
 ]
@@ -254,41 +252,6 @@ def call_when_initialized(function: Callable[[], object]) -> None:
     queue = getattr(sys.modules.get("torch"), "cuda", None)
     if queue is not None and (function, []) not in queue._queued_calls:
         queue._queued_calls.append((function, []))
-
-
-_TORCHS_OWN_CHECK = "TORCH_CUDA_CHECK_STRAY_CONTEXT"
-_torchs_own_check_was: list[str | None] = []
-
-
-def set_torchs_own_check(mode: str) -> None:
-    """Make torch's own check of contexts (2.15) follow our mode, unless the user has set it; children inherit it.
-
-    With the check, ``torch.cuda.set_device`` warns or raises if it finds a context on another device.
-    """
-    torch = import_torch()
-    cached = getattr(torch.cuda, "_get_stray_context_mode", None)
-    if (
-        cached is None
-        or mode not in ("warn", "error")
-        or (os.environ.get(_TORCHS_OWN_CHECK) and not _torchs_own_check_was)
-    ):
-        return
-    if not _torchs_own_check_was:
-        _torchs_own_check_was.append(os.environ.get(_TORCHS_OWN_CHECK))
-    os.environ[_TORCHS_OWN_CHECK] = mode
-    cached.cache_clear()
-
-
-def restore_torchs_own_check() -> None:
-    """Restore the variable of torch's own check."""
-    if not _torchs_own_check_was:
-        return
-    was = _torchs_own_check_was.pop()
-    if was is None:
-        os.environ.pop(_TORCHS_OWN_CHECK, None)
-    else:
-        os.environ[_TORCHS_OWN_CHECK] = was
-    sys.modules["torch"].cuda._get_stray_context_mode.cache_clear()
 
 
 def has_context(index: int) -> bool:
