@@ -18,6 +18,7 @@ from types import CodeType, FrameType
 from typing import Any, Protocol
 
 from devguard.modes import DoorMode, Mode
+from devguard.ownership import guess_report
 from devguard.ownership.named_work import NamedWork
 from devguard.ownership.owner import CPU, Owner, owned_tags, owner_of_index
 from devguard.ownership.prepare import prepare
@@ -28,8 +29,6 @@ from devguard.support.callsite import Site
 from devguard.support.notices import alert, warn_user
 
 __all__ = ["Adoption"]
-
-_PASSIVE = ("off", "observe")
 
 
 class Holder(Protocol):
@@ -262,43 +261,18 @@ class Adoption:
         """Only observe from now on; report the reason, and return the text."""
         self.demoted = True
         self._holder.renew()
-        text = (
-            f"devguard assumed that this process owns {owner.tag} (from {self.source}), but {reason}. It now only "
-            f"observes. {_advise(owner)}"
-        )
-        if self._is_limited():
+        text = guess_report.describe_demotion(owner, self.source, reason)
+        if self._active_modes():
             alert(text)
         return text
 
     def _report_limit(self) -> None:
         """Report once that devguard only observes in this process, although its mode promises more."""
-        if self._is_reported or self.firm or not self._is_limited() or accelerator.device_count() < 2:
+        active = self._active_modes()
+        if self._is_reported or self.firm or not active or accelerator.device_count() < 2:
             return
         self._is_reported = True
-        owner = self._holder.owner
-        if owner is None:
-            reason = "it cannot tell which GPU this process owns: no variable names one, and the program selected none"
-        else:
-            reason = (
-                f"that this process owns {owner.tag} is a guess (from {self.source}), and nothing shows that it is one "
-                "of several processes with a GPU each"
-            )
-        mode = ", ".join(self._active_modes())
-        alert(f"devguard only observes in this process, although its mode is {mode}: {reason}. {_advise(owner)}")
-
-    def _is_limited(self) -> bool:
-        return bool(self._active_modes())
+        alert(guess_report.describe_limit(self._holder.owner, self.source, active))
 
     def _active_modes(self) -> list[str]:
-        """Return the modes of this process that do more than observe, as the user writes them."""
-        modes = [] if self._holder.mode in (None, *_PASSIVE) else [str(self._holder.mode)]
-        return modes + [f"{door}={mode}" for door, mode in self._holder.doors.items() if mode not in _PASSIVE]
-
-
-def _advise(owner: Owner | None) -> str:
-    index = 1 if owner is None or owner is CPU else owner.index
-    return (
-        f"Name the owner, for example cuda:{index}: `devguard run --device cuda:{index} -- ...`, "
-        f"DEVGUARD_DEVICE=cuda:{index}, or devguard.guard({index}) in the program. If the program works on several "
-        "GPUs on purpose, choose the mode observe."
-    )
+        return guess_report.list_active_modes(self._holder.mode, self._holder.doors)
