@@ -6,10 +6,15 @@ to its parent. This module does not import torch.
 
 from __future__ import annotations
 
+import queue
+
 __all__ = [
+    "BudgetFull",
     "ConfigError",
     "DevGuardError",
     "DeviceResolutionError",
+    "HandleReleased",
+    "PeerGone",
     "SimulationError",
     "StrayDeviceError",
     "StrayDeviceWarning",
@@ -39,6 +44,18 @@ class SimulationError(DevGuardError):
 
 class TracingError(DevGuardError):
     """Contexts cannot be traced here; the message names what is missing and how to get it."""
+
+
+class BudgetFull(DevGuardError, queue.Full):
+    """An arena has no room for a payload: now, within the time-out, or ever."""
+
+
+class HandleReleased(DevGuardError, ValueError):
+    """A handle cannot be read: its lease has ended, or this reader has read it before."""
+
+
+class PeerGone(DevGuardError, ConnectionError):
+    """The process at the other end of a transport is dead, cannot be reached, or is not one to talk to."""
 
 
 class StrayDeviceWarning(RuntimeWarning):

@@ -9,12 +9,12 @@ import sys
 
 from devguard.cli import program
 from devguard.errors import SimulationError
+from devguard.support.sizes import parse_size
 from devguard.support.terminal import complain, printable, show, show_json
 
 __all__ = ["configure", "run"]
 
-POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-MOST_DIGITS = 40  # of a size; a float holds no number of some hundred digits
+MOST_SHOWN = 40  # characters of a size that is not valid
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -148,16 +148,11 @@ def _check_memory(text: str) -> int:
     """Return the bytes that ``--memory`` names."""
     from devguard.simgpu import launch
 
-    size = _parse_size(text)
+    size = parse_size(text)
+    if size is None:
+        shown = text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+        raise SimulationError(f"--memory {shown}: this is not a size. Valid: a size such as 8G, 512M or 8589934592.")
     try:
         return launch.checked(1, size)
     except SimulationError as error:
         raise SimulationError(f"--memory {text}: {error}") from None
-
-
-def _parse_size(text: str) -> int:
-    parts = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if parts is None or len(parts[1]) > MOST_DIGITS:
-        shown = text if len(text) <= MOST_DIGITS else f"{text[:MOST_DIGITS]}..."
-        raise SimulationError(f"--memory {shown}: this is not a size. Valid: a size such as 8G, 512M or 8589934592.")
-    return int(float(parts[1]) * 2 ** POWERS[parts[2].upper()])

@@ -1,0 +1,368 @@
+"""An arena: memory that one process fills, and that readers of the same machine read, under a budget.
+
+An arena belongs to the process that made it. It has a thread of its own, which talks to the readers: a blocked event
+loop does not matter. `ledger` keeps the books, `payload` knows objects, `wire` carries messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from devguard.errors import BudgetFull, ConfigError, DevGuardError
+from devguard.support import forks
+from devguard.transport import payload, pinning
+from devguard.transport.arguments import PutSite, check_readers, find_site, parse_budget
+from devguard.transport.handle import INLINE, Handle, senders
+from devguard.transport.leases import Effects, Lease, Readers, Segment, Ticket, round_up
+from devguard.transport.ledger import Ledger
+from devguard.transport.memory import Mapping, Memory
+from devguard.transport.server import INDEX, Server
+from devguard.transport.usage import LeaseUsage, Usage
+from devguard.transport.wire import CANCELLED
+
+__all__ = ["Arena"]
+
+
+class Arena:
+    """Memory that this process fills with objects, for readers in other processes of this machine.
+
+    The arena owns the memory. A reader owns the copy that it gets. What `put` was given stays the caller's.
+
+    Parameters
+    ----------
+    device : str
+        Where the bytes lie: ``"cpu"``, the host's memory.
+    budget : int or str
+        The most bytes under a lease, such as ``"1GiB"`` or ``1 << 30``; at least 64 KiB.
+
+    Raises
+    ------
+    ConfigError
+        An argument is not valid.
+    DevGuardError
+        The system gives no memory, no descriptor or no socket, or is not Linux.
+
+    Examples
+    --------
+    >>> arena = transport.Arena("cpu", budget="1GiB")
+    >>> handle = arena.put({"pixel_values": pixels}, to=4)
+    """
+
+    def __init__(self, device: str = "cpu", *, budget: int | str) -> None:
+        if device != "cpu":
+            raise ConfigError(f"Arena({device!r}): valid is 'cpu'. Arenas in GPU memory are not built yet.")
+        if not sys.platform.startswith("linux"):
+            raise DevGuardError("devguard.transport needs Linux: memfd, abstract sockets and pidfd.")
+        self.budget = parse_budget(budget)
+        self._pid = os.getpid()
+        self._lock = forks.new_lock()
+        self._ledger = Ledger(self.budget)
+        self._index, mapping = Memory.make(INDEX)
+        self._words = mapping.buffer().cast("Q")
+        self._memory: dict[int, tuple[Memory, Mapping]] = {}
+        self._tickets: dict[Ticket, concurrent.futures.Future[Any]] = {}
+        self._closed = ""
+        self._server = Server(self._lock, self._ledger, self._index, self._apply)
+        self.address = self._server.address
+        senders[self.address] = self
+        self._server.start()
+
+    # Puts.
+
+    def put(
+        self,
+        value: Any,
+        *,
+        to: int | Sequence[str] = 1,
+        block: bool = True,
+        timeout: float | None = None,
+        oversize: bool = False,
+    ) -> Handle:
+        """Copy an object into the arena and return its handle. Afterwards `value` is the caller's again.
+
+        Parameters
+        ----------
+        value : object
+            Anything picklable: tensors on any device, arrays, bytes, and nests of them.
+        to : int or sequence of str
+            How many readers read it, whichever they are; or the names of its readers.
+        block : bool
+            Whether to wait while the budget is full.
+        timeout : float, optional
+            The most seconds to wait.
+        oversize : bool
+            Whether an object larger than the budget may be put: alone, after all others have ended.
+
+        Returns
+        -------
+        Handle
+            To be sent by any message, pickled, over any number of hops. It holds the bytes itself up to 64 KiB.
+
+        Raises
+        ------
+        BudgetFull
+            There is no room now (``block=False``), after `timeout`, or ever.
+        ConfigError
+            `to` is not valid.
+        DevGuardError
+            The arena is closed, or belongs to another process; the system has no memory.
+        pickle.PicklingError, TypeError
+            The object cannot be pickled.
+        """
+        site = find_site(sys._getframe(1))
+        readers = check_readers(to)
+        self._check_open()
+        packed = payload.pack(value)
+        ticket, granted = self._request(packed.nbytes, readers, site, oversize)
+        try:
+            lease = self._await(ticket, granted, packed.nbytes, block, timeout)
+            return self._fill(lease, packed)
+        except BaseException:
+            self._withdraw(ticket)
+            raise
+
+    async def put_async(self, value: Any, *, to: int | Sequence[str] = 1, oversize: bool = False) -> Handle:
+        """Copy an object into the arena without blocking the event loop; see `put`.
+
+        The object is pickled at once; its tensors and arrays are copied in the arena's thread, and belong to the arena
+        until the call returns. If the await is cancelled, its room is given back.
+        """
+        site = find_site(sys._getframe(1))
+        readers = check_readers(to)
+        self._check_open()
+        packed = payload.pack(value)
+        ready = _record_event()
+        ticket, granted = self._request(packed.nbytes, readers, site, oversize)
+        try:
+            lease = await asyncio.wrap_future(granted)
+            return await asyncio.wrap_future(self._server.call(lambda: self._fill_after(ready, lease, packed)))
+        except BaseException:
+            # In the arena's thread, so that a copy that it has begun has ended.
+            self._server.call(lambda: self._withdraw(ticket))
+            raise
+
+    def _request(
+        self, nbytes: int, readers: Readers, site: PutSite, oversize: bool
+    ) -> tuple[Ticket, concurrent.futures.Future[Any]]:
+        needed = 0 if nbytes <= INLINE else round_up(nbytes)
+        if needed > self.budget and not oversize:
+            raise BudgetFull(
+                f"A payload of {nbytes:,} bytes does not fit into the budget of {self.budget:,} bytes, also when it is "
+                f"empty. Put it in parts, give the arena a larger budget, or pass oversize=True: it then travels "
+                f"alone. Put at {site}."
+            )
+        granted: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        with self._lock:
+            self._check_open()
+            ticket = self._ledger.request(needed, readers, site, time.monotonic())
+            self._tickets[ticket] = granted
+            self._apply()
+        self._server.wake()  # it warns of puts that wait
+        return ticket, granted
+
+    def _await(
+        self,
+        ticket: Ticket,
+        granted: concurrent.futures.Future[Any],
+        nbytes: int,
+        block: bool,
+        timeout: float | None,
+    ) -> Lease:
+        try:
+            lease: Lease = granted.result(timeout if block else 0)
+            return lease
+        except (TimeoutError, concurrent.futures.TimeoutError):  # two classes in Python 3.10
+            waited = f" after {timeout:g} s" if block and timeout is not None else ""
+            with self._lock:
+                held = self._server.describe_leases()
+            raise BudgetFull(
+                f"There is no room{waited} for {nbytes:,} bytes: {self._ledger.in_use:,} of {self.budget:,} bytes are "
+                f"under a lease, and puts are served in their order. {held} Put at {ticket.site}."
+            ) from None
+
+    def _fill(self, lease: Lease, packed: payload.Packed) -> Handle:
+        """Write a payload into its place, let readers open it, and return its handle."""
+        data = None
+        if lease.segment is None:
+            data = bytearray(packed.nbytes)
+            packed.write(data)
+        else:
+            with self._lock:
+                self._check_open()
+                _, mapping = self._memory[lease.segment.number]
+            if packed.is_on_accelerator:
+                pinning.pin(mapping)
+            packed.write(mapping.buffer(lease.offset, packed.nbytes))
+        with self._lock:
+            self._check_open()
+            self._words[lease.slot] = lease.number
+        return Handle(
+            self.address,
+            lease.number,
+            lease.readers,
+            lease.slot,
+            0 if lease.segment is None else lease.segment.number,
+            lease.offset,
+            packed.nbytes,
+            None if data is None else bytes(data),
+            str(lease.site),
+            self,
+        )
+
+    def _fill_after(self, ready: Any, lease: Lease, packed: payload.Packed) -> Handle:
+        if ready is not None:
+            ready.synchronize()
+        return self._fill(lease, packed)
+
+    def _withdraw(self, ticket: Ticket) -> None:
+        with self._lock:
+            self._tickets.pop(ticket, None)
+            if not self._closed:
+                self._ledger.withdraw(ticket, time.monotonic())
+                self._apply()
+
+    # Effects of the ledger; the lock is held.
+
+    def _apply(self) -> None:
+        """Carry out what the ledger asks for, until it asks for nothing more."""
+        while True:
+            effects = self._ledger.take_effects()
+            if effects == Effects():
+                return
+            for lease in effects.ended:
+                if self._words[lease.slot] & ~CANCELLED == lease.number:
+                    self._words[lease.slot] = 0
+            for segment in effects.closed:
+                self._memory.pop(segment.number, None)
+                self._server.push_close(segment)
+            for segment in effects.made:
+                self._make(segment)
+            for ticket in effects.granted:
+                granted = self._tickets.pop(ticket, None)
+                if granted is not None:
+                    with contextlib.suppress(concurrent.futures.InvalidStateError):  # the put has been cancelled
+                        granted.set_result(ticket.lease)
+
+    def _make(self, segment: Segment) -> None:
+        try:
+            self._memory[segment.number] = memory, _ = Memory.make(segment.nbytes)
+        except DevGuardError as error:
+            segment.retired = True
+            for ticket, granted in list(self._tickets.items()):
+                if ticket.lease is not None and ticket.lease.segment is segment:
+                    del self._tickets[ticket]
+                    with contextlib.suppress(concurrent.futures.InvalidStateError):
+                        granted.set_exception(error)  # the put withdraws its ticket
+        else:
+            self._server.push_segment(segment, memory)
+
+    # The end.
+
+    def cancel(self, number: int) -> None:
+        """Cancel a lease; used by `Handle.cancel`. Also called by finalizers, so it only asks the arena's thread."""
+        self._server.post(lambda: self._cancel(number))
+
+    def _cancel(self, number: int) -> None:
+        with self._lock:
+            lease = self._ledger.leases.get(number)
+            if lease is None or self._closed:
+                return
+            # Before anybody is asked: from now on no reader opens it. It may not have been filled yet.
+            self._words[lease.slot] = lease.number | CANCELLED
+            self._server.ask(self._ledger.cancel(number, time.monotonic()), number)
+            self._apply()
+
+    def usage(self) -> Usage:
+        """Return what the arena holds now."""
+        now = time.monotonic()
+        with self._lock:
+            ledger = self._ledger
+            return Usage(
+                self.budget,
+                ledger.in_use,
+                ledger.peak,
+                ledger.size,
+                ledger.waits,
+                len(ledger.waiting),
+                tuple(self._server.name(reader) for reader in sorted(ledger.names)),
+                tuple(
+                    LeaseUsage(
+                        lease.number,
+                        lease.nbytes,
+                        now - lease.since,
+                        tuple(self._server.waits_for(lease)),
+                        lease.cancelled,
+                        str(lease.site),
+                    )
+                    for _, lease in sorted(ledger.leases.items())
+                ),
+            )
+
+    def close(self) -> None:
+        """End all leases, give the memory back and disconnect the readers. A later `get` raises HandleReleased.
+
+        A reader that is reading keeps its memory until it has finished. Puts that wait raise DevGuardError.
+        """
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = "is closed"
+            self._ledger.end_all(time.monotonic())
+            self._apply()
+            waiting, self._tickets = self._tickets, {}
+        for granted in waiting.values():
+            with contextlib.suppress(concurrent.futures.InvalidStateError):
+                granted.set_exception(DevGuardError("The arena was closed while this put waited for room."))
+        self._server.stop()
+
+    def __enter__(self) -> Arena:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("An Arena belongs to its process and cannot be pickled: send the handles that put() returns.")
+
+    def __repr__(self) -> str:
+        state = self._closed or f"{self._ledger.in_use:,} of {self.budget:,} bytes in use"
+        return f"<devguard.transport.Arena('cpu'): {state}>"
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise DevGuardError(
+                f"This arena belongs to process {self._pid}, which forked this one ({os.getpid()}). Make an arena in "
+                f"the process that puts."
+            )
+        if self._closed:
+            raise DevGuardError(f"This arena {self._closed}.")
+
+    def abandon(self) -> None:
+        """Let go of what a fork has copied into this child, which shall not hold the parent's connections open."""
+        self._closed = "belongs to the process that forked this one"
+        self._server.abandon()
+        self._memory.clear()
+
+
+def _abandon_all() -> None:
+    for arena in list(senders.values()):
+        arena.abandon()
+    senders.clear()
+
+
+os.register_at_fork(after_in_child=_abandon_all)
+
+
+def _record_event() -> Any:
+    """Return an event after the work that was queued on the current stream, None without CUDA."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.current_stream().record_event() if torch is not None and torch.cuda.is_initialized() else None

@@ -1,0 +1,123 @@
+"""Memory that processes share: a sealed, anonymous file (memfd), and maps of it.
+
+It has no name, so that it leaves nothing behind: the kernel frees it when the last descriptor and the last map are
+gone, also after SIGKILL. It is sealed after its maker has mapped it: nobody can shrink it, which would kill the others
+with SIGBUS, and no reader can write to it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Callable
+from typing import Any
+
+from devguard.errors import DevGuardError
+
+__all__ = ["Mapping", "Memory"]
+
+_ADD_SEALS = 1033
+_SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW, _SEAL_FUTURE_WRITE = 0x1, 0x2, 0x4, 0x10  # the last one: Linux 5.1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+]  # fmt: skip
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_FAILED = ctypes.c_void_p(-1).value
+
+
+class Mapping:
+    """A map of a range of memory. It owns the addresses, and gives them back with its last buffer."""
+
+    __slots__ = ("address", "before_unmap", "nbytes")
+
+    def __init__(self, descriptor: int, nbytes: int, offset: int, protection: int, flags: int) -> None:
+        self.nbytes = 0
+        self.before_unmap: Callable[[], object] | None = None
+        address = _libc.mmap(None, nbytes, protection, flags, descriptor, offset)
+        if address == _FAILED:
+            number = ctypes.get_errno()
+            raise OSError(number, f"cannot map {nbytes:,} bytes: {os.strerror(number)}")
+        self.address: int = address
+        self.nbytes = nbytes
+
+    def buffer(self, offset: int = 0, nbytes: int | None = None) -> memoryview:
+        """Return the bytes of a part of the map, which keep the map. Writing to them needs a map that allows it."""
+        size = self.nbytes - offset if nbytes is None else nbytes
+        if not 0 <= offset <= offset + size <= self.nbytes:
+            raise ValueError(f"bytes {offset} to {offset + size} do not lie in a map of {self.nbytes} bytes")
+        array: Any = (ctypes.c_ubyte * size).from_address(self.address + offset)
+        array.mapping = self
+        return memoryview(array).cast("B")
+
+    def __del__(self) -> None:
+        if self.nbytes:
+            if self.before_unmap is not None:
+                self.before_unmap()
+            _libc.munmap(self.address, self.nbytes)
+
+
+class Memory:
+    """A sealed memfd. It owns its descriptor.
+
+    Parameters
+    ----------
+    descriptor : int
+        The memfd.
+    nbytes : int
+        Its size.
+    """
+
+    __slots__ = ("descriptor", "nbytes")
+
+    def __init__(self, descriptor: int, nbytes: int) -> None:
+        self.descriptor = descriptor
+        self.nbytes = nbytes
+
+    @classmethod
+    def make(cls, nbytes: int) -> tuple[Memory, Mapping]:
+        """Make memory; return it and the only map through which it can be written.
+
+        Raises
+        ------
+        DevGuardError
+            The system has no room for it, no descriptor, or is not Linux 5.1 or later.
+        """
+        try:
+            descriptor = os.memfd_create("devguard-transport", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            memory = cls(descriptor, nbytes)
+            os.ftruncate(descriptor, nbytes)
+            mapping = Mapping(descriptor, nbytes, 0, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED)
+            fcntl.fcntl(descriptor, _ADD_SEALS, _SEAL_SEAL | _SEAL_SHRINK | _SEAL_GROW | _SEAL_FUTURE_WRITE)
+        except (OSError, AttributeError) as error:
+            raise DevGuardError(f"cannot make {nbytes:,} bytes of shared memory: {_explain(error)}") from error
+        return memory, mapping
+
+    def map(self) -> Mapping:
+        """Map all of it, to read; the maker's later writes are seen."""
+        return Mapping(self.descriptor, self.nbytes, 0, mmap.PROT_READ, mmap.MAP_SHARED)
+
+    def map_privately(self, offset: int, nbytes: int) -> Mapping:
+        """Map a range, from the start of a page; writes to the map stay in it."""
+        return Mapping(self.descriptor, nbytes, offset, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            descriptor, self.descriptor = self.descriptor, -1
+            os.close(descriptor)
+
+
+def _explain(error: Exception) -> str:
+    number = getattr(error, "errno", None)
+    if isinstance(error, AttributeError):
+        return f"{error}. Transport needs Linux 5.1 or later."
+    if number in (errno.EMFILE, errno.ENFILE):
+        return f"{error}. Raise `ulimit -n`, or close files."
+    if number == errno.EINVAL:
+        return f"{error}. Transport needs Linux 5.1 or later."
+    return str(error)

@@ -1,0 +1,258 @@
+"""Reading handles in this process: its readers, the thread that listens for them, and the copying of payloads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import sys
+import threading
+from collections import deque
+from functools import partial
+from typing import Any, Protocol
+
+from devguard.errors import ConfigError, PeerGone
+from devguard.ownership import in_force
+from devguard.support import forks
+from devguard.transport import pinning, unpack
+from devguard.transport.reader import Named, Reader
+from devguard.transport.wire import MAX_NAME, describe
+
+__all__ = ["join", "look", "Opened", "read", "Sent", "skip"]
+
+
+class Sent(Named, Protocol):
+    """What a handle says of its payload, too."""
+
+    address: str
+    offset: int
+    nbytes: int
+
+
+class _Hub:
+    """The readers of this process, and the thread that listens for them."""
+
+    def __init__(self) -> None:
+        self._lock = forks.new_lock()
+        self.readers: dict[str, dict[str | None, Reader]] = {}
+        self._selector: selectors.BaseSelector | None = None
+        self._wake = -1
+        self._tasks: deque[Any] = deque()
+
+    def find(self, address: str, name: str | None) -> Reader:
+        """Return the reader of an arena; connect if there is none."""
+        with self._lock:
+            known = {other: reader for other, reader in self.readers.get(address, {}).items() if not reader.is_over}
+            if name in known:
+                return known[name]
+            if name is None and len(known) == 1:
+                return next(iter(known.values()))
+            if name is None and known:
+                names = ", ".join(sorted(str(other) for other in known))
+                raise ConfigError(f"This process has joined the arena as {names}: say which, by reader=.")
+            reader = Reader(address, name, self)
+            self.readers.setdefault(address, {})[name] = reader
+            self._listen(reader)
+        try:
+            reader.await_welcome()
+        except BaseException:
+            self.forget(reader)
+            raise
+        return reader
+
+    def _listen(self, reader: Reader) -> None:
+        if self._selector is None:
+            self._selector = selectors.DefaultSelector()
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._selector.register(self._wake, selectors.EVENT_READ, self._drain)
+            threading.Thread(target=self._run, args=(self._selector,), name="devguard-reader", daemon=True).start()
+        self._selector.register(reader.channel.socket, selectors.EVENT_READ, partial(self._serve, reader))
+        if reader.channel.pidfd is not None:
+            self._selector.register(reader.channel.pidfd, selectors.EVENT_READ, partial(self._bury, reader))
+
+    def forget(self, reader: Reader, why: str = "") -> None:
+        """End a reader."""
+        with self._lock:
+            known = self.readers.get(reader.address, {})
+            if known.get(reader.name) is reader:
+                del known[reader.name]
+                if not known:
+                    self.readers.pop(reader.address, None)
+            if self._selector is not None:
+                for watched in (reader.channel.socket, reader.channel.pidfd):
+                    if watched is not None:
+                        with contextlib.suppress(KeyError, ValueError):  # it is not watched any more
+                            self._selector.unregister(watched)
+        reader.end(why or "This reader has left the arena.")
+
+    def flush_later(self, reader: Reader) -> None:
+        """Let the thread send what a reader's socket did not take."""
+        self._tasks.append(reader)
+        self._ring()
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError):  # a wake-up is under way
+            os.eventfd_write(self._wake, 1)
+
+    def _drain(self, _: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        while self._tasks:
+            reader = self._tasks.popleft()
+            if not reader.is_over and self._selector is not None:
+                both = selectors.EVENT_READ | selectors.EVENT_WRITE
+                self._selector.modify(reader.channel.socket, both, partial(self._serve, reader))
+
+    def _run(self, selector: selectors.BaseSelector) -> None:
+        while True:
+            for key, mask in selector.select():
+                key.data(mask)
+
+    def _serve(self, reader: Reader, mask: int) -> None:
+        flushed = bool(mask & selectors.EVENT_WRITE) and reader.channel.flush()
+        if flushed and self._selector is not None and not reader.is_over:
+            self._selector.modify(reader.channel.socket, selectors.EVENT_READ, partial(self._serve, reader))
+        if mask & selectors.EVENT_READ:
+            try:
+                reader.hear()
+            except EOFError:
+                process = describe(reader.channel)
+                self.forget(reader, f"The arena at {reader.address} is closed, or its process has ended ({process}).")
+            except (PeerGone, OSError) as error:
+                self.forget(reader, str(error))
+
+    def _bury(self, reader: Reader, _: int) -> None:
+        self._serve(reader, selectors.EVENT_READ)
+        self.forget(reader, f"The process of the arena at {reader.address} has ended.")
+
+    def abandon(self) -> None:
+        """Close this process's copies of the descriptors, in a forked child, which connects again."""
+        if self._selector is not None:
+            self._selector.close()
+            os.close(self._wake)
+        for readers in self.readers.values():
+            for reader in readers.values():
+                reader.end("This process was forked from the reader's.")
+        self.__init__()  # type: ignore[misc]
+
+
+_hub = _Hub()
+os.register_at_fork(after_in_child=_hub.abandon)
+
+
+def join(address: str, name: str | None = None) -> Reader:
+    """Connect to an arena before the first message from it.
+
+    A handle connects by itself when it is read first. Joining is for a reader that puts address by name, and moves the
+    cost of connecting out of the first read.
+
+    Parameters
+    ----------
+    address : str
+        ``arena.address`` or ``handle.address``.
+    name : str, optional
+        The name by which ``put(to=[...])`` addresses this reader. One that joins under the same name later, in any
+        process, takes its place.
+
+    Returns
+    -------
+    Reader
+        Close it to leave; otherwise it lives as long as the process, or the arena.
+
+    Raises
+    ------
+    PeerGone
+        There is no such arena, or it belongs to another user.
+    ConfigError
+        The name is not valid.
+    """
+    if name is not None and not (isinstance(name, str) and 0 < len(name.encode()) <= MAX_NAME):
+        raise ConfigError(f"name={name!r}: valid is a text of 1 to {MAX_NAME} bytes.")
+    return _hub.find(address, name)
+
+
+class Opened:
+    """A lease that is being read."""
+
+    def __init__(self, handle: Sent, name: str | None) -> None:
+        self._handle = handle
+        self._reader = _hub.find(handle.address, name)
+        self.segment = self._reader.open(handle)
+
+    def finish(self) -> None:
+        """End this reader's part."""
+        self._reader.finish(self._handle)
+
+    def put_back(self) -> None:
+        """Leave the lease unread, so that it may be opened again."""
+        self._reader.put_back(self._handle)
+
+    def check(self) -> None:
+        """Raise if the payload may not have been what was read."""
+        self._reader.check_after(self._handle)
+
+
+def read(handle: Sent, device: Any, name: str | None) -> Any:
+    """Return a copy of the object of a handle; see `Handle.get`."""
+    opened = Opened(handle, name)
+    try:
+        if opened.segment is None:
+            source = memoryview(bytearray(handle.data or b""))
+        else:
+            source = opened.segment[1].buffer(handle.offset, handle.nbytes)
+            if device is not None or _owner_has_gpu():
+                pinning.pin(opened.segment[1], read_only=True)
+        value = unpack.unpack(source, unpack.Way(True, _device_of(device)))
+        opened.check()
+    except BaseException:
+        opened.put_back()
+        raise
+    opened.finish()
+    return value
+
+
+def look(handle: Sent, name: str | None) -> tuple[Any, Opened]:
+    """Return the object of a handle, in place, and its lease; see `Handle.view`."""
+    opened = Opened(handle, name)
+    try:
+        if opened.segment is None:
+            source: Any = bytearray(handle.data or b"")
+        else:
+            source = opened.segment[0].map_privately(handle.offset, handle.nbytes).buffer()
+        value = unpack.unpack(source, unpack.Way(False, lambda _: None))
+        opened.check()
+    except BaseException:
+        opened.put_back()
+        raise
+    return value, opened
+
+
+def skip(handle: Sent, name: str | None) -> None:
+    """End this reader's part of a lease, unread; see `Handle.skip`."""
+    try:
+        reader = _hub.find(handle.address, name)
+    except PeerGone:
+        return
+    reader.skip(handle)
+
+
+def _owner_has_gpu() -> bool:
+    owner = in_force.owner()
+    return owner is not None and owner.index >= 0
+
+
+def _device_of(device: Any) -> Any:
+    """Return where a tensor goes: to `device`, or, if it was on an accelerator, to the owner or the current device."""
+    if device is not None:
+        return lambda _: device
+
+    def place(on_accelerator: bool) -> Any:
+        if not on_accelerator:
+            return None
+        owner = in_force.owner()
+        if owner is not None:
+            return owner.tag if owner.index >= 0 else None
+        torch = sys.modules["torch"]
+        return "cuda" if torch.cuda.is_available() else None
+
+    return place

@@ -1,0 +1,336 @@
+"""The thread of an arena: it accepts readers, hears what they say, notices their deaths, and warns of slow ones."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import errno
+import os
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar
+
+from devguard.errors import PeerGone
+from devguard.support.notices import warn_user
+from devguard.transport.leases import Lease, Segment
+from devguard.transport.ledger import MAX_LEASES, Ledger
+from devguard.transport.memory import Memory
+from devguard.transport.wire import VERSION, Channel, Kind, Message, describe, listen, refuse_user
+
+__all__ = ["INDEX", "Server"]
+
+INDEX = 8 * MAX_LEASES  # bytes: one word for each lease
+SLOW = 5.0  # seconds after which a put that waits is reported
+PAUSE = 1.0  # seconds without accepting, where no descriptor is free
+
+T = TypeVar("T")
+
+
+class Server:
+    """The readers' side of an arena. Its thread is the only one that reads from the readers' sockets.
+
+    Parameters
+    ----------
+    lock : RLock
+        The arena's lock; held around each use of the ledger.
+    ledger : Ledger
+        The arena's books.
+    index : Memory
+        The words that say which leases may be opened.
+    apply : callable
+        Carries out the ledger's effects; the lock is held.
+    """
+
+    def __init__(self, lock: Any, ledger: Ledger, index: Memory, apply: Callable[[], None]) -> None:
+        self._lock, self._ledger, self._index, self._apply = lock, ledger, index, apply
+        self._selector = selectors.DefaultSelector()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._listening, self.address = listen()
+        self._channels: dict[int, Channel] = {}  # by reader; connected, not all of them joined
+        self._segments: dict[int, tuple[Segment, Memory]] = {}
+        self._tasks: deque[Callable[[], None]] = deque()
+        self._next_reader = 1
+        self._accept_again: float | None = None
+        self._reported: set[int] = set()  # the tickets that have been reported, by identity
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="devguard-arena", daemon=True)
+        self._selector.register(self._wake, selectors.EVENT_READ, self._drain)
+        self._selector.register(self._listening, selectors.EVENT_READ, self._accept)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop the thread and close everything."""
+        self._stopping = True
+        self.wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def abandon(self) -> None:
+        """Close this process's copies of the descriptors, in a forked child; the parent goes on."""
+        self._stopping = True
+        self._selector.close()
+        self._close_all()
+
+    def _close_all(self) -> None:
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()
+        self._segments.clear()
+        self._listening.close()
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
+
+    # From other threads.
+
+    def wake(self) -> None:
+        """Let the thread look again. Never waits."""
+        if self._wake >= 0:
+            with contextlib.suppress(OSError):  # closed meanwhile, or a wake-up is under way
+                os.eventfd_write(self._wake, 1)
+
+    def post(self, task: Callable[[], None]) -> None:
+        """Let the thread run `task`, which raises nothing. Takes no lock, so finalizers can call it."""
+        self._tasks.append(task)
+        self.wake()
+
+    def call(self, function: Callable[[], T]) -> concurrent.futures.Future[T]:
+        """Let the thread run `function`, and return its future result."""
+        result: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def task() -> None:
+            if not result.set_running_or_notify_cancel():
+                return
+            try:
+                value = function()
+            except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+                result.set_exception(error)
+            else:
+                result.set_result(value)
+
+        self.post(task)
+        if not self._thread.is_alive():
+            self._run_tasks()
+        return result
+
+    # With the lock held.
+
+    def push_segment(self, segment: Segment, memory: Memory) -> None:
+        """Send the memory of a segment to all readers."""
+        self._segments[segment.number] = segment, memory
+        for reader in self._ledger.names:
+            self._send(reader, Kind.SEGMENT, segment.number, segment.nbytes, memory=memory)
+
+    def push_close(self, segment: Segment) -> None:
+        """Let all readers give a segment's memory back."""
+        if self._segments.pop(segment.number, None) is not None:
+            for reader in self._ledger.names:
+                self._send(reader, Kind.CLOSE, segment.number)
+
+    def ask(self, readers: Iterable[int], number: int) -> None:
+        """Ask readers whether they are reading a lease that was cancelled."""
+        for reader in readers:
+            self._send(reader, Kind.CANCEL, number)
+
+    def _send(self, reader: int, kind: Kind, *values: int, memory: Memory | None = None) -> None:
+        channel = self._channels.get(reader)
+        if channel is not None and not channel.send(kind, *values, memory=memory):
+            self.post(partial(self._watch, reader))
+
+    def name(self, reader: int) -> str:
+        """Return a reader, for a message."""
+        channel, name = self._channels.get(reader), self._ledger.names.get(reader)
+        process = describe(channel) if channel is not None else "a process that has ended"
+        return f"{name} ({process})" if name else process
+
+    def waits_for(self, lease: Lease) -> list[str]:
+        """Return the readers for which a lease waits, for a message."""
+        known = self._ledger.holders(lease)
+        texts = [self.name(reader) for reader in known]
+        if lease.cancelled:
+            return texts
+        joined = {self._ledger.names[reader] for reader in known}
+        texts += [f"{name} (not connected)" for name in sorted(lease.awaited - joined)]
+        others = lease.missing - len(lease.inside)
+        if others > 0:
+            texts.append(f"{others} of {lease.readers} readers that have not opened it")
+        return texts
+
+    def describe_leases(self) -> str:
+        """Return what holds the most bytes, for a message."""
+        leases = sorted((lease for lease in self._ledger.leases.values() if lease.nbytes), key=lambda one: one.number)
+        if not leases:
+            return "Other puts wait before this one." if self._ledger.waiting else ""
+        oldest, now = leases[0], time.monotonic()
+        readers = ", ".join(self.waits_for(oldest)) or "nobody"
+        return (
+            f"The oldest of {len(leases)}: lease {oldest.number}, {oldest.nbytes:,} bytes, {now - oldest.since:.0f} s, "
+            f"put at {oldest.site}, waits for {readers}."
+        )
+
+    # The thread.
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                for key, mask in self._selector.select(self._tend()):
+                    key.data(mask)
+                self._run_tasks()
+        finally:
+            if not self._stopping:  # a fault of ours: readers and puts shall not wait for it
+                warn_user("The thread of a devguard arena has ended by a fault; its readers are disconnected.")
+            self._stopping = True
+            self._run_tasks()
+            self._selector.close()
+            self._close_all()
+
+    def _run_tasks(self) -> None:
+        while self._tasks:
+            with contextlib.suppress(IndexError):  # another thread has taken it
+                self._tasks.popleft()()
+
+    def _tend(self) -> float | None:
+        """Do what is due by the clock; return the seconds until the next such moment."""
+        now = time.monotonic()
+        dues: list[float] = []
+        if self._accept_again is not None:
+            if now >= self._accept_again:
+                self._accept_again = None
+                self._selector.register(self._listening, selectors.EVENT_READ, self._accept)
+            else:
+                dues.append(self._accept_again - now)
+        with self._lock:
+            idle = self._ledger.expire(now)
+            self._apply()
+            text, slow = self._report_slow(now)
+            site = self._ledger.waiting[0].site if text else None
+        if site is not None:
+            warn_user(text, at=(site.file, site.line))
+        dues += [due for due in (idle, slow) if due is not None]
+        return max(0.0, min(dues)) + 0.001 if dues else None
+
+    def _report_slow(self, now: float) -> tuple[str, float | None]:
+        """Return a warning about puts that have waited too long, and the seconds until the next one may be due."""
+        waiting = self._ledger.waiting
+        if not waiting:
+            self._reported.clear()
+            return "", None
+        ticket = waiting[0]
+        if id(ticket) in self._reported:
+            return "", SLOW
+        waited = now - ticket.since
+        if waited < SLOW:
+            return "", SLOW - waited
+        self._reported.add(id(ticket))
+        return (
+            f"A put has waited {waited:.0f} s for room: {self._ledger.in_use:,} of {self._ledger.budget:,} bytes are "
+            f"under a lease. {self.describe_leases()} The put that waits: {ticket.site}. Readers that do not read must "
+            f"skip() their handle, and a sender that gives a request up must cancel() it."
+        ), SLOW
+
+    def _drain(self, _: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+
+    def _accept(self, _: int) -> None:
+        try:
+            end, _ = self._listening.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                return  # the reader has gone
+            self._selector.unregister(self._listening)
+            self._accept_again = time.monotonic() + PAUSE
+            warn_user(
+                f"A devguard arena cannot accept a reader: {error}. Raise `ulimit -n`, or close files; it tries again."
+            )
+            return
+        self._connect(end)
+
+    def _connect(self, end: socket.socket) -> None:
+        channel = Channel(end)
+        refusal = refuse_user(channel)
+        if refusal:
+            channel.send(Kind.REFUSE, text=refusal[:300])
+            channel.close()
+            return
+        reader, self._next_reader = self._next_reader, self._next_reader + 1
+        self._channels[reader] = channel
+        self._selector.register(channel.socket, selectors.EVENT_READ, partial(self._serve, reader))
+        if channel.pidfd is not None:
+            self._selector.register(channel.pidfd, selectors.EVENT_READ, partial(self._bury, reader))
+
+    def _watch(self, reader: int) -> None:
+        """Wait for room in a reader's socket."""
+        channel = self._channels.get(reader)
+        if channel is not None:
+            both = selectors.EVENT_READ | selectors.EVENT_WRITE
+            self._selector.modify(channel.socket, both, partial(self._serve, reader))
+
+    def _serve(self, reader: int, mask: int) -> None:
+        channel = self._channels.get(reader)
+        if channel is None:
+            return
+        if mask & selectors.EVENT_WRITE and channel.flush():
+            self._selector.modify(channel.socket, selectors.EVENT_READ, partial(self._serve, reader))
+        if mask & selectors.EVENT_READ:
+            self._hear(reader, channel)
+
+    def _bury(self, reader: int, _: int = 0) -> None:
+        """End a reader whose process is dead, after what it has said."""
+        channel = self._channels.get(reader)
+        if channel is not None:
+            self._hear(reader, channel)
+            self._drop(reader)
+
+    def _hear(self, reader: int, channel: Channel) -> None:
+        try:
+            with self._lock:
+                for message in channel.receive():
+                    if message.descriptor >= 0:
+                        os.close(message.descriptor)
+                    self._handle(reader, channel, message)
+                self._apply()
+        except (EOFError, PeerGone):
+            self._drop(reader)
+
+    def _handle(self, reader: int, channel: Channel, message: Message) -> None:
+        now, ledger = time.monotonic(), self._ledger
+        if message.kind is Kind.JOIN:
+            former = ledger.join(reader, message.text or None)
+            channel.send(Kind.WELCOME, VERSION, INDEX, memory=self._index)
+            for segment, memory in self._segments.values():
+                self._send(reader, Kind.SEGMENT, segment.number, segment.nbytes, memory=memory)
+            if former is not None:
+                self._drop(former)
+        elif message.kind is Kind.OPEN:
+            ledger.open(reader, message.number)
+        elif message.kind is Kind.ACKNOWLEDGE:
+            ledger.acknowledge(reader, message.number, now)
+        elif message.kind is Kind.PUT_BACK:
+            ledger.put_back(reader, message.number, now)
+        elif message.kind is Kind.CONFIRM:
+            ledger.confirm(reader, message.number, bool(message.value), now)
+
+    def _drop(self, reader: int) -> None:
+        """Forget a reader: its parts are over."""
+        channel = self._channels.pop(reader, None)
+        if channel is None:
+            return
+        for watched in (channel.socket, channel.pidfd):
+            if watched is not None:
+                with contextlib.suppress(KeyError, ValueError):
+                    self._selector.unregister(watched)
+        channel.close()
+        with self._lock:
+            self._ledger.leave(reader, time.monotonic())
+            self._apply()

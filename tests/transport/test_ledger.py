@@ -1,0 +1,324 @@
+"""The books of an arena, against a model in which readers, deaths and cancellations come in any order."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from devguard.transport import ledger as module
+from devguard.transport.leases import PAGE, Lease
+from devguard.transport.ledger import IDLE, Ledger
+
+BUDGET = 16 * PAGE
+NAMES = ["tp0", "tp1"]
+
+
+class Peer:
+    """A reader as it really is: what it reads, and the messages that are under way in both directions."""
+
+    def __init__(self, number: int, name: str | None) -> None:
+        self.number, self.name = number, name
+        self.inside: set[int] = set()
+        self.finished: set[int] = set()
+        self.sent: deque[tuple[str, int, bool]] = deque()
+        self.asked: deque[int] = deque()
+
+
+class Books(RuleBasedStateMachine):
+    """Readers open, finish, die and answer late; no range may be granted anew while one of them reads it."""
+
+    ledger_class: type[Ledger] = Ledger
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = self.ledger_class(BUDGET, segment=4 * PAGE)
+        self.now = 0.0
+        self.peers: dict[int, Peer] = {}
+        self.ghosts: list[Peer] = []  # taken for dead, but still reading
+        self.leases: dict[int, Lease] = {}  # all that were ever granted
+        self.open: set[int] = set()  # those whose word in the index says so
+        self.places: dict[int, tuple[Any, int, int]] = {}
+        self.openers: dict[int, int] = {}
+        self.tickets: list[Any] = []
+        self.next_peer = 1
+
+    def carry_out(self) -> None:
+        effects = self.ledger.take_effects()
+        for lease in effects.ended:
+            self.open.discard(lease.number)
+        for ticket in effects.granted:
+            lease = ticket.lease
+            assert lease is not None
+            self.leases[lease.number] = lease
+            self.open.add(lease.number)
+            if lease.segment is not None:
+                self.places[lease.number] = lease.segment, lease.offset, lease.nbytes
+                self.check_place(lease)
+
+    def check_place(self, lease: Lease) -> None:
+        assert lease.segment is not None
+        for peer in [*self.peers.values(), *self.ghosts]:
+            for number in peer.inside & self.places.keys():
+                segment, offset, nbytes = self.places[number]
+                disjoint = offset + nbytes <= lease.offset or lease.offset + lease.nbytes <= offset
+                assert segment is not lease.segment or disjoint, f"{peer.number} still reads lease {number}"
+
+    @rule(pages=st.integers(0, 18), named=st.booleans(), data=st.data())
+    def put(self, pages: int, named: bool, data: Any) -> None:
+        readers = tuple(data.draw(st.sampled_from([NAMES, NAMES[:1]]))) if named else data.draw(st.integers(1, 3))
+        self.tickets.append(self.ledger.request(pages * PAGE - (pages > 0), readers, "a.py:1", self.now))
+        self.carry_out()
+
+    @precondition(lambda self: self.ledger.waiting)
+    @rule(data=st.data())
+    def give_up_a_put(self, data: Any) -> None:
+        self.ledger.withdraw(data.draw(st.sampled_from(list(self.ledger.waiting))), self.now)
+        self.carry_out()
+
+    @rule(name=st.sampled_from([None, *NAMES]))
+    def join(self, name: str | None) -> None:
+        peer = self.peers[self.next_peer] = Peer(self.next_peer, name)
+        self.next_peer += 1
+        former = self.ledger.join(peer.number, name)
+        if former is not None:
+            self.leave(self.peers[former], dead=False)
+        self.carry_out()
+
+    def may_open(self, peer: Peer, number: int) -> bool:
+        lease = self.leases[number]
+        if number not in self.open or lease.cancelled or number in peer.inside | peer.finished:
+            return False
+        if isinstance(lease.readers, int):  # no more readers than the put counts
+            return self.openers.get(number, 0) < lease.readers
+        return peer.name in lease.readers
+
+    @precondition(lambda self: self.peers and self.open)
+    @rule(data=st.data())
+    def open_lease(self, data: Any) -> None:
+        peer = data.draw(st.sampled_from(list(self.peers.values())))
+        number = data.draw(st.sampled_from(sorted(self.open)))
+        if self.may_open(peer, number):
+            peer.inside.add(number)
+            self.openers[number] = self.openers.get(number, 0) + 1
+            peer.sent.append(("open", number, True))
+
+    @precondition(lambda self: any(peer.inside for peer in self.peers.values()))
+    @rule(data=st.data(), read=st.booleans())
+    def finish(self, data: Any, read: bool) -> None:
+        peer = data.draw(st.sampled_from([peer for peer in self.peers.values() if peer.inside]))
+        number = data.draw(st.sampled_from(sorted(peer.inside)))
+        peer.inside.discard(number)
+        if read:
+            peer.finished.add(number)
+        else:
+            self.openers[number] -= 1
+        peer.sent.append(("acknowledge" if read else "put back", number, True))
+
+    @precondition(lambda self: any(peer.sent for peer in self.peers.values()))
+    @rule(data=st.data())
+    def deliver(self, data: Any) -> None:
+        self.hear(data.draw(st.sampled_from([peer for peer in self.peers.values() if peer.sent])))
+        self.carry_out()
+
+    def hear(self, peer: Peer) -> None:
+        kind, number, inside = peer.sent.popleft()
+        if kind == "open":
+            self.ledger.open(peer.number, number)
+        elif kind == "acknowledge":
+            self.ledger.acknowledge(peer.number, number, self.now)
+        elif kind == "put back":
+            self.ledger.put_back(peer.number, number, self.now)
+        else:
+            self.ledger.confirm(peer.number, number, inside, self.now)
+
+    @precondition(lambda self: self.ledger.leases)
+    @rule(data=st.data())
+    def cancel(self, data: Any) -> None:
+        number = data.draw(st.sampled_from(sorted(self.ledger.leases)))
+        self.open.discard(number)
+        for reader in self.ledger.cancel(number, self.now):
+            self.peers[reader].asked.append(number)
+        self.carry_out()
+
+    @precondition(lambda self: any(peer.asked for peer in self.peers.values()))
+    @rule(data=st.data())
+    def answer(self, data: Any) -> None:
+        peer = data.draw(st.sampled_from([peer for peer in self.peers.values() if peer.asked]))
+        number = peer.asked.popleft()
+        peer.sent.append(("confirm", number, number in peer.inside))
+
+    @precondition(lambda self: self.peers)
+    @rule(data=st.data(), dead=st.booleans())
+    def die(self, data: Any, dead: bool) -> None:
+        self.leave(data.draw(st.sampled_from(list(self.peers.values()))), dead)
+        self.carry_out()
+
+    def leave(self, peer: Peer, dead: bool) -> None:
+        """The peer dies, or seems to: what it has sent arrives first."""
+        while peer.sent:
+            self.hear(peer)
+        del self.peers[peer.number]
+        if not dead:
+            self.ghosts.append(peer)
+        self.ledger.leave(peer.number, self.now)
+
+    @rule(seconds=st.sampled_from([0.1, IDLE / 2, IDLE]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        due = self.ledger.expire(self.now)
+        assert due is None or 0 < due <= IDLE
+        self.carry_out()
+
+    @invariant()
+    def the_books_are_right(self) -> None:
+        books = self.ledger
+        assert (
+            books.in_use
+            == sum(lease.nbytes for lease in books.leases.values())
+            <= max([BUDGET, *(lease.nbytes for lease in books.leases.values())])
+        )
+        for segment in books.segments.values():
+            ranges = [(offset, nbytes) for offset, nbytes in segment.free]
+            inside = [lease for lease in books.leases.values() if lease.segment is segment]
+            ranges += [(lease.offset, lease.nbytes) for lease in inside]
+            position = 0
+            for offset, nbytes in sorted(ranges):  # they tile the segment
+                assert (offset, nbytes > 0) == (position, True)
+                position += nbytes
+            assert position == segment.nbytes
+            assert segment.leases == len(inside)
+            assert not segment.retired or inside
+        oversize = [segment for segment in books.segments.values() if segment.nbytes > BUDGET]
+        assert books.size <= BUDGET or (len(books.segments) == 1 and oversize)
+        slots = [lease.slot for lease in books.leases.values()]
+        assert len(set(slots)) == len(slots)
+        for lease in books.leases.values():
+            assert lease.is_open or lease.inside or lease.asked  # a lease that nobody holds has ended
+
+    @invariant()
+    def nobody_waits_for_room_that_is_there(self) -> None:
+        if self.ledger.waiting and not self.ledger.leases:
+            raise AssertionError("a put waits, and nothing is under a lease")
+
+    def teardown(self) -> None:
+        """All readers die, all leases are cancelled: nothing is left."""
+        for peer in list(self.peers.values()):
+            self.leave(peer, dead=True)
+        self.ghosts.clear()
+        for _ in range(1 + len(self.tickets)):  # puts that waited are granted meanwhile
+            for number in list(self.ledger.leases):
+                self.ledger.cancel(number, self.now)
+            self.carry_out()
+        assert not self.ledger.leases
+        assert not self.ledger.waiting
+        assert self.ledger.in_use == 0
+        self.ledger.expire(self.now + IDLE)
+        assert not self.ledger.segments
+
+
+QUICK = settings(max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+Books.TestCase.settings = QUICK
+TestBooks = Books.TestCase
+
+
+class _ReusesEarly(Ledger):
+    """A mutant: a lease ends with its first acknowledgement."""
+
+    def acknowledge(self, reader: int, number: int, now: float) -> None:
+        lease = self.leases.get(number)
+        if lease is not None:
+            lease.missing, lease.awaited = 0, set()
+            lease.inside.clear()
+        super().acknowledge(reader, number, now)
+
+
+class _OutlivesItsReader(Ledger):
+    """A mutant: the death of a reader ends none of its parts."""
+
+    def leave(self, reader: int, now: float) -> None:
+        self.names.pop(reader, None)
+
+
+class _ReusesAfterASeemingDeath(Ledger):
+    """A mutant: the segment of a reader that seems dead is used again."""
+
+    def leave(self, reader: int, now: float) -> None:
+        before = [segment for segment in self.segments.values() if not segment.retired]
+        super().leave(reader, now)
+        for segment in before:
+            segment.retired = False
+        self._admit(now)
+
+
+class _ForgetsToAsk(Ledger):
+    """A mutant: a cancelled lease ends at once."""
+
+    def cancel(self, number: int, now: float) -> list[int]:
+        lease = self.leases[number]
+        lease.cancelled = True
+        lease.inside.clear()
+        self._settle(lease, now)
+        return []
+
+
+@pytest.mark.parametrize("mutant", [_ReusesEarly, _OutlivesItsReader, _ReusesAfterASeemingDeath, _ForgetsToAsk])
+def test_the_model_finds_a_fault(mutant: type[Ledger]) -> None:
+    class Mutated(Books):
+        ledger_class = mutant
+
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+            Mutated, settings=settings(QUICK, max_examples=2000, database=None, phases=[Phase.generate])
+        )
+
+
+def test_puts_are_served_in_their_order() -> None:
+    books = Ledger(BUDGET, segment=4 * PAGE)
+    first = books.request(BUDGET, 1, None, 0.0)
+    large = books.request(10 * PAGE, 1, None, 0.0)
+    small = books.request(PAGE, 1, None, 0.0)
+    assert first.lease is not None
+    assert large.lease is small.lease is None
+    books.withdraw(first, 0.0)
+    assert large.lease is not None
+    assert small.lease is not None
+    assert large.lease.number < small.lease.number
+
+
+def test_a_payload_above_the_budget_travels_alone() -> None:
+    books = Ledger(BUDGET, segment=4 * PAGE)
+    small = books.request(PAGE, 1, None, 0.0)
+    large = books.request(2 * BUDGET, 1, None, 0.0)
+    assert large.lease is None
+    books.withdraw(small, 0.0)
+    assert large.lease is not None
+    assert books.size == 2 * BUDGET
+    assert books.request(PAGE, 1, None, 0.0).lease is None
+    books.withdraw(large, 0.0)
+    assert books.size <= BUDGET
+    assert books.in_use == PAGE
+
+
+def test_memory_is_used_again_and_goes_back_after_some_idle_seconds() -> None:
+    books = Ledger(BUDGET, segment=4 * PAGE)
+    for _ in range(3):
+        books.withdraw(books.request(4 * PAGE, 1, None, 0.0), 1.0)
+    assert list(books.segments) == [1]
+    assert books.expire(1.0 + IDLE / 2) == pytest.approx(IDLE / 2)
+    assert books.expire(1.0 + IDLE) is None
+    assert not books.segments
+
+
+def test_the_number_of_leases_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_LEASES", 2)
+    books = Ledger(BUDGET)
+    tickets = [books.request(0, 1, None, 0.0) for _ in range(3)]
+    assert [ticket.lease is None for ticket in tickets] == [False, False, True]
+    books.withdraw(tickets[0], 0.0)
+    assert tickets[2].lease is not None
+    assert tickets[2].lease.slot == tickets[0].lease.slot if tickets[0].lease else False
