@@ -32,11 +32,13 @@ DEVICE_VARIABLES = (
 @pytest.fixture
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Reset devguard to its state after import, before and after the test, and unset variables that name a device."""
+    from devguard.support import forks
     from tests.helpers import tagging
 
     for name in DEVICE_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     yield from tagging.fresh()
+    assert not any(lock._is_owned() for lock in list(forks._locks)), "a lock is held; later tests would wait for it"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import linecache
 import os
 import pickle
 import sys
@@ -159,6 +160,16 @@ def test_a_door_whose_relay_cannot_be_patched_leaves_nothing_patched(monkeypatch
     assert changed(before, everything_in_torch()) == set()
 
 
+def is_uninterruptible(frame: FrameType) -> bool:
+    """Return whether Python itself would raise no interrupt at a line: at ``try:``, and where a ``with`` block ends.
+
+    Python looks for signals after calls and in loops. An exception in between would leave locks locked for good.
+    """
+    source = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    starts = [start for start, _, line in frame.f_code.co_lines() if line == frame.f_lineno]
+    return source == "try:" or (source.startswith("with ") and frame.f_lasti > min(starts))
+
+
 def interrupt_at(line: int) -> Callable[..., Any]:
     """Return a trace function that raises KeyboardInterrupt at the n-th line that runs in devguard."""
     count = 0
@@ -167,7 +178,7 @@ def interrupt_at(line: int) -> Callable[..., Any]:
         nonlocal count
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
-        if event == "line":
+        if event == "line" and not is_uninterruptible(frame):
             count += 1
             if count == line:
                 sys.settrace(None)
@@ -195,7 +206,7 @@ def lines(work: Callable[[], object]) -> int:
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
         nonlocal count
-        count += event == "line"
+        count += event == "line" and not is_uninterruptible(frame)
         return trace if frame.f_code.co_filename.startswith(PACKAGE) else None
 
     sys.settrace(trace)
@@ -357,7 +368,7 @@ def test_an_interrupt_at_any_line_of_the_opening_itself_leaves_it_possible(origi
         def trace(frame: FrameType, event: str, argument: object) -> Any:
             if frame.f_code is not code:
                 return None
-            if event == "line" and frame.f_lineno == line:
+            if event == "line" and frame.f_lineno == line and not is_uninterruptible(frame):
                 sys.settrace(None)
                 raise KeyboardInterrupt
             return trace
