@@ -112,12 +112,13 @@ except devguard.DevGuardError as error:
 
 # Public names besides those of devguard itself: they stay when modules move.
 PUBLIC = {
-    "devguard.errors": "ConfigError DevGuardError DeviceResolutionError SimulationError StrayDeviceError "
-    "StrayDeviceWarning TracingError",
+    "devguard.errors": "BudgetFull ConfigError DevGuardError DeviceResolutionError HandleReleased PeerGone "
+    "SimulationError StrayDeviceError StrayDeviceWarning TracingError",
     "devguard.integrations": "arm disarm is_asked_for",
     "devguard.integrations.sglang": "arm Bug BUGS disarm guarded_engine known_bugs NEWEST OLDEST plugin "
     "UnsupportedVersionError worker",
     "devguard.integrations.vllm": "arm disarm plugin",
+    "devguard.transport": "Arena BudgetFull Handle HandleReleased join LeaseUsage PeerGone Reader Usage",
     "devguard.simgpu": "active DeviceState environment ProcessState SimulationError state",
 }
 

@@ -274,7 +274,7 @@ class Arena:
             lease = self._ledger.leases.get(number)
             if lease is None or self._closed:
                 return
-            # Before anybody is asked: from now on no reader opens it. It may not have been filled yet.
+            # Before the readers are asked: from now on none opens it. It may not have been filled yet.
             self._words[lease.slot] = lease.number | CANCELLED
             self._server.ask(self._ledger.cancel(number, time.monotonic()), number)
             self._apply()
@@ -347,7 +347,7 @@ class Arena:
             raise DevGuardError(f"This arena {self._closed}.")
 
     def abandon(self) -> None:
-        """Let go of what a fork has copied into this child, which shall not hold the parent's connections open."""
+        """Let go of what a fork has copied into this child, which must not hold the parent's connections open."""
         self._closed = "belongs to the process that forked this one"
         self._server.abandon()
         self._memory.clear()

@@ -148,7 +148,7 @@ class Handle:
 
     def __del__(self) -> None:
         arena = getattr(self, "_arena", None)
-        if arena is not None:  # it was never sent, so that nobody can read it
+        if arena is not None:  # it was never sent, so that no reader can have it
             arena.cancel(self.number)
 
     def __str__(self) -> str:

@@ -39,6 +39,8 @@ def is_plain(tensor: Any) -> bool:
         tensor.layout is torch.strided
         and tensor.device.type in ("cpu", "cuda")
         and not tensor.is_quantized
+        and not tensor.is_nested
+        and not any(getattr(tensor, "names", ()))  # which pickle refuses
         and tensor.dtype in _dtypes().values()
         and not torch._utils._get_obj_state(tensor)
         and not tensor._backward_hooks
@@ -46,7 +48,7 @@ def is_plain(tensor: Any) -> bool:
 
 
 def _dtypes() -> dict[str, Any]:
-    """Return the dtypes whose tensors can be views of bytes, by name."""
+    """Return the dtypes that can be views of bytes, by name."""
     if not _known_dtypes:
         torch = sys.modules["torch"]
         for name, dtype in vars(torch).items():
@@ -135,7 +137,7 @@ def _span(tensor: Any) -> tuple[int, int]:
 
 
 def _layout(tensor: Any, part: int, start: int | None) -> Layout:
-    """Describe a tensor whose part begins at byte `start` of its storage; None: the part is the tensor, contiguous."""
+    """Describe a tensor; its part begins at byte `start` of its storage, or (None) is the tensor itself, contiguous."""
     torch = sys.modules["torch"]
     if start is None:
         strides, offset = torch.empty(tensor.shape, device="meta").stride(), 0

@@ -130,7 +130,7 @@ class Ticket:
     nbytes : int
         The bytes that it needs, a multiple of `PAGE`, or 0.
     readers : int or tuple of str
-        Who is to read them.
+        Its readers, as given.
     site : object
         The line of the put.
     since : float
@@ -153,7 +153,7 @@ class Effects:
     Attributes
     ----------
     ended : list of Lease
-        Leases whose word in the index no longer holds their number.
+        Leases to be removed from the index.
     closed : list of Segment
         Segments to close.
     made : list of Segment

@@ -1,8 +1,8 @@
 """Memory that processes share: a sealed, anonymous file (memfd), and maps of it.
 
 It has no name, so that it leaves nothing behind: the kernel frees it when the last descriptor and the last map are
-gone, also after SIGKILL. It is sealed after its maker has mapped it: nobody can shrink it, which would kill the others
-with SIGBUS, and no reader can write to it.
+gone, also after SIGKILL. It is sealed after its maker has mapped it: no process can shrink it, which would kill the
+others with SIGBUS, and no reader can write to it.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from devguard.transport.wire import CANCELLED, VERSION, Channel, Kind, Message, 
 
 __all__ = ["Host", "Named", "Reader"]
 
-WELCOME_S = 30.0  # seconds until an arena whose process lives must have answered
+WELCOME_S = 30.0  # seconds until an arena must have answered
 LOOK_S = 0.05  # seconds between looks whether a lease still lives, while its segment is on its way
 SWEEP = 4096  # finished leases that are remembered before those that have ended are forgotten
 

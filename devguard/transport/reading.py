@@ -143,7 +143,7 @@ os.register_at_fork(after_in_child=_hub.abandon)
 def join(address: str, name: str | None = None) -> Reader:
     """Connect to an arena before the first message from it.
 
-    A handle connects by itself when it is read first. Joining is for a reader that puts address by name, and moves the
+    The first read of a handle connects, too. Joining is for a reader that puts address by name, and moves the
     cost of connecting out of the first read.
 
     Parameters

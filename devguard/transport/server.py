@@ -170,7 +170,7 @@ class Server:
         if not leases:
             return "Other puts wait before this one." if self._ledger.waiting else ""
         oldest, now = leases[0], time.monotonic()
-        readers = ", ".join(self.waits_for(oldest)) or "nobody"
+        readers = ", ".join(self.waits_for(oldest)) or "no reader"
         return (
             f"The oldest of {len(leases)}: lease {oldest.number}, {oldest.nbytes:,} bytes, {now - oldest.since:.0f} s, "
             f"put at {oldest.site}, waits for {readers}."
@@ -185,7 +185,7 @@ class Server:
                     key.data(mask)
                 self._run_tasks()
         finally:
-            if not self._stopping:  # a fault of ours: readers and puts shall not wait for it
+            if not self._stopping:  # a fault of ours: readers and puts must not wait for it
                 warn_user("The thread of a devguard arena has ended by a fault; its readers are disconnected.")
             self._stopping = True
             self._run_tasks()

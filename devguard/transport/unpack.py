@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 ALIGNMENT = 64
-LARGE = 1 << 16  # bytes from which memory comes from the system: pages that nobody has to fill with zeros
+LARGE = 1 << 16  # bytes from which memory comes from the system: whole pages, which need no zeros first
 
 
 def align(position: int) -> int:

@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from devguard.errors import PeerGone
 from devguard.transport.memory import Memory
@@ -31,6 +31,7 @@ CONNECT_TIMEOUT = 10.0  # seconds
 _HEADER = struct.Struct("=IIQQQ")
 _ROOM = _HEADER.size + 4 * MAX_NAME
 _SO_PEERPIDFD = 77  # Linux 6.5; the socket module of Python 3.10 to 3.14 does not name it
+_ANCILLARY = socket.CMSG_SPACE(4)
 _RECEIVE = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _PREFIX = "devguard-transport-"
 
@@ -145,14 +146,14 @@ class Channel:
         """
         while True:
             try:
-                data, descriptors, flags, _ = socket.recv_fds(self.socket, _ROOM, 1, _RECEIVE)
+                data, ancillary, flags, _ = self.socket.recvmsg(_ROOM, _ANCILLARY, _RECEIVE)
             except BlockingIOError:
                 return
             except OSError as error:
                 raise EOFError from error
             if not data:
                 raise EOFError
-            descriptor = descriptors[0] if descriptors else -1
+            descriptor = _descriptor_in(ancillary)
             if flags & socket.MSG_CTRUNC:
                 raise PeerGone(
                     "This process has no room for another file descriptor, so that it cannot receive the memory of an "
@@ -180,6 +181,15 @@ class Channel:
             if self.pidfd is not None:
                 os.close(self.pidfd)
             self.socket.close()
+
+
+def _descriptor_in(ancillary: list[Any]) -> int:
+    """Return the one file descriptor that came with a message. Not `socket.recv_fds`, which ignores its flags."""
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(data) >= 4:
+            descriptor: int = struct.unpack("=i", data[:4])[0]
+            return descriptor
+    return -1
 
 
 def describe(channel: Channel) -> str:

@@ -217,11 +217,12 @@ class Books(RuleBasedStateMachine):
         assert not self.ledger.leases
         assert not self.ledger.waiting
         assert self.ledger.in_use == 0
-        self.ledger.expire(self.now + IDLE)
+        self.ledger.expire(self.now + IDLE + 1)
         assert not self.ledger.segments
 
 
 QUICK = settings(max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(QUICK, max_examples=3000, database=None, derandomize=True, phases=[Phase.generate])
 Books.TestCase.settings = QUICK
 TestBooks = Books.TestCase
 
@@ -272,9 +273,7 @@ def test_the_model_finds_a_fault(mutant: type[Ledger]) -> None:
         ledger_class = mutant
 
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(  # type: ignore[no-untyped-call]
-            Mutated, settings=settings(QUICK, max_examples=2000, database=None, phases=[Phase.generate])
-        )
+        run_state_machine_as_test(Mutated, settings=MANY)  # type: ignore[no-untyped-call]
 
 
 def test_puts_are_served_in_their_order() -> None:
