@@ -197,8 +197,8 @@ class Arena:
             with self._lock:
                 self._check_open()
                 _, mapping = self._memory[lease.segment.number]
-            if packed.is_on_accelerator:
-                pinning.pin(mapping)
+            if packed.device is not None:
+                pinning.pin(mapping, packed.device)
             packed.write(mapping.buffer(lease.offset, packed.nbytes))
         with self._lock:
             self._check_open()

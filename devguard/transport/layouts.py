@@ -74,14 +74,23 @@ def bytes_of(storage: Any) -> Any:
 
 
 class Tensors:
-    """The tensors of a payload, grouped by the memory that they share."""
+    """The tensors of a payload, grouped by the memory that they share.
+
+    Attributes
+    ----------
+    accelerator : torch.device or None
+        The device of the first tensor that is not on the host.
+    """
 
     def __init__(self) -> None:
         self._tensors: list[Any] = []
+        self.accelerator: Any = None
 
     def add(self, tensor: Any) -> int:
         """Add a tensor; return its number."""
         self._tensors.append(tensor)
+        if self.accelerator is None and tensor.device.type != "cpu":
+            self.accelerator = tensor.device
         return len(self._tensors) - 1
 
     def lay_out(self, parts: list[Part]) -> list[Layout]:

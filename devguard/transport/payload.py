@@ -32,11 +32,13 @@ class Packed:
     ----------
     nbytes : int
         The size of the payload.
-    is_on_accelerator : bool
-        Whether a tensor of it is.
+    device : torch.device or None
+        The first accelerator on which it has a tensor.
     """
 
-    def __init__(self, body: list[Any], layouts: list[Layout], parts: list[Part], buffers: list[int]) -> None:
+    def __init__(
+        self, body: list[Any], layouts: list[Layout], parts: list[Part], buffers: list[int], device: Any
+    ) -> None:
         offsets, position = [], 0
         for part in parts:
             position = align(position)
@@ -46,7 +48,7 @@ class Packed:
         head = pickle.dumps((sizes, offsets, buffers, [tuple(one) for one in layouts]), protocol=5)
         self._chunks = [len(head).to_bytes(8, "little"), head, *body]
         self._parts, self._offsets = parts, offsets
-        self.is_on_accelerator = any(layout.on_accelerator for layout in layouts)
+        self.device = device
         self._skeleton = sum(len(chunk) for chunk in self._chunks) + 8
         self.nbytes = align(self._skeleton) + position
 
@@ -71,10 +73,10 @@ def pack(value: Any) -> Packed:
     pickle.PicklingError, TypeError
         The object cannot be pickled.
     """
-    writer = _Writer()
-    pickler = _Pickler(writer)
-    pickler.dump(value)
-    return Packed(writer.chunks, pickler.tensors.lay_out(pickler.parts), pickler.parts, pickler.buffers)
+    writer, beside = _Writer(), _Parts()
+    _Pickler(writer, beside).dump(value)
+    layouts = beside.tensors.lay_out(beside.parts)
+    return Packed(writer.chunks, layouts, beside.parts, beside.buffers, beside.tensors.accelerator)
 
 
 class _Writer:
@@ -88,38 +90,53 @@ class _Writer:
         return len(data)
 
 
-class _Pickler(pickle.Pickler):
-    """Pickles the skeleton, and collects the parts."""
+class _Parts:
+    """What lies beside the skeleton."""
 
-    def __init__(self, writer: _Writer) -> None:
-        super().__init__(writer, protocol=5, buffer_callback=self._add_buffer)
+    def __init__(self) -> None:
         self.parts: list[Part] = []
         self.buffers: list[int] = []  # the parts that the pickle takes out of band, in its order
         self.tensors = Tensors()
 
-    def _add_buffer(self, buffer: pickle.PickleBuffer) -> bool:
-        self.buffers.append(self._add_bytes(buffer.raw()))
-        return False  # out of band
+    def add_buffer(self, buffer: pickle.PickleBuffer) -> bool:
+        """Take the bytes of an array; return False, which keeps them out of the pickle."""
+        self.buffers.append(self.add_bytes(buffer.raw()))
+        return False
 
-    def _add_bytes(self, raw: memoryview) -> int:
+    def add_bytes(self, raw: memoryview) -> int:
+        """Take bytes; return the number of their part."""
         self.parts.append(Part(raw.nbytes, lambda target: _copy(target, raw)))
         return len(self.parts) - 1
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles the skeleton.
+
+    It refers to the parts, and they not to it: a circle would keep tensors until the garbage collector comes.
+    """
+
+    def __init__(self, writer: _Writer, beside: _Parts) -> None:
+        super().__init__(writer, protocol=5, buffer_callback=beside.add_buffer)
+        self._beside = beside
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, memoryview):
             raw = value.cast("B") if value.c_contiguous else memoryview(value.tobytes())
-            return restore_view, (self._add_bytes(raw), value.format, value.shape, value.readonly)
+            return restore_view, (self._beside.add_bytes(raw), value.format, value.shape, value.readonly)
         torch = sys.modules.get("torch")
         if torch is None:
             return NotImplemented
         if type(value) is torch.Tensor or type(value) is torch.nn.Parameter:
             if is_plain(value):
-                return restore_tensor, (self.tensors.add(value),)
+                return restore_tensor, (self._beside.tensors.add(value),)
         elif isinstance(value, torch.UntypedStorage):
             if value.device.type in ("cpu", "cuda"):
-                return restore_storage, (self.tensors.add(bytes_of(value)),)
+                return restore_storage, (self._beside.tensors.add(bytes_of(value)),)
         elif isinstance(value, torch.storage.TypedStorage) and value._untyped_storage.device.type in ("cpu", "cuda"):
-            return restore_typed_storage, (self.tensors.add(bytes_of(value._untyped_storage)), str(value.dtype)[6:])
+            return restore_typed_storage, (
+                self._beside.tensors.add(bytes_of(value._untyped_storage)),
+                str(value.dtype)[6:],
+            )
         return NotImplemented
 
 

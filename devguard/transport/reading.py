@@ -15,6 +15,7 @@ from devguard.errors import ConfigError, PeerGone
 from devguard.ownership import in_force
 from devguard.support import forks
 from devguard.transport import pinning, unpack
+from devguard.transport.memory import Mapping
 from devguard.transport.reader import Named, Reader
 from devguard.transport.wire import MAX_NAME, describe
 
@@ -196,13 +197,20 @@ def read(handle: Sent, device: Any, name: str | None) -> Any:
     """Return a copy of the object of a handle; see `Handle.get`."""
     opened = Opened(handle, name)
     try:
+        mapping: Mapping | None = None
         if opened.segment is None:
             source = memoryview(bytearray(handle.data or b""))
         else:
-            source = opened.segment[1].buffer(handle.offset, handle.nbytes)
-            if device is not None or _owner_has_gpu():
-                pinning.pin(opened.segment[1], read_only=True)
-        value = unpack.unpack(source, unpack.Way(True, _device_of(device)))
+            mapping = opened.segment[1]
+            source = mapping.buffer(handle.offset, handle.nbytes)
+
+        def place(on_accelerator: bool) -> Any:
+            target = _find_device(on_accelerator) if device is None else device
+            if target is not None and mapping is not None:
+                pinning.pin(mapping, target, read_only=True)
+            return target
+
+        value = unpack.unpack(source, unpack.Way(True, place))
         opened.check()
     except BaseException:
         opened.put_back()
@@ -236,23 +244,12 @@ def skip(handle: Sent, name: str | None) -> None:
     reader.skip(handle)
 
 
-def _owner_has_gpu() -> bool:
+def _find_device(on_accelerator: bool) -> Any:
+    """Return where a tensor goes: from an accelerator to the owner, or to the current device; else to the host."""
+    if not on_accelerator:
+        return None
     owner = in_force.owner()
-    return owner is not None and owner.index >= 0
-
-
-def _device_of(device: Any) -> Any:
-    """Return where a tensor goes: to `device`, or, if it was on an accelerator, to the owner or the current device."""
-    if device is not None:
-        return lambda _: device
-
-    def place(on_accelerator: bool) -> Any:
-        if not on_accelerator:
-            return None
-        owner = in_force.owner()
-        if owner is not None:
-            return owner.tag if owner.index >= 0 else None
-        torch = sys.modules["torch"]
-        return "cuda" if torch.cuda.is_available() else None
-
-    return place
+    if owner is not None:
+        return owner.tag if owner.index >= 0 else None
+    torch = sys.modules["torch"]
+    return "cuda" if torch.cuda.is_available() else None

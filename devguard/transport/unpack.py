@@ -120,43 +120,48 @@ def unpack(source: Any, way: Way) -> Any:
     sizes, offsets, buffers, layouts = pickle.loads(view[16 : 16 + head])
     base = align(skeleton)
     parts = [view[base + offset : base + offset + size] for offset, size in zip(offsets, sizes, strict=True)]
-    body = view[16 + head : skeleton]
-    return _Unpickler(body, parts, buffers, [Layout(*one) for one in layouts], way).load()
+    beside = _Parts(parts, [Layout(*one) for one in layouts], way)
+    return _Unpickler(view[16 + head : skeleton], beside, buffers).load()
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickles the skeleton, and makes its tensors and arrays."""
+    """Unpickles the skeleton.
 
-    def __init__(
-        self, body: memoryview, parts: list[memoryview], buffers: list[int], layouts: list[Layout], way: Way
-    ) -> None:
-        super().__init__(_Reader(body), buffers=(self._bytes(number) for number in buffers))
-        self._parts, self._layouts, self._way = parts, layouts, way
-        self._memories: dict[tuple[int, bool], Any] = {}
-        self._own = {
-            "restore_tensor": self._tensor,
-            "restore_storage": self._storage,
-            "restore_typed_storage": self._typed_storage,
-            "restore_view": self._view,
-        }
+    It refers to the parts, and they not to it: a circle would keep a map until the garbage collector comes.
+    """
+
+    def __init__(self, body: memoryview, beside: _Parts, buffers: list[int]) -> None:
+        super().__init__(_Reader(body), buffers=map(beside.restore_bytes, buffers))
+        self._beside = beside
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == __name__ and name in self._own:
-            return self._own[name]
+        if module == __name__ and name.startswith("restore_"):
+            return getattr(self._beside, name)
         return super().find_class(module, name)
 
-    def _bytes(self, number: int) -> memoryview:
+
+class _Parts:
+    """Makes the tensors and arrays of a payload. Its methods stand for the functions that the skeleton names."""
+
+    def __init__(self, parts: list[memoryview], layouts: list[Layout], way: Way) -> None:
+        self._parts, self._layouts, self._way = parts, layouts, way
+        self._memories: dict[tuple[int, bool], Any] = {}
+
+    def restore_bytes(self, number: int) -> memoryview:
+        """Return the bytes of a part."""
         part = self._parts[number]
         return _copy_of(part) if self._way.copies else part
 
-    def _view(self, number: int, kind: str, shape: tuple[int, ...], readonly: bool) -> memoryview:
-        view = self._bytes(number)
+    def restore_view(self, number: int, kind: str, shape: tuple[int, ...], readonly: bool) -> memoryview:
+        """Return a view of memory."""
+        view = self.restore_bytes(number)
         if kind != "B" or len(shape) != 1:
             form: Any = kind  # any native format that memoryview knows
             view = view.cast(form, shape) if all(shape) else memoryview(b"").cast(form)
         return view.toreadonly() if readonly else view
 
-    def _tensor(self, number: int) -> Any:
+    def restore_tensor(self, number: int) -> Any:
+        """Return a tensor."""
         import torch
 
         layout = self._layouts[number]
@@ -168,14 +173,16 @@ class _Unpickler(pickle.Unpickler):
             return torch.nn.Parameter(tensor, requires_grad=layout.requires_grad)
         return tensor.requires_grad_() if layout.requires_grad else tensor
 
-    def _storage(self, number: int) -> Any:
-        return self._tensor(number).untyped_storage()
+    def restore_storage(self, number: int) -> Any:
+        """Return a storage."""
+        return self.restore_tensor(number).untyped_storage()
 
-    def _typed_storage(self, number: int, dtype: str) -> Any:
+    def restore_typed_storage(self, number: int, dtype: str) -> Any:
+        """Return a storage with a dtype."""
         import torch
 
         make: Any = torch.storage.TypedStorage
-        return make(wrap_storage=self._storage(number), dtype=getattr(torch, dtype), _internal=True)
+        return make(wrap_storage=self.restore_storage(number), dtype=getattr(torch, dtype), _internal=True)
 
     def _memory(self, part: int, on_accelerator: bool) -> Any:
         """Return a part as a tensor of bytes, on the device where its tensors belong."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import array
+import ctypes
 import dataclasses
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -201,3 +204,23 @@ def test_copies_are_writable_and_of_their_own() -> None:
 def test_what_cannot_be_pickled_is_refused_by_pickle(value: Any) -> None:
     with pytest.raises((pickle.PicklingError, TypeError, AttributeError)):
         payload.pack(value)
+
+
+def test_nothing_waits_for_the_garbage_collector() -> None:
+    """A tensor's memory comes back with its last name, as do the payload and what was made of it in place."""
+    gc.disable()
+    try:
+        tensor, array_of_its_own = torch.rand(1000), np.ones(1000)
+        ends = [weakref.ref(tensor), weakref.ref(array_of_its_own)]
+        # No sparse tensor: torch's own pickles keep those in a list until the next torch.load.
+        packed = payload.pack([tensor, array_of_its_own, memoryview(bytearray(10)), bytes(100_000)])
+        memory = (ctypes.c_ubyte * packed.nbytes)()
+        packed.write(memory)
+        ends.append(weakref.ref(memory))
+        arrived = unpack(memory, IN_PLACE)
+        copied = unpack(memory, COPY)
+        ends.append(weakref.ref(arrived[0]))
+        del tensor, array_of_its_own, packed, memory, arrived, copied
+        assert [end() for end in ends] == [None] * len(ends)
+    finally:
+        gc.enable()

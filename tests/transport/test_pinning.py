@@ -11,7 +11,7 @@ from devguard.transport.memory import Memory
 
 def test_a_process_without_cuda_pins_nothing() -> None:
     _, mapping = Memory.make(4096)
-    assert not pinning.pin(mapping)
+    assert not pinning.pin(mapping, "cuda:0")
     assert mapping.before_unmap is None
 
 

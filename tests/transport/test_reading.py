@@ -36,13 +36,11 @@ def test_a_name_that_is_not_valid_is_refused(arena: Arena, name: str) -> None:
 
 
 def test_tensors_of_an_accelerator_go_to_the_owner_and_others_stay(cuda: FakeCuda) -> None:
-    place = reading._device_of(None)
+    place = reading._find_device
     with devguard.guard(3):
         assert (place(True), place(False)) == ("cuda:3", None)
     with devguard.guard("cpu"):
         assert (place(True), place(False)) == (None, None)
-    explicit = reading._device_of("cuda:5")
-    assert (explicit(True), explicit(False)) == ("cuda:5", "cuda:5")
 
 
 def test_a_device_is_for_all_tensors(arena: Arena) -> None:
