@@ -21,7 +21,7 @@ from devguard.transport import payload, pinning
 from devguard.transport.arguments import PutSite, check_readers, find_site, parse_budget
 from devguard.transport.handle import INLINE, Handle, senders
 from devguard.transport.leases import Effects, Lease, Readers, Segment, Ticket, round_up
-from devguard.transport.ledger import Ledger
+from devguard.transport.ledger import MAX_LEASES, Ledger
 from devguard.transport.memory import Mapping, Memory
 from devguard.transport.server import INDEX, Server
 from devguard.transport.usage import LeaseUsage, Usage
@@ -69,7 +69,9 @@ class Arena:
         self._memory: dict[int, tuple[Memory, Mapping]] = {}
         self._tickets: dict[Ticket, concurrent.futures.Future[Any]] = {}
         self._closed = ""
-        self._server = Server(self._lock, self._ledger, self._index, self._apply)
+        # Its one thread copies for `put_async`, and starts with the first of them.
+        self._copier = concurrent.futures.ThreadPoolExecutor(1, "devguard-arena-copy")
+        self._server = Server(self._lock, self._ledger, self._index, self._apply, self._end)
         self.address = self._server.address
         senders[self.address] = self
         self._server.start()
@@ -120,37 +122,40 @@ class Arena:
         readers = check_readers(to)
         self._check_open()
         packed = payload.pack(value)
-        ticket, granted = self._request(packed.nbytes, readers, site, oversize)
+        ticket = self._make_ticket(packed.nbytes, readers, site, oversize)
+        granted: concurrent.futures.Future[Any] = concurrent.futures.Future()
         try:
-            lease = self._await(ticket, granted, packed.nbytes, block, timeout)
+            self._server.post(lambda: self._request(ticket, granted, wait=block))
+            lease = self._await(ticket, granted, timeout if block else None)
             return self._fill(lease, packed)
         except BaseException:
-            self._withdraw(ticket)
+            self._server.post(lambda: self._withdraw(ticket))
             raise
 
     async def put_async(self, value: Any, *, to: int | Sequence[str] = 1, oversize: bool = False) -> Handle:
         """Copy an object into the arena without blocking the event loop; see `put`.
 
-        The object is pickled at once; its tensors and arrays are copied in the arena's thread, and belong to the arena
-        until the call returns. If the await is cancelled, its room is given back.
+        The object is pickled at once; its tensors and arrays are copied in a thread, and belong to the arena until the
+        call returns. If the await is cancelled, its room is given back.
         """
         site = find_site(sys._getframe(1))
         readers = check_readers(to)
         self._check_open()
         packed = payload.pack(value)
         ready = _record_event()
-        ticket, granted = self._request(packed.nbytes, readers, site, oversize)
+        ticket = self._make_ticket(packed.nbytes, readers, site, oversize)
+        granted: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        copier = self._copier
         try:
+            self._server.post(lambda: self._request(ticket, granted, wait=True))
             lease = await asyncio.wrap_future(granted)
-            return await asyncio.wrap_future(self._server.call(lambda: self._fill_after(ready, lease, packed)))
+            return await asyncio.wrap_future(copier.submit(self._fill, lease, packed, ready))
         except BaseException:
-            # In the arena's thread, so that a copy that it has begun has ended.
-            self._server.call(lambda: self._withdraw(ticket))
+            # By the thread that copies, so that a copy that it has begun has ended.
+            copier.submit(self._server.post, lambda: self._withdraw(ticket))
             raise
 
-    def _request(
-        self, nbytes: int, readers: Readers, site: PutSite, oversize: bool
-    ) -> tuple[Ticket, concurrent.futures.Future[Any]]:
+    def _make_ticket(self, nbytes: int, readers: Readers, site: PutSite, oversize: bool) -> Ticket:
         needed = 0 if nbytes <= INLINE else round_up(nbytes)
         if needed > self.budget and not oversize:
             raise BudgetFull(
@@ -158,37 +163,29 @@ class Arena:
                 f"empty. Put it in parts, give the arena a larger budget, or pass oversize=True: it then travels "
                 f"alone. Put at {site}."
             )
-        granted: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        with self._lock:
-            self._check_open()
-            ticket = self._ledger.request(needed, readers, site, time.monotonic())
-            self._tickets[ticket] = granted
-            self._apply()
-        self._server.wake()  # it warns of puts that wait
-        return ticket, granted
+        return Ticket(needed, readers, site, time.monotonic())
 
-    def _await(
-        self,
-        ticket: Ticket,
-        granted: concurrent.futures.Future[Any],
-        nbytes: int,
-        block: bool,
-        timeout: float | None,
-    ) -> Lease:
+    def _await(self, ticket: Ticket, granted: concurrent.futures.Future[Any], timeout: float | None) -> Lease:
         try:
-            lease: Lease = granted.result(timeout if block else 0)
+            lease: Lease = granted.result(timeout)
             return lease
         except (TimeoutError, concurrent.futures.TimeoutError):  # two classes in Python 3.10
-            waited = f" after {timeout:g} s" if block and timeout is not None else ""
             with self._lock:
-                held = self._server.describe_leases()
-            raise BudgetFull(
-                f"There is no room{waited} for {nbytes:,} bytes: {self._ledger.in_use:,} of {self.budget:,} bytes are "
-                f"under a lease, and puts are served in their order. {held} Put at {ticket.site}."
-            ) from None
+                raise self._full(ticket, f" after {timeout:g} s") from None
 
-    def _fill(self, lease: Lease, packed: payload.Packed) -> Handle:
-        """Write a payload into its place, let readers open it, and return its handle."""
+    def _full(self, ticket: Ticket, when: str) -> BudgetFull:
+        """Return the error of a put that found no room; the lock is held."""
+        ledger = self._ledger
+        return BudgetFull(
+            f"There is no room{when} for {ticket.nbytes:,} bytes: {ledger.in_use:,} of {self.budget:,} bytes are under "
+            f"{len(ledger.leases):,} leases (at most {MAX_LEASES:,}), and puts are served in their order. "
+            f"{self._server.describe_leases()} Put at {ticket.site}."
+        )
+
+    def _fill(self, lease: Lease, packed: payload.Packed, ready: Any = None) -> Handle:
+        """Write a payload into its place, after an event `ready`; let readers open it, and return its handle."""
+        if ready is not None:
+            ready.synchronize()
         data = None
         if lease.segment is None:
             data = bytearray(packed.nbytes)
@@ -216,12 +213,24 @@ class Arena:
             self,
         )
 
-    def _fill_after(self, ready: Any, lease: Lease, packed: payload.Packed) -> Handle:
-        if ready is not None:
-            ready.synchronize()
-        return self._fill(lease, packed)
+    # In the arena's thread, which alone changes the books: Ctrl-C interrupts the main thread at any line.
+
+    def _request(self, ticket: Ticket, granted: concurrent.futures.Future[Any], *, wait: bool) -> None:
+        """Queue a request; its future has the lease, or the reason why there is none."""
+        with self._lock:
+            if self._closed:
+                _fail(granted, DevGuardError(f"This arena {self._closed}."))
+                return
+            self._tickets[ticket] = granted
+            self._ledger.request(ticket, time.monotonic())
+            self._apply()
+            if ticket.lease is None and not wait:
+                error = self._full(ticket, "")
+                self._withdraw(ticket)
+                _fail(granted, error)
 
     def _withdraw(self, ticket: Ticket) -> None:
+        """Give up a request, or its lease, of which no reader knows."""
         with self._lock:
             self._tickets.pop(ticket, None)
             if not self._closed:
@@ -258,8 +267,7 @@ class Arena:
             for ticket, granted in list(self._tickets.items()):
                 if ticket.lease is not None and ticket.lease.segment is segment:
                     del self._tickets[ticket]
-                    with contextlib.suppress(concurrent.futures.InvalidStateError):
-                        granted.set_exception(error)  # the put withdraws its ticket
+                    _fail(granted, error)  # the put withdraws its ticket
         else:
             self._server.push_segment(segment, memory)
 
@@ -306,23 +314,26 @@ class Arena:
             )
 
     def close(self) -> None:
-        """End all leases, give the memory back and disconnect the readers. A later `get` raises HandleReleased.
+        """End all leases, give the memory back and disconnect the readers.
 
-        A reader that is reading keeps its memory until it has finished. Puts that wait raise DevGuardError.
+        A reader that is reading keeps its memory until it has finished; a later `get` raises HandleReleased or
+        PeerGone. Puts that wait raise DevGuardError.
         """
-        if os.getpid() != self._pid:
-            return
+        if os.getpid() == self._pid:
+            self._server.post(lambda: self._end("is closed"))
+            self._server.stop()
+            self._copier.shutdown()
+
+    def _end(self, why: str) -> None:
         with self._lock:
             if self._closed:
                 return
-            self._closed = "is closed"
+            self._closed = why
             self._ledger.end_all(time.monotonic())
             self._apply()
             waiting, self._tickets = self._tickets, {}
         for granted in waiting.values():
-            with contextlib.suppress(concurrent.futures.InvalidStateError):
-                granted.set_exception(DevGuardError("The arena was closed while this put waited for room."))
-        self._server.stop()
+            _fail(granted, DevGuardError(f"The arena {why}; this put waited for room."))
 
     def __enter__(self) -> Arena:
         return self
@@ -360,6 +371,11 @@ def _abandon_all() -> None:
 
 
 os.register_at_fork(after_in_child=_abandon_all)
+
+
+def _fail(granted: concurrent.futures.Future[Any], error: Exception) -> None:
+    with contextlib.suppress(concurrent.futures.InvalidStateError):  # the put has been cancelled
+        granted.set_exception(error)
 
 
 def _record_event() -> Any:

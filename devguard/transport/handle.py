@@ -166,12 +166,16 @@ class View:
         self._opened: Opened | None = None
 
     def __enter__(self) -> Any:
-        value, self._opened = reading.look(self._handle, self._reader)
-        return value
+        self._opened = Opened(self._handle, self._reader)
+        return reading.look(self._handle, self._opened)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         opened, self._opened = self._opened, None
         if opened is not None:
-            opened.finish()
+            try:
+                opened.finish()
+            except BaseException:  # an interrupt; the lease must not wait for this reader
+                opened.finish()
+                raise

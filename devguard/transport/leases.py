@@ -137,6 +137,8 @@ class Ticket:
         When it was made, in seconds of the arena's clock.
     lease : Lease or None
         The lease, once it is granted.
+    reported : bool
+        Whether the user was told that it waits.
     """
 
     nbytes: int
@@ -144,6 +146,7 @@ class Ticket:
     site: Any
     since: float
     lease: Lease | None = None
+    reported: bool = False
 
 
 @dataclass(slots=True)

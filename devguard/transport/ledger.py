@@ -11,9 +11,8 @@ retired: they take no new lease and are closed when their last one ends.
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
-from devguard.transport.leases import Effects, Lease, Readers, Segment, Ticket, round_up
+from devguard.transport.leases import Effects, Lease, Segment, Ticket, round_up
 
 __all__ = ["Ledger", "MAX_LEASES"]
 
@@ -60,16 +59,14 @@ class Ledger:
 
     # Requests.
 
-    def request(self, nbytes: int, readers: Readers, site: Any, now: float) -> Ticket:
-        """Ask for a lease; the ticket has it at once if there is room and no other request waits."""
-        ticket = Ticket(round_up(nbytes), readers, site, now)
+    def request(self, ticket: Ticket, now: float) -> None:
+        """Queue a request; it has its lease at once if there is room and no other one waits."""
         self.waiting.append(ticket)
         self._admit(now)
         self.waits += ticket.lease is None
-        return ticket
 
     def withdraw(self, ticket: Ticket, now: float) -> None:
-        """Give up a request, or end its lease, of which no reader knows."""
+        """Give up a request, if there is one, or end its lease, of which no reader knows."""
         if ticket.lease is not None:
             if ticket.lease.number in self.leases:
                 self._end(ticket.lease, now)

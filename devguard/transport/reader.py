@@ -64,11 +64,10 @@ class Reader:
         self._segments: dict[int, tuple[Memory, Mapping]] = {}
         self._index: Mapping | None = None
         self._words: Any = None
-        self._inside: set[int] = set()
+        self._inside: dict[int, object] = {}  # lease -> what is reading it
         self._finished: dict[int, int] = {}  # lease -> its word in the index
         self._sweep_at = SWEEP
         self._end = ""  # why the connection is over
-        self._hearing = forks.new_lock()
         self.channel: Channel = connect(address)
         self.channel.send(Kind.JOIN, VERSION, text=name or "")
 
@@ -107,9 +106,8 @@ class Reader:
 
     def hear(self) -> None:
         """Handle what has arrived; raises EOFError or PeerGone at the end of the connection."""
-        with self._hearing:
-            for message in self.channel.receive():
-                self._handle(message)
+        for message in self.channel.receive():
+            self._handle(message)
 
     def _handle(self, message: Message) -> None:
         with self._changed:
@@ -142,27 +140,23 @@ class Reader:
 
     # Leases.
 
-    def open(self, handle: Named) -> tuple[Memory, Mapping] | None:
+    def open(self, handle: Named, by: object) -> tuple[Memory, Mapping] | None:
         """Begin to read a lease; return its segment, None if the payload travels in the handle.
 
-        Until `finish`, its memory holds this payload.
+        Until `finish`, its memory holds this payload. After an exception, call `put_back`.
         """
         number = handle.number
         with self._changed:
             self._check(handle)
-            self._inside.add(number)  # first: an arena that cancels now either asks later, or has cleared the word
-            try:
+            self._inside[number] = by  # first: an arena that cancels now either asks later, or has changed the word
+            self._check_word(handle)
+            if handle.data is not None:
+                return None
+            self.send(Kind.OPEN, number)
+            while handle.segment not in self._segments:
                 self._check_word(handle)
-                if handle.data is not None:
-                    return None
-                self.send(Kind.OPEN, number)
-                while handle.segment not in self._segments:
-                    self._check_word(handle)
-                    self._changed.wait(LOOK_S)
-                return self._segments[handle.segment]
-            except BaseException:
-                self.put_back(handle)
-                raise
+                self._changed.wait(LOOK_S)
+            return self._segments[handle.segment]
 
     def _check(self, handle: Named) -> None:
         if handle.number in self._finished or handle.number in self._inside:
@@ -191,24 +185,26 @@ class Reader:
             why = self._end or "As many readers as the put counts (to=) have read it meanwhile."
             raise HandleReleased(f"{handle} has ended while it was read. {why}")
 
-    def put_back(self, handle: Named) -> None:
-        """Stop reading a lease that has not been read; it may be opened again."""
+    def put_back(self, handle: Named, by: object) -> None:
+        """Stop reading a lease that has not been read, if `by` reads it; it may be opened again."""
         with self._changed:
-            self._inside.discard(handle.number)
+            if self._inside.get(handle.number) is not by:
+                return
+            del self._inside[handle.number]
         self.send(Kind.PUT_BACK, handle.number)
 
     def finish(self, handle: Named) -> None:
-        """End this reader's part of a lease."""
+        """End this reader's part of a lease. Calling it twice does no harm."""
+        self.send(Kind.ACKNOWLEDGE, handle.number)  # first: an interrupt after it costs no room
         with self._changed:
-            self._inside.discard(handle.number)
             self._finished[handle.number] = handle.slot
+            self._inside.pop(handle.number, None)
             if len(self._finished) > self._sweep_at:
                 words = self._words
                 self._finished = {
                     lease: slot for lease, slot in self._finished.items() if words[slot] & ~CANCELLED == lease
                 }
                 self._sweep_at = 2 * len(self._finished) + SWEEP
-        self.send(Kind.ACKNOWLEDGE, handle.number)
 
     def skip(self, handle: Named) -> None:
         """End this reader's part of a lease, unread."""

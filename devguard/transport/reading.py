@@ -15,7 +15,7 @@ from devguard.errors import ConfigError, PeerGone
 from devguard.ownership import in_force
 from devguard.support import forks
 from devguard.transport import pinning, unpack
-from devguard.transport.memory import Mapping
+from devguard.transport.memory import Mapping, Memory
 from devguard.transport.reader import Named, Reader
 from devguard.transport.wire import MAX_NAME, describe
 
@@ -99,10 +99,7 @@ class _Hub:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
         while self._tasks:
-            reader = self._tasks.popleft()
-            if not reader.is_over and self._selector is not None:
-                both = selectors.EVENT_READ | selectors.EVENT_WRITE
-                self._selector.modify(reader.channel.socket, both, partial(self._serve, reader))
+            self._watch(self._tasks.popleft(), selectors.EVENT_READ | selectors.EVENT_WRITE)
 
     def _run(self, selector: selectors.BaseSelector) -> None:
         while True:
@@ -110,17 +107,23 @@ class _Hub:
                 key.data(mask)
 
     def _serve(self, reader: Reader, mask: int) -> None:
-        flushed = bool(mask & selectors.EVENT_WRITE) and reader.channel.flush()
-        if flushed and self._selector is not None and not reader.is_over:
-            self._selector.modify(reader.channel.socket, selectors.EVENT_READ, partial(self._serve, reader))
-        if mask & selectors.EVENT_READ:
-            try:
+        try:
+            if mask & selectors.EVENT_WRITE and reader.channel.flush():
+                self._watch(reader, selectors.EVENT_READ)
+            if mask & selectors.EVENT_READ:
                 reader.hear()
-            except EOFError:
-                process = describe(reader.channel)
-                self.forget(reader, f"The arena at {reader.address} is closed, or its process has ended ({process}).")
-            except (PeerGone, OSError) as error:
-                self.forget(reader, str(error))
+        except EOFError:
+            process = describe(reader.channel)
+            self.forget(reader, f"The arena at {reader.address} is closed, or its process has ended ({process}).")
+        except (PeerGone, OSError) as error:
+            self.forget(reader, str(error))
+        except Exception as error:  # noqa: BLE001 - a fault of ours in one connection: the others go on
+            self.forget(reader, f"The connection has ended by a fault of devguard: {type(error).__name__}: {error}.")
+
+    def _watch(self, reader: Reader, events: int) -> None:
+        with contextlib.suppress(KeyError, ValueError):  # another thread has closed it
+            if self._selector is not None:
+                self._selector.modify(reader.channel.socket, events, partial(self._serve, reader))
 
     def _bury(self, reader: Reader, _: int) -> None:
         self._serve(reader, selectors.EVENT_READ)
@@ -173,12 +176,15 @@ def join(address: str, name: str | None = None) -> Reader:
 
 
 class Opened:
-    """A lease that is being read."""
+    """A lease that is being read, from `open` to `finish` or `put_back`."""
 
     def __init__(self, handle: Sent, name: str | None) -> None:
         self._handle = handle
         self._reader = _hub.find(handle.address, name)
-        self.segment = self._reader.open(handle)
+
+    def open(self) -> tuple[Memory, Mapping] | None:
+        """Begin to read; return the segment, None if the payload travels in the handle."""
+        return self._reader.open(self._handle, self)
 
     def finish(self) -> None:
         """End this reader's part."""
@@ -186,7 +192,7 @@ class Opened:
 
     def put_back(self) -> None:
         """Leave the lease unread, so that it may be opened again."""
-        self._reader.put_back(self._handle)
+        self._reader.put_back(self._handle, self)
 
     def check(self) -> None:
         """Raise if the payload may not have been what was read."""
@@ -197,11 +203,10 @@ def read(handle: Sent, device: Any, name: str | None) -> Any:
     """Return a copy of the object of a handle; see `Handle.get`."""
     opened = Opened(handle, name)
     try:
-        mapping: Mapping | None = None
-        if opened.segment is None:
+        _, mapping = opened.open() or (None, None)
+        if mapping is None:
             source = memoryview(bytearray(handle.data or b""))
         else:
-            mapping = opened.segment[1]
             source = mapping.buffer(handle.offset, handle.nbytes)
 
         def place(on_accelerator: bool) -> Any:
@@ -212,27 +217,27 @@ def read(handle: Sent, device: Any, name: str | None) -> Any:
 
         value = unpack.unpack(source, unpack.Way(True, place))
         opened.check()
+        opened.finish()
     except BaseException:
         opened.put_back()
         raise
-    opened.finish()
     return value
 
 
-def look(handle: Sent, name: str | None) -> tuple[Any, Opened]:
-    """Return the object of a handle, in place, and its lease; see `Handle.view`."""
-    opened = Opened(handle, name)
+def look(handle: Sent, opened: Opened) -> Any:
+    """Return the object of a handle, in place; see `Handle.view`."""
     try:
-        if opened.segment is None:
+        memory, _ = opened.open() or (None, None)
+        if memory is None:
             source: Any = bytearray(handle.data or b"")
         else:
-            source = opened.segment[0].map_privately(handle.offset, handle.nbytes).buffer()
+            source = memory.map_privately(handle.offset, handle.nbytes).buffer()
         value = unpack.unpack(source, unpack.Way(False, lambda _: None))
         opened.check()
     except BaseException:
         opened.put_back()
         raise
-    return value, opened
+    return value
 
 
 def skip(handle: Sent, name: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import errno
 import os
@@ -13,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from devguard.errors import PeerGone
 from devguard.support.notices import warn_user
@@ -27,8 +26,6 @@ __all__ = ["INDEX", "Server"]
 INDEX = 8 * MAX_LEASES  # bytes: one word for each lease
 SLOW = 5.0  # seconds after which a put that waits is reported
 PAUSE = 1.0  # seconds without accepting, where no descriptor is free
-
-T = TypeVar("T")
 
 
 class Server:
@@ -44,10 +41,14 @@ class Server:
         The words that say which leases may be opened.
     apply : callable
         Carries out the ledger's effects; the lock is held.
+    end : callable
+        ``end(why)`` ends the arena, if the thread ends by a fault.
     """
 
-    def __init__(self, lock: Any, ledger: Ledger, index: Memory, apply: Callable[[], None]) -> None:
-        self._lock, self._ledger, self._index, self._apply = lock, ledger, index, apply
+    def __init__(
+        self, lock: Any, ledger: Ledger, index: Memory, apply: Callable[[], None], end: Callable[[str], None]
+    ) -> None:
+        self._lock, self._ledger, self._index, self._apply, self._end = lock, ledger, index, apply, end
         self._selector = selectors.DefaultSelector()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._listening, self.address = listen()
@@ -56,8 +57,7 @@ class Server:
         self._tasks: deque[Callable[[], None]] = deque()
         self._next_reader = 1
         self._accept_again: float | None = None
-        self._reported: set[int] = set()  # the tickets that have been reported, by identity
-        self._stopping = False
+        self._stopping = self._ended = False
         self._thread = threading.Thread(target=self._run, name="devguard-arena", daemon=True)
         self._selector.register(self._wake, selectors.EVENT_READ, self._drain)
         self._selector.register(self._listening, selectors.EVENT_READ, self._accept)
@@ -67,15 +67,17 @@ class Server:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the thread and close everything."""
-        self._stopping = True
-        self.wake()
+        """Stop the thread after the tasks that it has, and close everything."""
+        self.post(self._stop)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def _stop(self) -> None:
+        self._stopping = True
+
     def abandon(self) -> None:
         """Close this process's copies of the descriptors, in a forked child; the parent goes on."""
-        self._stopping = True
+        self._stopping = self._ended = True
         self._selector.close()
         self._close_all()
 
@@ -101,25 +103,8 @@ class Server:
         """Let the thread run `task`, which raises nothing. Takes no lock, so finalizers can call it."""
         self._tasks.append(task)
         self.wake()
-
-    def call(self, function: Callable[[], T]) -> concurrent.futures.Future[T]:
-        """Let the thread run `function`, and return its future result."""
-        result: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-        def task() -> None:
-            if not result.set_running_or_notify_cancel():
-                return
-            try:
-                value = function()
-            except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
-                result.set_exception(error)
-            else:
-                result.set_result(value)
-
-        self.post(task)
-        if not self._thread.is_alive():
+        if self._ended:
             self._run_tasks()
-        return result
 
     # With the lock held.
 
@@ -184,11 +169,13 @@ class Server:
                 for key, mask in self._selector.select(self._tend()):
                     key.data(mask)
                 self._run_tasks()
+        except Exception as error:  # noqa: BLE001 - a fault of ours: readers and puts must not wait for ever
+            why = f"has ended by a fault of devguard ({type(error).__name__}: {error})"
+            self._end(why)
+            warn_user(f"A devguard arena {why}; its readers are disconnected.")
         finally:
-            if not self._stopping:  # a fault of ours: readers and puts must not wait for it
-                warn_user("The thread of a devguard arena has ended by a fault; its readers are disconnected.")
-            self._stopping = True
-            self._run_tasks()
+            self._stopping = self._ended = True
+            self._run_tasks()  # what is posted from now on runs at once, and finds the arena closed
             self._selector.close()
             self._close_all()
 
@@ -221,15 +208,14 @@ class Server:
         """Return a warning about puts that have waited too long, and the seconds until the next one may be due."""
         waiting = self._ledger.waiting
         if not waiting:
-            self._reported.clear()
             return "", None
         ticket = waiting[0]
-        if id(ticket) in self._reported:
+        if ticket.reported:
             return "", SLOW
         waited = now - ticket.since
         if waited < SLOW:
             return "", SLOW - waited
-        self._reported.add(id(ticket))
+        ticket.reported = True
         return (
             f"A put has waited {waited:.0f} s for room: {self._ledger.in_use:,} of {self._ledger.budget:,} bytes are "
             f"under a lease. {self.describe_leases()} The put that waits: {ticket.site}. Readers that do not read must "
@@ -307,7 +293,7 @@ class Server:
         now, ledger = time.monotonic(), self._ledger
         if message.kind is Kind.JOIN:
             former = ledger.join(reader, message.text or None)
-            channel.send(Kind.WELCOME, VERSION, INDEX, memory=self._index)
+            self._send(reader, Kind.WELCOME, VERSION, INDEX, memory=self._index)
             for segment, memory in self._segments.values():
                 self._send(reader, Kind.SEGMENT, segment.number, segment.nbytes, memory=memory)
             if former is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import pytest
 
 from devguard.errors import BudgetFull, ConfigError, DevGuardError, HandleReleased, PeerGone
 from devguard.transport import Arena, Handle, join, server
+from tests.helpers.interrupts import interrupted, lines
 from tests.helpers.transport_peers import Peer
 
 MIB = 1 << 20
@@ -283,6 +285,31 @@ class TestAsync:
 
         asyncio.run(main())
         wait_until(lambda: is_empty(arena) and not arena.usage().waiting)
+
+
+class TestInterrupts:
+    """Ctrl-C at any line of this package; the threads of the arena and of the readers are not interrupted."""
+
+    def test_a_put_that_is_interrupted_gives_its_room_back(self, arena: Arena) -> None:
+        kept: list[Handle] = []  # so that the interrupt does not hit a finalizer, which would swallow it
+        count = lines(lambda: kept.append(arena.put(LARGE)))
+        assert count > 50
+        for line in range(1, count + 20):
+            kept.clear()
+            wait_until(lambda: is_empty(arena) and not arena.usage().waiting)
+            interrupted(lambda: kept.append(arena.put(LARGE)), line)
+        assert arena.put(LARGE).get() == LARGE
+
+    def test_a_read_that_is_interrupted_leaves_the_lease_or_ends_it(self, arena: Arena) -> None:
+        with join(arena.address):
+            count = lines(arena.put(LARGE).get)
+            assert count > 50
+            for line in range(1, count + 20):
+                handle = sent(arena.put(LARGE))
+                if interrupted(handle.get, line):
+                    with contextlib.suppress(HandleReleased):  # the interrupt came after its end
+                        assert handle.get() == LARGE
+                wait_until(lambda: is_empty(arena))
 
 
 class TestEnds:

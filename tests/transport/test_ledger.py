@@ -11,11 +11,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from devguard.transport import ledger as module
-from devguard.transport.leases import PAGE, Lease
+from devguard.transport.leases import PAGE, Lease, Ticket, round_up
 from devguard.transport.ledger import IDLE, Ledger
 
 BUDGET = 16 * PAGE
 NAMES = ["tp0", "tp1"]
+
+
+def request(books: Ledger, nbytes: int, readers: Any = 1, now: float = 0.0) -> Ticket:
+    ticket = Ticket(round_up(nbytes), readers, "a.py:1", now)
+    books.request(ticket, now)
+    return ticket
 
 
 class Peer:
@@ -71,7 +77,7 @@ class Books(RuleBasedStateMachine):
     @rule(pages=st.integers(0, 18), named=st.booleans(), data=st.data())
     def put(self, pages: int, named: bool, data: Any) -> None:
         readers = tuple(data.draw(st.sampled_from([NAMES, NAMES[:1]]))) if named else data.draw(st.integers(1, 3))
-        self.tickets.append(self.ledger.request(pages * PAGE - (pages > 0), readers, "a.py:1", self.now))
+        self.tickets.append(request(self.ledger, pages * PAGE - (pages > 0), readers, self.now))
         self.carry_out()
 
     @precondition(lambda self: self.ledger.waiting)
@@ -278,9 +284,9 @@ def test_the_model_finds_a_fault(mutant: type[Ledger]) -> None:
 
 def test_puts_are_served_in_their_order() -> None:
     books = Ledger(BUDGET, segment=4 * PAGE)
-    first = books.request(BUDGET, 1, None, 0.0)
-    large = books.request(10 * PAGE, 1, None, 0.0)
-    small = books.request(PAGE, 1, None, 0.0)
+    first = request(books, BUDGET)
+    large = request(books, 10 * PAGE)
+    small = request(books, PAGE)
     assert first.lease is not None
     assert large.lease is small.lease is None
     books.withdraw(first, 0.0)
@@ -291,13 +297,13 @@ def test_puts_are_served_in_their_order() -> None:
 
 def test_a_payload_above_the_budget_travels_alone() -> None:
     books = Ledger(BUDGET, segment=4 * PAGE)
-    small = books.request(PAGE, 1, None, 0.0)
-    large = books.request(2 * BUDGET, 1, None, 0.0)
+    small = request(books, PAGE)
+    large = request(books, 2 * BUDGET)
     assert large.lease is None
     books.withdraw(small, 0.0)
     assert large.lease is not None
     assert books.size == 2 * BUDGET
-    assert books.request(PAGE, 1, None, 0.0).lease is None
+    assert request(books, PAGE).lease is None
     books.withdraw(large, 0.0)
     assert books.size <= BUDGET
     assert books.in_use == PAGE
@@ -306,7 +312,7 @@ def test_a_payload_above_the_budget_travels_alone() -> None:
 def test_memory_is_used_again_and_goes_back_after_some_idle_seconds() -> None:
     books = Ledger(BUDGET, segment=4 * PAGE)
     for _ in range(3):
-        books.withdraw(books.request(4 * PAGE, 1, None, 0.0), 1.0)
+        books.withdraw(request(books, 4 * PAGE), 1.0)
     assert list(books.segments) == [1]
     assert books.expire(1.0 + IDLE / 2) == pytest.approx(IDLE / 2)
     assert books.expire(1.0 + IDLE) is None
@@ -316,7 +322,7 @@ def test_memory_is_used_again_and_goes_back_after_some_idle_seconds() -> None:
 def test_the_number_of_leases_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_LEASES", 2)
     books = Ledger(BUDGET)
-    tickets = [books.request(0, 1, None, 0.0) for _ in range(3)]
+    tickets = [request(books, 0) for _ in range(3)]
     assert [ticket.lease is None for ticket in tickets] == [False, False, True]
     books.withdraw(tickets[0], 0.0)
     assert tickets[2].lease is not None
