@@ -142,7 +142,7 @@ class Arena:
         readers = check_readers(to)
         self._check_open()
         packed = payload.pack(value)
-        ready = _record_event()
+        ready = [_record_event(device) for device in packed.devices]
         ticket = self._make_ticket(packed.nbytes, readers, site, oversize)
         granted: concurrent.futures.Future[Any] = concurrent.futures.Future()
         copier = self._copier
@@ -182,10 +182,11 @@ class Arena:
             f"{self._server.describe_leases()} Put at {ticket.site}."
         )
 
-    def _fill(self, lease: Lease, packed: payload.Packed, ready: Any = None) -> Handle:
-        """Write a payload into its place, after an event `ready`; let readers open it, and return its handle."""
-        if ready is not None:
-            ready.synchronize()
+    def _fill(self, lease: Lease, packed: payload.Packed, ready: Sequence[Any] = ()) -> Handle:
+        """Write a payload into its place, after the events `ready`; let readers open it, and return its handle."""
+        for event in ready:
+            with sys.modules["torch"].cuda.device(event.device):  # this thread may be on the GPU of another process
+                event.synchronize()
         data = None
         if lease.segment is None:
             data = bytearray(packed.nbytes)
@@ -194,8 +195,8 @@ class Arena:
             with self._lock:
                 self._check_open()
                 _, mapping = self._memory[lease.segment.number]
-            if packed.device is not None:
-                pinning.pin(mapping, packed.device)
+            if packed.devices:
+                pinning.pin(mapping, packed.devices[0])
             packed.write(mapping.buffer(lease.offset, packed.nbytes))
         with self._lock:
             self._check_open()
@@ -323,6 +324,12 @@ class Arena:
             self._server.post(lambda: self._end("is closed"))
             self._server.stop()
             self._copier.shutdown()
+            self._release_index()
+
+    def _release_index(self) -> None:
+        with self._lock:
+            self._index.close()
+            self._words = memoryview(b"")
 
     def _end(self, why: str) -> None:
         with self._lock:
@@ -362,6 +369,7 @@ class Arena:
         self._closed = "belongs to the process that forked this one"
         self._server.abandon()
         self._memory.clear()
+        self._release_index()
 
 
 def _abandon_all() -> None:
@@ -378,7 +386,6 @@ def _fail(granted: concurrent.futures.Future[Any], error: Exception) -> None:
         granted.set_exception(error)
 
 
-def _record_event() -> Any:
-    """Return an event after the work that was queued on the current stream, None without CUDA."""
-    torch = sys.modules.get("torch")
-    return torch.cuda.current_stream().record_event() if torch is not None and torch.cuda.is_initialized() else None
+def _record_event(device: Any) -> Any:
+    """Return an event after the work that was queued on the current stream of a GPU."""
+    return sys.modules["torch"].cuda.current_stream(device).record_event()

@@ -78,19 +78,19 @@ class Tensors:
 
     Attributes
     ----------
-    accelerator : torch.device or None
-        The device of the first tensor that is not on the host.
+    accelerators : dict of torch.device
+        The devices of the tensors that are not on the host, in their order.
     """
 
     def __init__(self) -> None:
         self._tensors: list[Any] = []
-        self.accelerator: Any = None
+        self.accelerators: dict[Any, None] = {}
 
     def add(self, tensor: Any) -> int:
         """Add a tensor; return its number."""
         self._tensors.append(tensor)
-        if self.accelerator is None and tensor.device.type != "cpu":
-            self.accelerator = tensor.device
+        if tensor.device.type != "cpu":
+            self.accelerators[tensor.device] = None
         return len(self._tensors) - 1
 
     def lay_out(self, parts: list[Part]) -> list[Layout]:

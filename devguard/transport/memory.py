@@ -106,10 +106,14 @@ class Memory:
         """Map a range, from the start of a page; writes to the map stay in it."""
         return Mapping(self.descriptor, nbytes, offset, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE)
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """Close the descriptor; maps stay."""
         if self.descriptor >= 0:
             descriptor, self.descriptor = self.descriptor, -1
             os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _explain(error: Exception) -> str:

@@ -32,12 +32,12 @@ class Packed:
     ----------
     nbytes : int
         The size of the payload.
-    device : torch.device or None
-        The first accelerator on which it has a tensor.
+    devices : list of torch.device
+        The accelerators on which it has tensors.
     """
 
     def __init__(
-        self, body: list[Any], layouts: list[Layout], parts: list[Part], buffers: list[int], device: Any
+        self, body: list[Any], layouts: list[Layout], parts: list[Part], buffers: list[int], devices: list[Any]
     ) -> None:
         offsets, position = [], 0
         for part in parts:
@@ -48,7 +48,7 @@ class Packed:
         head = pickle.dumps((sizes, offsets, buffers, [tuple(one) for one in layouts]), protocol=5)
         self._chunks = [len(head).to_bytes(8, "little"), head, *body]
         self._parts, self._offsets = parts, offsets
-        self.device = device
+        self.devices = devices
         self._skeleton = sum(len(chunk) for chunk in self._chunks) + 8
         self.nbytes = align(self._skeleton) + position
 
@@ -76,7 +76,7 @@ def pack(value: Any) -> Packed:
     writer, beside = _Writer(), _Parts()
     _Pickler(writer, beside).dump(value)
     layouts = beside.tensors.lay_out(beside.parts)
-    return Packed(writer.chunks, layouts, beside.parts, beside.buffers, beside.tensors.accelerator)
+    return Packed(writer.chunks, layouts, beside.parts, beside.buffers, list(beside.tensors.accelerators))
 
 
 class _Writer:

@@ -10,12 +10,14 @@ import contextlib
 import sys
 from typing import Any
 
+from devguard.support import forks
 from devguard.support.notices import Failures
 from devguard.transport.memory import Mapping
 
 __all__ = ["failures", "pin"]
 
 failures = Failures()
+_lock = forks.new_lock()
 
 _PORTABLE, _READ_ONLY = 0x1, 0x8  # cudaHostRegister's flags
 
@@ -37,6 +39,11 @@ def pin(mapping: Mapping, device: Any, *, read_only: bool = False) -> bool:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized() or torch.device(device).type != "cuda":
         return False
+    with _lock:
+        return _pin(torch, mapping, device, read_only)
+
+
+def _pin(torch: Any, mapping: Mapping, device: Any, read_only: bool) -> bool:
     if mapping.before_unmap is not None:
         return mapping.before_unmap is not _nothing
     index = torch.device(device).index

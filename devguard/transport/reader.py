@@ -135,6 +135,7 @@ class Reader:
         with self._changed:
             self._end = self._end or why
             self._segments.clear()
+            self._index = self._words = None
             self._changed.notify_all()
         self.channel.close()
 
@@ -181,7 +182,9 @@ class Reader:
 
     def check_after(self, handle: Named) -> None:
         """Raise if the lease has ended while it was read: the arena did not know that this reader was inside."""
-        if self._end or self._words[handle.slot] & ~CANCELLED != handle.number:
+        with self._changed:
+            has_ended = bool(self._end) or self._words[handle.slot] & ~CANCELLED != handle.number
+        if has_ended:
             why = self._end or "As many readers as the put counts (to=) have read it meanwhile."
             raise HandleReleased(f"{handle} has ended while it was read. {why}")
 
@@ -199,7 +202,7 @@ class Reader:
         with self._changed:
             self._finished[handle.number] = handle.slot
             self._inside.pop(handle.number, None)
-            if len(self._finished) > self._sweep_at:
+            if len(self._finished) > self._sweep_at and not self._end:
                 words = self._words
                 self._finished = {
                     lease: slot for lease, slot in self._finished.items() if words[slot] & ~CANCELLED == lease
