@@ -1,4 +1,4 @@
-"""Memory is pinned only in processes that use CUDA, and never opens a context on a GPU that the process does not own."""
+"""Pinning happens only in processes that use CUDA, and opens no context on a GPU that the process does not own."""
 
 from __future__ import annotations
 
