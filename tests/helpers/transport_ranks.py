@@ -63,7 +63,8 @@ def loader(link: Connection) -> None:
 
 def describe_process() -> dict[str, Any]:
     """Return the open descriptors of this process, and the bytes of arenas that it has mapped."""
-    ranges = [line.split()[0].split("-") for line in open("/proc/self/maps") if "devguard-transport" in line]
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    ranges = [line.split()[0].split("-") for line in lines if "devguard-transport" in line]
     mapped = sum(int(end, 16) - int(start, 16) for start, end in ranges)
     return {"descriptors": len(os.listdir("/proc/self/fd")), "maps": mapped}
 
@@ -83,7 +84,7 @@ def bytes_by_gpu(gpus: int) -> list[int]:
 
 def main(ranks: int) -> None:
     """Send the payload, and measure."""
-    log = os.environ["DEVGUARD_SIM_LOG"]
+    log = Path(os.environ["DEVGUARD_SIM_LOG"])
     spawn = multiprocessing.get_context("spawn")
     links = []
     for index in range(ranks):
@@ -131,7 +132,9 @@ def main(ranks: int) -> None:
         }
     result["contexts"] = answer(links, "stop")
     result["own_contexts"] = [device.index for device in devguard.contexts()]
-    result["registering"] = sorted({int(line.split()[0]) for line in log_lines(log) if "hostRegister" in line})
+    result["registering"] = sorted(
+        {int(line.split()[0]) for line in log.read_text().splitlines() if "hostRegister" in line}
+    )
     result["pids"] = [os.getpid(), *sorted(process.pid for process in simgpu.state() if process.pid != os.getpid())]
     print(json.dumps(result))
 
@@ -157,11 +160,6 @@ def answer(links: list[Connection], command: str = "") -> list[Any]:
         if command:
             link.send(command)
     return [link.recv() for link in links]
-
-
-def log_lines(log: str) -> list[str]:
-    """Return the lines of the simulation's log."""
-    return Path(log).read_text().splitlines()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""The examples of devguard.transport print their .out file without a GPU, and .gpus.out on simulated GPUs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.simulated import ROOT
+
+EXAMPLES = sorted((ROOT / "examples" / "transport").glob("*.py"))
+ON_GPUS = [path for path in EXAMPLES if "devguard sim" in path.read_text(encoding="utf-8")]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="transport needs Linux")
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_without_a_gpu(example: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", example],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.stdout == example.with_suffix(".out").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("example", ON_GPUS, ids=lambda path: path.stem)
+def test_an_example_runs_on_simulated_gpus(run_simulated: Callable[..., Any], example: Path) -> None:
+    done = run_simulated(["-W", "error", example], gpus=4)
+    assert done.stderr == ""
+    assert done.stdout == example.with_suffix(".gpus.out").read_text(encoding="utf-8")
+    held = [[device.index for device in process.devices if device.context] for process in done.state]
+    assert all(len(devices) <= 1 for devices in held)  # each process is on its own GPU only
