@@ -30,6 +30,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="pictures to send (default: the built-in one)",
     )
     parser.add_argument(
+        "--transport",
+        choices=("pickle", "host"),
+        default="pickle",
+        help="how the guarded pass sends the request: pickle, as SGLang does, or host: devguard.transport puts it into "
+        "host memory, once, and the messages carry a handle, which each rank opens on its own GPU. With host the "
+        "result also shows, for both passes, the copies down to the host and up to the GPUs (counted by the simulated "
+        "GPUs), the contexts, and the peaks of GPU 0, of the host's memory and of /dev/shm (default: pickle)",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print the result as JSON on standard output, and nothing else"
     )
     parser.add_argument("--plot", metavar="FILE.png", help="also draw the result: process x GPU, before and after")
@@ -85,7 +94,9 @@ def run(arguments: argparse.Namespace) -> int:
             with tempfile.TemporaryDirectory() as folder:
                 simgpu.environment(stage.ranks, torch=arguments.torch, state=os.path.join(folder, "state"))
         with _progress() as on_stage:
-            result = launch.run_both(stage, arguments.image, arguments.torch, simgpu.environment, on_stage)
+            result = launch.run_both(
+                stage, arguments.image, arguments.torch, simgpu.environment, on_stage, arguments.transport
+            )
     except (DemoError, SimulationError) as error:
         complain(f"devguard demo: {error}")
         return 1

@@ -158,6 +158,7 @@ def run_both(
     torch: str | None,
     prepare: Callable[..., dict[str, str]],
     on_stage: Callable[[str], None],
+    transport: str = "pickle",
 ) -> dict[str, Any]:
     """Run the unguarded pass, then the guarded pass, each in new processes.
 
@@ -173,6 +174,8 @@ def run_both(
         `devguard.simgpu.environment`, called for simulated GPUs only.
     on_stage : callable
         Called with one line of text when a stage starts.
+    transport : str
+        How the guarded pass sends: ``"pickle"`` or ``"host"``. With ``"host"`` the costs of both passes are measured.
 
     Returns
     -------
@@ -183,19 +186,24 @@ def run_both(
     if stage.backend == "simulated":
         base.pop("CUDA_VISIBLE_DEVICES", None)  # It refers to the real GPUs.
     result: dict[str, Any] = {"backend": stage.backend, "reason": stage.reason, "ranks": stage.ranks}
+    result["transport"] = transport
     passes = {}
     for name in ("unguarded", "guarded"):
         with tempfile.TemporaryDirectory(prefix="devguard-demo-") as folder:
             state = os.path.join(folder, "state") if stage.backend == "simulated" else None
+            log = os.path.join(folder, "log") if state is not None and transport == "host" else None
             environment = base
             if state is not None:
-                environment = prepare(stage.ranks, torch=torch, state=state, base=base)
+                environment = prepare(stage.ranks, torch=torch, state=state, base=base, log=log)
             task = {
                 "guarded": name == "guarded",
                 "ranks": stage.ranks,
                 "images": [os.path.abspath(image) for image in images],
                 "folder": folder,
                 "state": state,
+                "transport": transport if name == "guarded" else "pickle",
+                "measured": transport == "host",
+                "log": log,
             }
             passes[name] = run_pass(task, environment, functools.partial(_report_stage, on_stage, name))
     for key in ("torch", "images", "request_bytes"):

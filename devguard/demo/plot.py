@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from devguard.demo.report import MIB, format_contexts, format_mebibytes, is_stray
+from devguard.demo.report import MIB, format_contexts, format_mebibytes, is_stray, title_after, total
 from devguard.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def draw(result: dict[str, Any], target: str) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     shades = _make_shades(before, after)
     _draw_panel(left, "Before: unguarded", before, ranks, shades)
-    _draw_panel(right, 'After: @devguard.guard(argument="gpu_id")', after, ranks, shades)
+    _draw_panel(right, title_after(result), after, ranks, shades)
     figure.colorbar(shades, ax=[left, right], label="peak memory held (MiB)", fraction=0.04, pad=0.015)
     figure.suptitle(
         f"What each process holds on each GPU: one image request, {ranks} ranks, {result['backend']} GPUs, torch "
@@ -89,7 +89,19 @@ def _draw_panel(panel: Axes, title: str, run: dict[str, Any], ranks: int, shades
     _draw_grid(panel, [process["name"] for process in run["processes"]], ranks)
     panel.set_title(title, fontsize=11.5, loc="left")
     strays = f"ranks > 0 on GPU 0: {format_mebibytes(run['stray_bytes'])} MiB, {format_contexts(run['stray_contexts'])}"
+    if run.get("costs"):
+        strays += f"\n{_describe_costs(run['costs'])}"
     panel.set_xlabel(strays, fontsize=10.5, color=STRAY if run["stray_contexts"] or run["stray_bytes"] else CLEAN)
+
+
+def _describe_costs(costs: dict[str, Any]) -> str:
+    """Return what sending cost, in two lines."""
+    gpu_0, host, shm = (format_mebibytes(costs[name]) for name in ("gpu_0_peak", "host_peak", "shm_peak"))
+    text = f"peaks: GPU 0 {gpu_0} MiB, host {host} MiB, /dev/shm {shm} MiB"
+    if costs["copies"]:
+        down, up = (format_mebibytes(total(costs, direction)) for direction in ("down", "up"))
+        text += f"\ncopies: {down} MiB to the host, {up} MiB to the GPUs"
+    return text
 
 
 def _draw_cell(panel: Axes, row: int, device: dict[str, Any], shades: ScalarMappable, *, stray: bool) -> None:

@@ -14,7 +14,17 @@ from rich.table import Table
 
 import devguard
 
-__all__ = ["explain", "format_contexts", "format_mebibytes", "group_by_site", "is_clean", "is_stray", "show"]
+__all__ = [
+    "explain",
+    "format_contexts",
+    "format_mebibytes",
+    "group_by_site",
+    "is_clean",
+    "is_stray",
+    "show",
+    "title_after",
+    "total",
+]
 
 MIB = 1 << 20
 # The size of a primary context on a data-centre GPU, before any kernel is loaded. Simulated contexts take nothing.
@@ -22,7 +32,7 @@ CONTEXT_COST = "300 to 1000 MB"
 
 
 def is_clean(result: dict[str, Any]) -> bool:
-    """Return whether nothing strayed to GPU 0 in the guarded pass, and all answers and owners are right."""
+    """Return whether nothing strayed to GPU 0 in the guarded pass, and all answers, owners and copies are right."""
     guarded = result["guarded"]
     return (
         guarded["stray_bytes"] == 0
@@ -33,7 +43,35 @@ def is_clean(result: dict[str, Any]) -> bool:
             for process in guarded["processes"]
             if process["rank"] is not None
         )
+        and _is_copied_once(result)
     )
+
+
+def _is_copied_once(result: dict[str, Any]) -> bool:
+    """Return whether the host transport moved each request down once, and up once a rank, where copies are counted."""
+    costs = result["guarded"].get("costs")
+    if result.get("transport") != "host" or costs is None or costs["copies"] is None:
+        return True
+    size, ranks = result["request_bytes"], result["ranks"]
+    return bool(
+        costs["copies"]
+        == {
+            "tensor-parallel": {"down": size, "up": ranks * size, "across": 0},
+            "data-parallel": {"down": ranks * size, "up": ranks * size, "across": 0},
+        }
+    )
+
+
+def title_after(result: dict[str, Any]) -> str:
+    """Return the title of the guarded pass."""
+    if result.get("transport") == "host":
+        return "After: @devguard.guard, one copy in host memory"
+    return 'After: @devguard.guard(argument="gpu_id")'
+
+
+def total(costs: dict[str, Any], direction: str) -> int:
+    """Return the bytes that were copied in one direction, in both ways together."""
+    return sum(int(copies[direction]) for copies in costs["copies"].values())
 
 
 def format_mebibytes(count: int) -> str:
@@ -112,7 +150,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     )
     tables = [
         _make_table("Before: unguarded", before, ranks),
-        _make_table('After: @devguard.guard(argument="gpu_id")', after, ranks),
+        _make_table(title_after(result), after, ranks),
     ]
     console.print(Columns(tables, padding=(0, 3)))
     console.print(
@@ -120,6 +158,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         highlight=False,
     )
     _show_sites(after, console)
+    if before.get("costs") and after.get("costs"):
+        console.print(_make_costs_table(result))
+        console.print()
     for title, run in (("before", before), ("after", after)):
         strays = f"{format_mebibytes(run['stray_bytes'])} MiB, {format_contexts(run['stray_contexts'])}"
         right = sum(answer["equal"] for answer in run["answers"])
@@ -141,6 +182,12 @@ def explain(result: dict[str, Any]) -> str:
         first = (
             f"Unguarded, every request made {before['stray_contexts']} of {ranks} ranks copy its tensors to GPU 0, the "
             f"GPU of rank 0, because a pickled tensor carries its sender's device.{cost}"
+        )
+    if is_clean(result) and result.get("transport") == "host":
+        return (
+            f"{first} With the guard and devguard.transport, the tokenizer copies each request to the host once, each "
+            "rank copies it from there to its own GPU, and the memory is free for the next request when all have read "
+            "it. The values are equal, and nothing strayed to GPU 0."
         )
     if is_clean(result):
         return (
@@ -166,6 +213,28 @@ def _make_table(title: str, run: dict[str, Any], ranks: int) -> Table:
             text = f"{'● ' if device['context'] else ''}{format_mebibytes(device['peak_bytes'])} MiB"
             row.append(f"[bold red]{text} ![/]" if is_stray(process, device) else f"{text}  ")
         table.add_row(*row)
+    return table
+
+
+def _make_costs_table(result: dict[str, Any]) -> Table:
+    """Return the costs of both passes, side by side."""
+    size = max(1, result["request_bytes"])
+    table = Table(title="What sending the request costs", title_justify="left", title_style="bold")
+    table.add_column("")
+    rows: dict[str, list[str]] = {}
+    for name in ("unguarded", "guarded"):
+        table.add_column("before" if name == "unguarded" else "after", justify="right", no_wrap=True)
+        costs = result[name]["costs"]
+        for way, copies in (costs["copies"] or {}).items():
+            for direction, text in (("down", "GPU to host"), ("up", "host to GPU")):
+                count = copies[direction] / size
+                rows.setdefault(f"{way}: copies {text}", []).append(f"{count:g} x {format_mebibytes(size)} MiB")
+        rows.setdefault("GPU 0, all processes, peak", []).append(f"{format_mebibytes(costs['gpu_0_peak'])} MiB")
+        rows.setdefault("CUDA contexts, all GPUs", []).append(str(costs["contexts"]))
+        rows.setdefault("host memory, peak while sending", []).append(f"{format_mebibytes(costs['host_peak'])} MiB")
+        rows.setdefault("/dev/shm, peak while sending", []).append(f"{format_mebibytes(costs['shm_peak'])} MiB")
+    for text, cells in rows.items():
+        table.add_row(text, *cells)
     return table
 
 

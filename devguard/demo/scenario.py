@@ -1,13 +1,14 @@
 """Run one pass of the demonstration as a separate process: the tokenizer, which starts the ranks.
 
 ``python -m devguard.demo.scenario '<JSON>'``. The JSON holds ``guarded`` (bool), ``ranks`` (int), ``images`` (list of
-paths), ``folder`` (a scratch directory), ``state`` (the simulation's state file, null on real GPUs) and ``events`` (a
-file descriptor). The process writes one JSON object a line to ``events``: ``{"stage": ...}`` for each stage, then
-``{"result": ...}`` or ``{"error": ...}``.
+paths), ``folder`` (a scratch directory), ``state`` (the simulation's state file, null on real GPUs), ``events`` (a file
+descriptor), and optionally the other parameters of `perform`. The process writes one JSON object a line to ``events``:
+``{"stage": ...}`` for each stage, then ``{"result": ...}`` or ``{"error": ...}``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devguard.demo import DemoError
-from devguard.demo.crew import Crew
+from devguard.demo.costs import Costs
+from devguard.demo.crew import ANSWER_LIMIT, Crew
 from devguard.demo.pictures import read_all
 from devguard.demo.worker import answer, serve, serve_guarded
 from devguard.errors import DevGuardError
+from devguard.transport import Arena, Handle
 
 if TYPE_CHECKING:
     from devguard.demo.transport import ImageRequest
@@ -35,6 +38,7 @@ STAGES = (
     "data-parallel: one message to each rank",
     "measure",
 )
+ROOM = 1 << 16  # bytes beside the tensors of a request: the pickle around them, and the rest of a page
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
@@ -59,7 +63,16 @@ def main(arguments: list[str]) -> int:
 
 
 def perform(
-    guarded: bool, ranks: int, images: list[str], folder: str, state: str | None, stage: Callable[[str], None]
+    guarded: bool,
+    ranks: int,
+    images: list[str],
+    folder: str,
+    state: str | None,
+    stage: Callable[[str], None],
+    *,
+    transport: str = "pickle",
+    measured: bool = False,
+    log: str | None = None,
 ) -> dict[str, Any]:
     """Send one batch of pictures to all ranks in both ways, and measure what each process holds on each GPU.
 
@@ -77,16 +90,26 @@ def perform(
         The simulation's state file. If None, each process reports on itself.
     stage : callable
         Called with the name of each stage when it starts.
+    transport : str
+        ``"pickle"``: the messages hold the request. ``"host"``: they hold its handle, and the request lies in host
+        memory, once (`devguard.transport`).
+    measured : bool
+        Whether to measure what sending costs.
+    log : str or None
+        The simulation's log, which counts the copies.
 
     Returns
     -------
     dict
-        ``stray_bytes``, ``stray_contexts``, ``values_equal``, ``answers``, ``processes``, ``torch``, ``images`` and
-        ``request_bytes``, as plain data. Stray bytes are peaks.
+        ``stray_bytes``, ``stray_contexts``, ``values_equal``, ``answers``, ``processes``, ``torch``, ``images``,
+        ``request_bytes`` and ``costs`` (of `Costs.as_dict`, or None), as plain data. Stray bytes are peaks.
     """
     _set_defaults()
     stage(STAGES[0])
-    with Crew(ranks, serve_guarded if guarded else serve, os.path.join(folder, "meeting")) as crew:
+    with (
+        Crew(ranks, serve_guarded if guarded else serve, os.path.join(folder, "meeting")) as crew,
+        contextlib.ExitStack() as stack,
+    ):
         stage(STAGES[1])  # while the ranks import torch
         import torch
 
@@ -99,14 +122,21 @@ def perform(
         request = ImageRequest(pixel_values.to("cuda:0"), grid.to("cuda:0"))
         crew.gather("ready")
 
+        pids = [os.getpid(), *(process.pid or 0 for process in crew.processes)]
+        costs = Costs(pids, log) if measured else None
+        arena = None
+        if transport == "host":  # with room for two requests: a third waits until the first one is read
+            arena = stack.enter_context(Arena("cpu", budget=2 * (pixel_values.nbytes + grid.nbytes + ROOM)))
+        parcel = Parcel(request, arena)
         stage(STAGES[2])
-        answers = _broadcast(crew, request)
+        answers = _send("tensor-parallel", _broadcast, crew, parcel, costs)
         stage(STAGES[3])
-        answers += _send_to_each(crew, request)
+        answers += _send("data-parallel", _send_to_each, crew, parcel, costs)
         for reply in answers:
             reply["equal"] = reply["digest"] == expected["digest"]
         stage(STAGES[4])
         processes = _measure(crew, guarded, state)
+        cost = None if costs is None else costs.as_dict(processes, arena)
     return {
         **_count_strays(processes),
         "values_equal": len(answers) == 2 * ranks and all(reply["equal"] for reply in answers),
@@ -118,6 +148,7 @@ def perform(
             for path, row in zip(images or ["picture.jpg"], grid.tolist(), strict=True)
         ],
         "request_bytes": pixel_values.nbytes + grid.nbytes,
+        "costs": cost,
     }
 
 
@@ -128,30 +159,56 @@ def _set_defaults() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def _broadcast(crew: Crew, request: ImageRequest) -> list[dict[str, Any]]:
-    """Send the request to rank 0, which broadcasts it; return the answers of all ranks."""
+class Parcel:
+    """The request as it is sent: itself, or a handle of it.
+
+    Parameters
+    ----------
+    request : ImageRequest
+        The request, on the tokenizer's GPU.
+    arena : Arena or None
+        Where it is put; None to send it itself.
+    """
+
+    def __init__(self, request: ImageRequest, arena: Arena | None) -> None:
+        self._request, self._arena = request, arena
+
+    def prepare(self, readers: int) -> ImageRequest | Handle:
+        """Return what to send to this number of readers."""
+        if self._arena is None:
+            return self._request
+        return self._arena.put(self._request, to=readers, timeout=ANSWER_LIMIT)
+
+
+def _send(
+    way: str, send: Callable[[Crew, Parcel], None], crew: Crew, parcel: Parcel, costs: Costs | None
+) -> list[dict[str, Any]]:
+    """Send the request in one way, until all ranks hold it; then return their answers."""
+    with costs.measure(way) if costs else contextlib.nullcontext():
+        send(crew, parcel)
+        crew.gather("received")
+    crew.send("answer")
+    replies = crew.gather("answer")
+    return [{"transport": way, "rank": rank, **reply} for rank, reply in enumerate(replies)]
+
+
+def _broadcast(crew: Crew, parcel: Parcel) -> None:
+    """Send the request to rank 0, which broadcasts it."""
     from devguard.demo.transport import send_request
 
     crew.send("broadcast")
     with crew.link_to(0) as link:
-        send_request(link, request)
-    return _gather_answers(crew, "tensor-parallel")
+        send_request(link, parcel.prepare(len(crew.links)))
 
 
-def _send_to_each(crew: Crew, request: ImageRequest) -> list[dict[str, Any]]:
-    """Send the request to each rank separately; return the answers of all ranks."""
+def _send_to_each(crew: Crew, parcel: Parcel) -> None:
+    """Send the request to each rank separately."""
     from devguard.demo.transport import send_request
 
     for rank in range(len(crew.links)):
         crew.send("direct", rank)
         with crew.link_to(rank) as link:
-            send_request(link, request)
-    return _gather_answers(crew, "data-parallel")
-
-
-def _gather_answers(crew: Crew, transport: str) -> list[dict[str, Any]]:
-    replies = crew.gather("answer")
-    return [{"transport": transport, "rank": rank, **reply} for rank, reply in enumerate(replies)]
+            send_request(link, parcel.prepare(1))
 
 
 def _measure(crew: Crew, guarded: bool, state: str | None) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 Neither way names a device, which causes the bug: a pickled CUDA tensor carries its sender's ``cuda:0``, and
 ``pickle.loads`` rebuilds the tensor there. Both are written like the originals and do not use devguard.
+
+With ``--transport host`` the same two ways carry a handle in place of the request, and `open_request` reads it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed
 
-__all__ = ["broadcast_request", "ImageRequest", "receive_request", "send_request"]
+from devguard.transport import Handle
+
+__all__ = ["broadcast_request", "ImageRequest", "open_request", "receive_request", "send_request"]
 
 
 @dataclass
@@ -32,31 +36,31 @@ class ImageRequest:
     image_grid_thw: torch.Tensor
 
 
-def send_request(link: Connection, request: ImageRequest) -> None:
+def send_request(link: Connection, request: ImageRequest | Handle) -> None:
     """Send a request to one rank (zmq's ``send_pyobj``, over a pipe)."""
     link.send_bytes(pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL))
 
 
-def receive_request(link: Connection) -> ImageRequest:
+def receive_request(link: Connection) -> ImageRequest | Handle:
     """Receive a request sent to this rank only (zmq's ``recv_pyobj``, over a pipe)."""
     message = link.recv_bytes()
-    request: ImageRequest = pickle.loads(message)
+    request: ImageRequest | Handle = pickle.loads(message)
     return request
 
 
-def broadcast_request(request: ImageRequest | None, rank: int) -> ImageRequest:
+def broadcast_request(request: ImageRequest | Handle | None, rank: int) -> ImageRequest | Handle:
     """Broadcast the request of rank 0 to all ranks (SGLang's ``broadcast_pyobj``, over torch.distributed and gloo).
 
     Parameters
     ----------
-    request : ImageRequest or None
+    request : ImageRequest, Handle or None
         The request on rank 0, None elsewhere.
     rank : int
         This process's rank in the default group.
 
     Returns
     -------
-    ImageRequest
+    ImageRequest or Handle
         The object itself on rank 0, a copy elsewhere.
     """
     if rank == 0:
@@ -69,5 +73,13 @@ def broadcast_request(request: ImageRequest | None, rank: int) -> ImageRequest:
     torch.distributed.broadcast(size, src=0)
     message = bytearray(int(size.item()))
     torch.distributed.broadcast(torch.frombuffer(message, dtype=torch.uint8), src=0)
-    received: ImageRequest = pickle.loads(message)
+    received: ImageRequest | Handle = pickle.loads(message)
+    return received
+
+
+def open_request(received: ImageRequest | Handle) -> ImageRequest:
+    """Return the request itself: what was received, or, for a handle, a copy on this process's own GPU."""
+    if isinstance(received, Handle):
+        request: ImageRequest = received.get()
+        return request
     return received

@@ -53,7 +53,7 @@ def serve_guarded(link: Connection, gpu_id: int, ranks: int, meeting: str) -> No
 def _serve(link: Connection, gpu_id: int, ranks: int, meeting: str) -> None:
     import torch
 
-    from devguard.demo.transport import ImageRequest, broadcast_request, receive_request
+    from devguard.demo.transport import ImageRequest, broadcast_request, open_request, receive_request
 
     torch.cuda.set_device(gpu_id)
     torch.distributed.init_process_group(
@@ -64,10 +64,13 @@ def _serve(link: Connection, gpu_id: int, ranks: int, meeting: str) -> None:
     while True:
         command = link.recv()
         if command == "broadcast":
-            held.append(broadcast_request(receive_request(link) if gpu_id == 0 else None, gpu_id))
-            link.send(("answer", answer(held[-1])))
+            received = broadcast_request(receive_request(link) if gpu_id == 0 else None, gpu_id)
+            held.append(open_request(received))
+            link.send(("received", None))
         elif command == "direct":
-            held.append(receive_request(link))
+            held.append(open_request(receive_request(link)))
+            link.send(("received", None))
+        elif command == "answer":
             link.send(("answer", answer(held[-1])))
         elif command == "report":
             link.send(("report", report(gpu_id)))

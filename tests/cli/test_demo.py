@@ -47,6 +47,21 @@ def test_the_command_does_not_import_torch(monkeypatch, staged, capsys):
     assert cli.main(["demo", "--json"]) == 0
 
 
+def test_the_transport_of_the_guarded_pass_is_handed_on(staged, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(launch, "run_both", lambda *rest: seen.append(rest[-1]) or staged)
+    assert cli.main(["demo", "--json"]) == cli.main(["demo", "--json", "--transport", "host"]) == 0
+    assert seen == ["pickle", "host"]
+
+
+def test_help_explains_the_transport(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["demo", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--transport {pickle,host}" in text
+    assert "the peaks of GPU 0, of the host's memory and of /dev/shm" in text
+
+
 def test_a_clean_result_returns_0(staged, capsys):
     assert cli.main(["demo", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == staged

@@ -63,3 +63,22 @@ def result(ranks: int = 4) -> dict[str, Any]:
         "unguarded": run(False, ranks),
         "guarded": run(True, ranks),
     }
+
+
+def hosted(ranks: int = 4) -> dict[str, Any]:
+    """Make up a result of ``--transport host``."""
+    found = result(ranks)
+    size = found["request_bytes"]
+    found["transport"] = "host"
+    for name, down, up in (("unguarded", 2, 2 * ranks), ("guarded", 1, ranks)):
+        found[name]["costs"] = {
+            "copies": {
+                "tensor-parallel": {"down": down * size, "up": up * size, "across": 0},
+                "data-parallel": {"down": ranks * size, "up": up * size, "across": 0},
+            },
+            "contexts": 2 * ranks if name == "unguarded" else ranks + 1,
+            "gpu_0_peak": (20 + 38 * (ranks if name == "unguarded" else 1)) * MIB,
+            "host_peak": 36 * MIB if name == "guarded" else 180 * MIB,
+            "shm_peak": 0,
+        }
+    return found

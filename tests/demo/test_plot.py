@@ -9,7 +9,7 @@ import pytest
 
 from devguard import ConfigError
 from devguard.demo import plot
-from tests.demo.results import result
+from tests.demo.results import hosted, result
 
 
 def test_the_chart_names_every_process_and_both_totals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,6 +21,22 @@ def test_the_chart_names_every_process_and_both_totals(tmp_path: Path, monkeypat
     for words in ("tokenizer", "rank 2", "GPU 2", "Before: unguarded", "76 MiB, 2 contexts", "0 MiB, 0 contexts"):
         assert words in text
     assert text.count(f"stroke: {plot.STRAY}") == 2 + 1  # the strays of ranks 1 and 2, and the legend
+
+
+def test_the_chart_of_the_host_transport_names_what_sending_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
+    target = tmp_path / "chart.svg"
+    plot.draw(hosted(4), str(target))
+    text = target.read_text()
+    for words in (
+        "After: @devguard.guard, one copy in host memory",
+        "peaks: GPU 0 172 MiB, host 180 MiB, /dev/shm 0 MiB",
+        "copies: 90 MiB to the host, 143 MiB to the GPUs",
+    ):
+        assert words in text
 
 
 def test_a_chart_without_strays_has_no_marked_cell(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from devguard.demo import plot, report
 from devguard.errors import ConfigError
-from tests.demo.results import result
+from tests.demo.results import hosted, result
 
 
 def print_report(found) -> str:
@@ -47,6 +47,40 @@ def test_the_report_shows_both_tables_the_lines_and_the_totals():
     assert "Ranks > 0 on GPU 0, before: 114 MiB, 3 contexts; 8 of 8 answers right." in text
     assert "Ranks > 0 on GPU 0, after: 0 MiB, 0 contexts; 8 of 8 answers right." in text
     assert "Simulated GPUs (torch sees no GPU here), torch 2.13.0+cu130." in text
+
+
+def test_the_report_of_the_host_transport_shows_what_sending_costs():
+    found = hosted()
+    assert report.is_clean(found)
+    lines = [[cell.strip() for cell in line.split("│")] for line in print_report(found).splitlines()]
+    cells = {cell[1]: cell[2:4] for cell in lines if len(cell) == 5}
+    assert cells["tensor-parallel: copies GPU to host"] == ["2 x 18 MiB", "1 x 18 MiB"]
+    assert cells["data-parallel: copies host to GPU"] == ["8 x 18 MiB", "4 x 18 MiB"]
+    assert cells["GPU 0, all processes, peak"] == ["172 MiB", "58 MiB"]
+    assert cells["CUDA contexts, all GPUs"] == ["8", "5"]
+    assert cells["host memory, peak while sending"] == ["180 MiB", "36 MiB"]
+    assert cells["/dev/shm, peak while sending"] == ["0 MiB", "0 MiB"]
+    assert "the tokenizer copies each request to the host once" in report.explain(found)
+
+
+def test_the_report_without_costs_has_no_table_of_them():
+    assert "What sending the request costs" not in print_report(result())
+
+
+def test_a_result_with_a_copy_too_many_is_not_clean():
+    found = hosted()
+    found["guarded"]["costs"]["copies"]["tensor-parallel"]["down"] *= 2
+    assert not report.is_clean(found)
+
+
+def test_on_real_gpus_nothing_counts_copies():
+    found = hosted()
+    for name in ("unguarded", "guarded"):
+        found[name]["costs"]["copies"] = None
+    assert report.is_clean(found)
+    text = print_report(found)
+    assert "copies GPU to host" not in text
+    assert "host memory, peak while sending" in text
 
 
 def test_the_strays_of_all_ranks_at_one_line_are_merged():

@@ -105,6 +105,22 @@ def test_four_ranks_with_pictures_of_the_user_stray_only_without_the_guard(sim_e
     check(result, 4)
 
 
+def test_with_the_host_transport_each_request_goes_down_once_and_up_once_a_rank(sim_environment):
+    _, result = run_on_simulated_gpus("--ranks", "3", "--transport", "host")
+    before, after = result["unguarded"], result["guarded"]
+    assert (before["stray_contexts"], after["stray_contexts"], after["stray_bytes"]) == (2, 0, 0)
+    assert after["values_equal"] is True
+    assert [process["strays"] for process in after["processes"]] == [[]] * 4  # nothing had to be repaired
+    assert [answer["device"] for answer in after["answers"]] == ["cuda:0", "cuda:1", "cuda:2"] * 2
+    size, costs = result["request_bytes"], after["costs"]
+    assert costs["copies"]["tensor-parallel"] == {"down": size, "up": 3 * size, "across": 0}
+    assert costs["copies"]["data-parallel"] == {"down": 3 * size, "up": 3 * size, "across": 0}
+    assert costs["contexts"] == 4  # the tokenizer and each rank on its own GPU
+    assert costs["gpu_0_peak"] < before["costs"]["gpu_0_peak"]
+    assert before["costs"]["copies"]["tensor-parallel"]["down"] == 2 * size
+    assert size < costs["host_peak"] < 4 * size < before["costs"]["host_peak"]
+
+
 def test_with_backend_real_each_process_reports_on_itself(sim_environment, tmp_path):
     Image.new("RGB", (300, 200)).save(tmp_path / "wide.png")
     environment = sim_environment(2)

@@ -6,7 +6,8 @@ import multiprocessing
 
 import torch
 
-from devguard.demo.transport import ImageRequest, receive_request, send_request
+from devguard import transport
+from devguard.demo.transport import ImageRequest, open_request, receive_request, send_request
 from devguard.demo.worker import answer
 
 
@@ -21,6 +22,16 @@ def test_a_request_arrives_as_it_was_sent():
     received = receive_request(receiver)
     assert torch.equal(received.pixel_values, sent.pixel_values)
     assert torch.equal(received.image_grid_thw, sent.image_grid_thw)
+
+
+def test_a_handle_travels_in_place_of_a_request_and_is_opened_at_the_end():
+    sender, receiver = multiprocessing.Pipe()
+    sent = request()
+    with transport.Arena(budget="1MiB") as arena:
+        send_request(sender, arena.put(sent))
+        received = open_request(receive_request(receiver))
+    assert torch.equal(received.pixel_values, sent.pixel_values)
+    assert open_request(sent) is sent
 
 
 def test_different_requests_have_different_digests():
