@@ -114,7 +114,7 @@ class TestLease:
             handle.cancel()
             with pytest.raises(HandleReleased):
                 handle.get()
-            assert len(arena.usage().leases) == (value is LARGE)  # a handle's own bytes need no room
+            wait_until(lambda: len(arena.usage().leases) == (value is LARGE))  # a handle's own bytes need no room
         wait_until(lambda: is_empty(arena))
 
     def test_a_handle_that_was_never_sent_ends_with_its_object(self, arena: Arena, value: bytes) -> None:
