@@ -14,6 +14,7 @@ CHUNKS = 20
 
 def reader(inbox, answers):
     """Use each chunk in place: the frames are read from shared memory, once."""
+    answers.put("ready")
     frames, brightness, samples = 0, 0, 0
     for handle in iter(inbox.get, None):
         with handle.view() as chunk:
@@ -28,6 +29,7 @@ def main():
     spawn = multiprocessing.get_context("spawn")
     inbox, answers = spawn.SimpleQueue(), spawn.SimpleQueue()
     spawn.Process(target=reader, args=(inbox, answers)).start()
+    print("the reader is", answers.get())
     sent = 0
     with transport.Arena("cpu", budget="4MiB") as arena:
         for number in range(CHUNKS):

@@ -18,6 +18,7 @@ def engine(address, name, device, inbox, answers):
     """Copy each bucket from shared memory into the engine's own parameters; one copy, and no new memory."""
     with devguard.guard(device), transport.join(address, name=name):
         parameters = {key: torch.empty(size, device=device) for key, size in BUCKETS.items()}
+        answers.put(f"engine {name} comes")
         for handle in iter(inbox.get, None):
             with handle.view() as bucket:  # This engine's part of the lease ends with the block.
                 for key, value in bucket.items():
@@ -35,6 +36,7 @@ def main():
             for name in sorted(names - engines.keys()):
                 engines[name] = spawn.SimpleQueue(), spawn.SimpleQueue()
                 spawn.Process(target=engine, args=(arena.address, name, devices[name], *engines[name])).start()
+                print(engines[name][1].get())
             for name in sorted(engines.keys() - names):
                 engines.pop(name)[0].put(None)
             for key, size in BUCKETS.items():
