@@ -46,7 +46,7 @@ def main():
             for name in names:
                 print(f"step {step}", *(engines[name][1].get() for _ in BUCKETS), sep="; ")
         engines["b"][0].put(None)
-        print(f"at most {arena.usage().peak >> 10} of {arena.budget >> 10} KiB were in use")
+        print("never more than the budget was in use:", arena.usage().peak <= arena.budget)
 
 
 if __name__ == "__main__":
