@@ -246,7 +246,7 @@ class TestBudget:
             patch.setattr(os, "memfd_create", lambda *_: (_ for _ in ()).throw(OSError(24, "Too many open files")))
             with pytest.raises(DevGuardError, match="ulimit"):
                 arena.put(LARGE)
-        assert is_empty(arena)
+        wait_until(lambda: is_empty(arena))
         assert arena.put(LARGE).get() == LARGE
 
     def test_a_value_that_cannot_be_written_gives_its_room_back(
@@ -256,7 +256,7 @@ class TestBudget:
             patch.setattr("devguard.transport.payload.Packed.write", lambda *_: 1 // 0)
             with pytest.raises(ZeroDivisionError):
                 arena.put(LARGE)
-        assert is_empty(arena)
+        wait_until(lambda: is_empty(arena))
 
 
 class TestAsync:
@@ -336,7 +336,7 @@ class TestEnds:
         for after in (lambda: arena.put(SMALL), late.get):
             with pytest.raises((DevGuardError, PeerGone)):
                 after()
-        assert is_empty(arena)
+        wait_until(lambda: is_empty(arena))
 
     def test_nothing_is_left_behind(self, peers: Callable[[], Peer]) -> None:
         reader = peers()
