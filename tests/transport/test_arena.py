@@ -204,7 +204,7 @@ class TestBudget:
             assert text.count("test_arena.py:") == 2
             with pytest.raises(BudgetFull, match=r"after 0\.2 s"):
                 arena.put(bytes(2 * MIB), timeout=0.2)
-        assert arena.usage().waiting == 0
+        wait_until(lambda: arena.usage().waiting == 0)
 
     def test_a_payload_above_the_budget_is_refused_or_travels_alone(self, arena: Arena) -> None:
         with pytest.raises(BudgetFull, match="oversize=True"):
@@ -341,7 +341,7 @@ class TestEnds:
     def test_nothing_is_left_behind(self, peers: Callable[[], Peer]) -> None:
         reader = peers()
         gc.collect()
-        before = set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
+        before = len(os.listdir("/proc/self/fd"))
         with Arena("cpu", budget="8MiB") as arena:
             reader.join(arena.address, None)
             for _ in range(5):
@@ -349,8 +349,8 @@ class TestEnds:
         reader.kill()
         gc.collect()
         del arena
-        assert set(os.listdir("/dev/shm")) <= before[0]
-        wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before[1])
+        assert not [name for name in os.listdir("/dev/shm") if "devguard" in name]  # other programs write there, too
+        wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
     def test_an_arena_cannot_be_pickled(self, arena: Arena) -> None:
         with pytest.raises(TypeError, match="send the handles"):
