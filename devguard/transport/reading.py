@@ -8,6 +8,7 @@ import selectors
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from devguard.transport.memory import Mapping, Memory
 from devguard.transport.reader import Named, Reader
 from devguard.transport.wire import MAX_NAME, describe
 
-__all__ = ["join", "look", "Opened", "read", "Sent", "skip"]
+__all__ = ["join", "keep", "look", "Opened", "read", "Sent", "skip"]
 
 
 class Sent(Named, Protocol):
@@ -38,7 +39,7 @@ class _Hub:
         self.readers: dict[str, dict[str | None, Reader]] = {}
         self._selector: selectors.BaseSelector | None = None
         self._wake = -1
-        self._tasks: deque[Any] = deque()
+        self._tasks: deque[Callable[[], None]] = deque()
 
     def find(self, address: str, name: str | None) -> Reader:
         """Return the reader of an arena; connect if there is none."""
@@ -88,18 +89,21 @@ class _Hub:
 
     def flush_later(self, reader: Reader) -> None:
         """Let the thread send what a reader's socket did not take."""
-        self._tasks.append(reader)
-        self._ring()
+        self.post(partial(self._watch, reader, selectors.EVENT_READ | selectors.EVENT_WRITE))
 
-    def _ring(self) -> None:
-        with contextlib.suppress(OSError):  # a wake-up is under way
+    def post(self, task: Callable[[], None]) -> None:
+        """Let the thread run `task`, which raises nothing. Takes no lock, so finalizers can call it."""
+        self._tasks.append(task)
+        try:  # noqa: SIM105 - contextlib is None at the end of the interpreter, and so is `os`
             os.eventfd_write(self._wake, 1)
+        except (OSError, AttributeError):  # a wake-up is under way
+            pass
 
     def _drain(self, _: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
         while self._tasks:
-            self._watch(self._tasks.popleft(), selectors.EVENT_READ | selectors.EVENT_WRITE)
+            self._tasks.popleft()()
 
     def _run(self, selector: selectors.BaseSelector) -> None:
         while True:
@@ -226,18 +230,39 @@ def read(handle: Sent, device: Any, name: str | None) -> Any:
 
 def look(handle: Sent, opened: Opened) -> Any:
     """Return the object of a handle, in place; see `Handle.view`."""
+    return _map(handle, opened)[0]
+
+
+def keep(handle: Sent, name: str | None = None) -> Any:
+    """Return the object of a handle, in place; this reader's part is over when the last of its memory is collected.
+
+    For a framework that keeps tensors as long as it needs them, and has no scope for `Handle.view`.
+    """
+    opened = Opened(handle, name)
+    value, mapping = _map(handle, opened)
+    if mapping is None:  # the payload travelled in the handle
+        opened.finish()
+    else:
+        # A finalizer can run inside any call, also one that holds the reader's locks.
+        mapping.before_unmap = partial(_hub.post, opened.finish)
+    return value
+
+
+def _map(handle: Sent, opened: Opened) -> tuple[Any, Mapping | None]:
+    mapping = None
     try:
         memory, _ = opened.open() or (None, None)
         if memory is None:
             source: Any = bytearray(handle.data or b"")
         else:
-            source = memory.map_privately(handle.offset, handle.nbytes).buffer()
+            mapping = memory.map_privately(handle.offset, handle.nbytes)
+            source = mapping.buffer()
         value = unpack.unpack(source, unpack.Way(False, lambda _: None))
         opened.check()
     except BaseException:
         opened.put_back()
         raise
-    return value
+    return value, mapping
 
 
 def skip(handle: Sent, name: str | None) -> None:
