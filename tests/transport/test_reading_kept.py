@@ -6,6 +6,8 @@ import contextlib
 import gc
 import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -112,4 +114,27 @@ def test_a_forked_child_that_drops_the_tensor_leaves_the_parents_lease_alone(are
     assert arena.usage().in_use > 0
     assert tensor.sum() == 1 << 18
     del tensor
+    wait_for(arena, 0)
+
+
+def test_the_lease_ends_without_the_cyclic_collector(arena: Arena) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        tensor = reading.keep(sent(arena.put({"pixel_values": torch.ones(1 << 18), "grid": [1, 2]})))
+        del tensor
+        wait_for(arena, 0)
+    finally:
+        gc.enable()
+
+
+def test_a_process_that_ends_with_a_kept_tensor_writes_nothing(arena: Arena) -> None:
+    program = (
+        "import pickle, sys, torch; from devguard.transport import reading\n"
+        "tensor = reading.keep(pickle.loads(bytes.fromhex(sys.argv[1])))\n"
+        "print(int(tensor.sum()))"
+    )
+    handle = pickle.dumps(arena.put(torch.ones(1 << 18))).hex()
+    done = subprocess.run([sys.executable, "-c", program, handle], capture_output=True, text=True, timeout=100)
+    assert (done.stdout, done.stderr) == (f"{1 << 18}\n", "")
     wait_for(arena, 0)
