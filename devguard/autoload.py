@@ -1,8 +1,8 @@
 """The entry point ``devguard`` of the group ``torch.backends``, which torch calls at the end of ``import torch``.
 
-If none of devguard's variables asks for a guard, it imports nothing, and does nothing but make a relative
-``DEVGUARD_LOG`` absolute, for guards in code. It never raises: ``import torch`` would then fail. A guard that cannot be
-in force is reported on standard error, whatever the filters of warnings.
+If none of devguard's variables asks for a guard or a transport, it imports nothing, and does nothing but make a
+relative ``DEVGUARD_LOG`` absolute, for guards in code. It never raises: ``import torch`` would then fail. A guard that
+cannot be in force is reported on standard error, whatever the filters of warnings.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ __all__ = ["activate"]
 
 def activate() -> None:
     """Apply ``DEVGUARD`` and devguard's other variables; if that fails, report it and leave devguard off."""
-    mode, doors, log = (os.environ.get(name, "").strip() for name in ("DEVGUARD", "DEVGUARD_DOORS", "DEVGUARD_LOG"))
+    names = ("DEVGUARD", "DEVGUARD_DOORS", "DEVGUARD_LOG", "DEVGUARD_TRANSPORT")
+    mode, doors, log, transport = (os.environ.get(name, "").strip() for name in names)
     if log and not os.path.isabs(log):
         with contextlib.suppress(Exception):  # this devguard is broken, which is reported below
             from devguard.support import log_folder
@@ -26,6 +27,8 @@ def activate() -> None:
         if doors:
             problem = "without DEVGUARD it has no effect. Set DEVGUARD=repair or another mode, or unset DEVGUARD_DOORS."
             _report(f"DEVGUARD_DOORS={doors!r}", problem)
+        if transport:
+            _arm_transport(transport)
         return
     try:
         from devguard import integrations
@@ -40,6 +43,16 @@ def activate() -> None:
                 raise
     except Exception as error:  # noqa: BLE001 - an error here would make `import torch` fail
         _report(f"DEVGUARD={os.environ.get('DEVGUARD')!r}", f"{type(error).__name__}: {error}{_advise(error)}")
+
+
+def _arm_transport(transport: str) -> None:
+    """Apply ``DEVGUARD_TRANSPORT``, which needs no guard."""
+    try:
+        from devguard import integrations
+
+        integrations.arm_transport()
+    except Exception as error:  # noqa: BLE001 - an error here would make `import torch` fail
+        _report(f"DEVGUARD_TRANSPORT={transport!r}", f"{type(error).__name__}: {error}{_advise(error)}")
 
 
 def _advise(error: Exception) -> str:

@@ -1,7 +1,8 @@
 """The settings in devguard's environment variables, read and checked; they guard a program that does not use devguard.
 
 The variables are ``DEVGUARD`` (a mode), ``DEVGUARD_DEVICE``, ``DEVGUARD_DOORS``, ``DEVGUARD_LOG`` and
-``DEVGUARD_STRICT``. activate.py applies them. This module reads no device and needs no torch.
+``DEVGUARD_STRICT``; activate.py applies them. ``DEVGUARD_TRANSPORT`` and ``DEVGUARD_TRANSPORT_BUDGET`` are for
+integrations. This module reads no device and needs no torch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from devguard import modes
 from devguard.doors import table
@@ -18,9 +19,15 @@ from devguard.errors import ConfigError, DevGuardError
 from devguard.modes import DoorMode, Mode
 from devguard.ownership.owner import Owner, parse_owner
 from devguard.support import strictness
+from devguard.support.sizes import parse_size
 
-__all__ = ["find_problems", "parse_doors", "read", "Settings"]
+__all__ = ["DEFAULT_BUDGET", "find_problems", "parse_doors", "parse_transport", "read", "Settings"]
 
+Transport = Literal["host", "off"]
+
+DEFAULT_BUDGET = 1 << 30  # bytes
+LEAST_BUDGET = 1 << 16  # bytes, that of an arena
+TRANSPORTS: dict[str, Transport] = {"host": "host", "off": "off", "0": "off"}
 MODES: dict[str, Mode] = {**{mode: mode for mode in modes.MODES}, "0": "off", "1": "repair"}
 T = TypeVar("T")
 
@@ -41,6 +48,10 @@ class Settings:
         ``DEVGUARD_LOG``: the folder for the journals of all processes.
     is_strict : bool
         ``DEVGUARD_STRICT``: whether a process ends where its guard cannot be in force.
+    transport : str
+        ``DEVGUARD_TRANSPORT``: how a framework's tensors travel; ``"off"``: as the framework sends them.
+    budget : int
+        ``DEVGUARD_TRANSPORT_BUDGET``: the most bytes of an arena, in each process that sends.
     """
 
     mode: Mode | None = None
@@ -48,6 +59,8 @@ class Settings:
     doors: dict[str, DoorMode] = field(default_factory=dict)
     log: Path | None = None
     is_strict: bool = False
+    transport: Transport = "off"
+    budget: int = DEFAULT_BUDGET
 
 
 def read(environ: Mapping[str, str] | None = None) -> Settings:
@@ -88,6 +101,8 @@ def _parse(environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
         doors=parsed("DEVGUARD_DOORS", parse_doors) or {},
         log=parsed("DEVGUARD_LOG", _parse_folder),
         is_strict=parsed(strictness.VARIABLE, strictness.parse_strict) or False,
+        transport=parsed("DEVGUARD_TRANSPORT", parse_transport) or "off",
+        budget=parsed("DEVGUARD_TRANSPORT_BUDGET", _parse_budget) or DEFAULT_BUDGET,
     )
     return settings, wrong
 
@@ -131,3 +146,26 @@ def _parse_folder(text: str) -> Path:
             f"DEVGUARD_LOG={text!r} is not a directory. Name a directory; devguard creates it if it does not exist."
         )
     return path
+
+
+def parse_transport(text: str, what: str = "DEVGUARD_TRANSPORT") -> Transport:
+    """Return how a framework's tensors travel: ``"host"``, through devguard.transport; ``"off"``, as it sends them.
+
+    Raises
+    ------
+    ConfigError
+        If `text` is not valid.
+    """
+    found = text.lower()
+    if found not in TRANSPORTS:
+        raise ConfigError(f"{what}={text!r} is not a transport. Valid: {', '.join(TRANSPORTS)}.")
+    return TRANSPORTS[found]
+
+
+def _parse_budget(text: str) -> int:
+    size = parse_size(text)
+    if size is None or not LEAST_BUDGET <= size < 1 << 62:
+        raise ConfigError(
+            f"DEVGUARD_TRANSPORT_BUDGET={text!r} is not a budget. Valid: a size such as 1GiB or 512M, at least 64K."
+        )
+    return size

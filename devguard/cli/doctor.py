@@ -7,7 +7,6 @@ cannot crash it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -19,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from devguard._version import __version__
-from devguard.cli import shared_memory, variables
+from devguard.cli import sglang_release, shared_memory, variables
 from devguard.support import terminal
 
 __all__ = ["configure", "run"]
@@ -60,14 +59,17 @@ def examine(environ: Mapping[str, str]) -> dict[str, Any]:
     -------
     dict
         ``status`` (the exit status), ``versions``, ``devices``, ``doors``, ``check``, ``environment``,
-        ``simulated_gpus``, ``sglang`` (None where it is not installed), ``shared_memory`` (None without /dev/shm),
-        ``configuration`` (what is wrong with the settings), ``problems``, ``notes`` and ``advice`` (lists of text).
+        ``simulated_gpus``, ``sglang`` (None where it is not installed), ``transport`` (how its multimodal tensors
+        travel; None: as it sends them), ``shared_memory`` (None without /dev/shm), ``configuration`` (what is wrong
+        with the settings), ``problems``, ``notes`` and ``advice`` (lists of text).
     """
     installed = {name: _find_version(name) for name in ("torch", "wrapt", "sglang")}
     checked = {} if installed["torch"] is None else _self_check(environ)
     configuration = _list_bad_settings(checked, environ)
     problems = _list_problems(checked, installed, environ, configuration)
-    sglang, sglang_notes = _examine_sglang(installed["sglang"])
+    sglang, sglang_notes = sglang_release.examine(installed["sglang"])
+    transport, transport_problem = sglang_release.examine_transport(installed["sglang"], environ)
+    problems += [transport_problem] if transport_problem else []
     found = {
         "status": 2 if configuration else 1 if problems else 0,
         "versions": _list_versions(checked, installed),
@@ -82,6 +84,7 @@ def examine(environ: Mapping[str, str]) -> dict[str, Any]:
         "environment": variables.select_relevant(environ),
         "simulated_gpus": _examine_simulation(environ),
         "sglang": sglang,
+        "transport": transport,
         "shared_memory": shared_memory.examine(),
         "configuration": configuration,
         "problems": problems,
@@ -237,21 +240,6 @@ def _advise(found: dict[str, Any]) -> list[str]:
     return advice
 
 
-def _examine_sglang(version: str | None) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return the installed SGLang with its known bugs (None if there is none), and notes about it."""
-    if version is None:
-        return None, []
-    from devguard.integrations import sglang
-    from devguard.integrations.sglang import versions
-
-    try:
-        versions.check(version)
-    except sglang.UnsupportedVersionError as error:
-        return {"version": version, "known": False, "bugs": []}, [str(error)]
-    bugs = [dataclasses.asdict(bug) for bug in sglang.known_bugs(version)]
-    return {"version": version, "known": True, "bugs": bugs}, []
-
-
 def _find_version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
@@ -283,10 +271,7 @@ def show(found: dict[str, Any]) -> None:
         terminal.show(f"  door {name}: {'open' if row['open'] else 'closed'}, {row['mode']}")
     possible = "possible here" if found["simulated_gpus"]["possible"] else "not possible here"
     terminal.show(f"simulated GPUs: {possible}")
-    if found["sglang"] is not None:
-        terminal.show(f"SGLang {found['sglang']['version']}")
-    for bug in found["sglang"]["bugs"] if found["sglang"] else ():
-        terminal.show(f"  wrong GPU: {bug['what']} ({bug['reference']})\n    devguard, {bug['remedy']}")
+    sglang_release.show(found["sglang"], found["transport"])
     shared_memory.show_summary(found["shared_memory"])
     for name, value in found["environment"].items():
         terminal.show(f"  {name}={terminal.printable(value)}")

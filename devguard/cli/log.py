@@ -76,7 +76,8 @@ def _show(processes: list[Process], merged: list[Merged], *, list_processes: boo
             owner = process.owner or "no known device"
             contexts = _list(process.contexts) or "none"
             end = "" if process.ended else " (still running, or killed: as it last wrote)"
-            found = f"owned {owner}, contexts {contexts}{end}"
+            transport = f", transport {process.transport}" if process.transport else ""
+            found = f"owned {owner}, contexts {contexts}{transport}{end}"
             show(printable(f"pid {process.pid} on {process.host}{rank}: {found}"))
             show("    " + cut(printable(process.command), width() - 4))
 

@@ -21,6 +21,8 @@ KNOWN = (
     "DEVGUARD_LOG",
     "DEVGUARD_RANK_LOCK",
     "DEVGUARD_STRICT",
+    "DEVGUARD_TRANSPORT",
+    "DEVGUARD_TRANSPORT_BUDGET",
 )
 SIMULATION = "DEVGUARD_SIM_"
 # Variables set by `devguard sim`, by the tests of this package, and by `devguard run --trace-contexts`.
@@ -41,6 +43,11 @@ def check_settings(environ: Mapping[str, str]) -> list[str]:
     wrong = environment.find_problems(environ)
     if environ.get("DEVGUARD_DOORS", "").strip() and not environ.get("DEVGUARD", "").strip():
         wrong.append("DEVGUARD_DOORS has no effect without DEVGUARD. Set DEVGUARD=repair, or unset DEVGUARD_DOORS.")
+    if environ.get("DEVGUARD_TRANSPORT_BUDGET", "").strip() and not environ.get("DEVGUARD_TRANSPORT", "").strip():
+        wrong.append(
+            "DEVGUARD_TRANSPORT_BUDGET has no effect without DEVGUARD_TRANSPORT. Set DEVGUARD_TRANSPORT=host, or unset "
+            "it."
+        )
     wrong += [
         f"{name} is not a variable of devguard. Valid: {', '.join(KNOWN)}."
         for name in sorted(environ)

@@ -12,7 +12,7 @@ import sys
 from devguard import modes
 from devguard.support.notices import warn_user
 
-__all__ = ["arm", "disarm", "is_asked_for"]
+__all__ = ["arm", "arm_transport", "disarm", "is_asked_for"]
 
 NAMES = ("sglang", "vllm")
 
@@ -27,6 +27,17 @@ def arm() -> None:
             importlib.import_module(f"{__name__}.{name}").arm()
         except Exception as error:  # noqa: BLE001 - an error here would make `import torch` fail
             warn_user(f"devguard's integration with {name} is off: {type(error).__name__}: {error}")
+
+
+def arm_transport() -> None:
+    """Apply ``DEVGUARD_TRANSPORT`` where ``DEVGUARD`` asks for no guard; otherwise `arm` does so.
+
+    Raises
+    ------
+    ConfigError
+        If a variable is not valid.
+    """
+    importlib.import_module(f"{__name__}.sglang.host_transport").arm_if_asked()
 
 
 def disarm() -> list[str]:

@@ -34,6 +34,8 @@ class Process:
         The last owner that the process wrote; None if there was none.
     contexts : list of str
         The devices on which the process held a context then: at its end, if the end was orderly.
+    transport : str or None
+        How an integration carried the tensors of its framework; None: as the framework sends them.
     alerts : list of str
         Why devguard does not guard the process, or not as the program asked.
     ended : bool
@@ -47,6 +49,7 @@ class Process:
     rank: str | None = None
     owner: str | None = None
     contexts: list[str] = field(default_factory=list)
+    transport: str | None = None
     alerts: list[str] = field(default_factory=list)
     ended: bool = False
 
@@ -149,8 +152,9 @@ def _read_line(line: dict[str, Any], process: Process, newest: dict[int, Merged]
     elif "end" in line or "state" in line:
         state = line["end"] if "end" in line else line["state"]
         owned, contexts = _texts(state["owned"]), _texts(state["contexts"])
+        transport = _text_or_none(state.get("transport"))
         process.owner = _text_or_none(state["process_owner"]) or next(iter(owned), process.owner)
-        process.contexts = contexts
+        process.contexts, process.transport = contexts, transport
         process.ended = "end" in line
     elif "resumed" in line:  # the process had uninstalled devguard, and opened the doors again
         process.ended = False

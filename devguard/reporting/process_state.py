@@ -10,15 +10,31 @@ from devguard.ownership.process import process
 from devguard.reporting.journal import journal
 from devguard.support import accelerator
 
-__all__ = ["describe", "owners"]
+__all__ = ["describe", "note_transport", "owners", "transport"]
+
+_transport: str | None = None
+
+
+def transport() -> str | None:
+    """Return how an integration carries a framework's tensors; None: as the framework sends them."""
+    return _transport
+
+
+def note_transport(name: str | None) -> None:
+    """Set what `transport` returns, and write it to the log."""
+    global _transport
+    if name != _transport:
+        _transport = name
+        journal.note_state()
 
 
 def owners() -> dict[str, Any]:
-    """Return the owners and the contexts, as plain data; opens no context."""
+    """Return the owners, the contexts and the transport, as plain data; opens no context."""
     return {
         "process_owner": process.owner and process.owner.tag,
         "owned": owned_tags(),
         "contexts": [f"cuda:{index}" for index in accelerator.contexts()],
+        "transport": _transport,
     }
 
 

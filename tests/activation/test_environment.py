@@ -23,11 +23,14 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
             "DEVGUARD_DEVICE": "1",
             "DEVGUARD_DOORS": "ipc=copy, threads = off",
             "DEVGUARD_LOG": str(tmp_path / "new"),
+            "DEVGUARD_TRANSPORT": "Host",
+            "DEVGUARD_TRANSPORT_BUDGET": "512 MiB",
         }
     )
     assert (found.mode, found.owner and found.owner.tag) == ("warn", "cuda:1")
     assert found.doors == {"ipc": "copy", "threads": "off"}
     assert found.log == tmp_path / "new"
+    assert (found.transport, found.budget) == ("host", 512 << 20)
     assert not (tmp_path / "new").exists()
 
 
@@ -48,6 +51,8 @@ def test_one_error_names_every_invalid_variable(tmp_path: Path) -> None:
         "DEVGUARD_DEVICE": "gpu",
         "DEVGUARD_DOORS": "window=warn",
         "DEVGUARD_LOG": str(tmp_path / "file"),
+        "DEVGUARD_TRANSPORT": "cuda",
+        "DEVGUARD_TRANSPORT_BUDGET": "1 KiB",
     }
     with pytest.raises(ConfigError) as caught:
         environment.read(environ)
@@ -68,3 +73,15 @@ def test_one_error_names_every_invalid_variable(tmp_path: Path) -> None:
 def test_malformed_doors_are_an_error_that_names_the_source(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"--devguard-doors.*{message}"):
         environment.parse_doors(text, "--devguard-doors")
+
+
+def test_an_unknown_transport_is_an_error_with_the_valid_ones() -> None:
+    with pytest.raises(ConfigError, match=r"DEVGUARD_TRANSPORT='cuda' is not a transport\. Valid: host, off, 0\."):
+        environment.read({"DEVGUARD_TRANSPORT": "cuda"})
+    assert environment.read({"DEVGUARD_TRANSPORT": "off"}).transport == "off"
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "64", "1EiB", "9" * 30])
+def test_a_budget_is_a_size_of_at_least_64_kib(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"DEVGUARD_TRANSPORT_BUDGET=.* is not a budget\. Valid: a size such as 1GiB"):
+        environment.read({"DEVGUARD_TRANSPORT_BUDGET": text})

@@ -35,3 +35,9 @@ def test_variables_that_devguard_sets_itself_are_not_reported(name: str) -> None
 def test_the_relevant_variables_are_selected_in_order() -> None:
     environ = {"LOCAL_RANK": "1", "SLURM_NTASKS_PER_NODE": "4", "HOME": "/root", "DEVGUARD": "1", "RANK": "1"}
     assert list(variables.select_relevant(environ)) == ["DEVGUARD", "LOCAL_RANK", "RANK", "SLURM_NTASKS_PER_NODE"]
+
+
+def test_a_budget_without_a_transport_is_reported() -> None:
+    (problem,) = variables.check_settings({"DEVGUARD_TRANSPORT_BUDGET": "1GiB"})
+    assert problem.startswith("DEVGUARD_TRANSPORT_BUDGET has no effect without DEVGUARD_TRANSPORT")
+    assert variables.check_settings({"DEVGUARD_TRANSPORT_BUDGET": "1GiB", "DEVGUARD_TRANSPORT": "host"}) == []

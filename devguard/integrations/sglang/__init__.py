@@ -6,6 +6,8 @@ There are three ways to guard SGLang; they can be combined:
 - the plugin ``devguard`` of the group ``sglang.srt.plugins`` (SGLang 0.5.12 and later): `plugin`;
 - in programs that start the workers themselves: `worker` and `guarded_engine`.
 
+``DEVGUARD_TRANSPORT=host`` sends multimodal tensors through devguard.transport (host_transport.py).
+
 Schedulers own their ``gpu_id``; the data-parallel controller and the detokenizer own ``cpu``. Tokenizer and encoder
 processes are left to adoption, because an image processor may use a GPU there. No import of SGLang or torch.
 """
@@ -29,6 +31,7 @@ __all__ = [
     "NEWEST",
     "OLDEST",
     "plugin",
+    "transport_usage",
     "UnsupportedVersionError",
     "worker",
 ]
@@ -42,6 +45,13 @@ _HOMES = {
     **dict.fromkeys(("Bug", "BUGS", "known_bugs"), "bugs"),
     **dict.fromkeys(("guarded_engine", "worker"), "entry"),
 }
+
+
+def transport_usage() -> dict[str, int] | None:
+    """Return what the arena of this process, a tokenizer's, holds; None without one (`host_transport.usage`)."""
+    from devguard.integrations.sglang.host_transport import usage  # not needed to guard
+
+    return usage()
 
 
 def __getattr__(name: str) -> object:

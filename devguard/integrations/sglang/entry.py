@@ -8,9 +8,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, overload
 
+from devguard import modes
+from devguard.activation import environment
 from devguard.errors import ConfigError, DeviceResolutionError
 from devguard.guards.guard import guard
-from devguard.integrations.sglang import roles, versions
+from devguard.integrations.sglang import host_transport, roles, versions
 from devguard.modes import DoorMode, Mode
 
 __all__ = ["guarded_engine", "worker"]
@@ -109,24 +111,33 @@ class _Entry:
     schedulers with, owns ``cpu`` too.
     """
 
-    def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any], budget: int | None = None) -> None:
         self.function = function
         self.options = options
+        self.budget = budget  # With transport="host"; otherwise None.
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return worker(**self.options)(self.function)(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrive, (self.function, self.options)
+        return _arrive, (self.function, self.options, self.budget)
 
 
-def _arrive(function: Callable[..., Any], options: dict[str, Any]) -> _Entry:
+def _arrive(function: Callable[..., Any], options: dict[str, Any], budget: int | None = None) -> _Entry:
     roles.arm()
-    return _Entry(function, options)
+    if budget is not None:
+        host_transport.arm(budget, everywhere=False)
+    return _Entry(function, options, budget)
 
 
-def guarded_engine(engine: Engine, *, mode: Mode | None = None, doors: Mapping[str, DoorMode] | None = None) -> Engine:
+def guarded_engine(
+    engine: Engine,
+    *,
+    mode: Mode | None = None,
+    doors: Mapping[str, DoorMode] | None = None,
+    transport: str | None = None,
+) -> Engine:
     """Return a subclass of SGLang's ``Engine`` with guarded processes.
 
     Parameters
@@ -137,13 +148,17 @@ def guarded_engine(engine: Engine, *, mode: Mode | None = None, doors: Mapping[s
         What the doors do with a stray in the schedulers; ``'repair'`` by default.
     doors : mapping of str to str, optional
         The mode of single doors there.
+    transport : {'host'}, optional
+        Send the multimodal tensors of this engine through `devguard.transport` (experimental), as
+        ``DEVGUARD_TRANSPORT=host`` does for all; its budget is ``DEVGUARD_TRANSPORT_BUDGET``.
 
     Raises
     ------
     UnsupportedVersionError
         If devguard does not support the installed release of SGLang.
     ConfigError
-        If the entry points of the class cannot be replaced, as in older releases.
+        If the entry points of the class cannot be replaced, as in older releases, or `transport` is not valid or not
+        possible with the installed release.
 
     Examples
     --------
@@ -155,12 +170,18 @@ def guarded_engine(engine: Engine, *, mode: Mode | None = None, doors: Mapping[s
     if not isinstance(engine, type):
         raise ConfigError(f"guarded_engine takes a class such as sglang.Engine, not {engine!r}.")
     versions.check()
+    budget = None
+    if transport is not None and environment.parse_transport(transport, "transport") == "host":
+        host_transport.require()
+        budget = environment.read().budget
     options = {"mode": mode, "doors": None if doors is None else dict(doors)}
     replaced: dict[str, Any] = {}
     for name in ENTRY_POINTS:
         function = getattr(engine, name, None)
         if function is not None:
-            kept = function if isinstance(function, _Entry) else _Entry(function, options)
+            kept = function if isinstance(function, _Entry) else _Entry(function, options, budget)
+            if budget is not None:
+                kept.budget = budget
             replaced[name] = staticmethod(kept)
     if ENTRY_POINTS[0] not in replaced:
         raise ConfigError(
@@ -168,5 +189,20 @@ def guarded_engine(engine: Engine, *, mode: Mode | None = None, doors: Mapping[s
             "DEVGUARD=repair in the environment instead; the program needs no change."
         )
     members = {**replaced, "__module__": engine.__module__, "__doc__": engine.__doc__}
+    if budget is not None and not modes.is_killed():
+        host_transport.arm(budget, everywhere=False)
+        members["__init__"] = _init_with_transport(engine)
     subclass: Engine = type(engine)(engine.__name__, (engine,), members)
     return subclass
+
+
+def _init_with_transport(engine: Any) -> Callable[..., None]:
+    """Return a constructor of an engine that sends through an arena."""
+    original = engine.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        with host_transport.requested():
+            original(self, *args, **kwargs)
+
+    return init

@@ -20,20 +20,20 @@ from typing import Any
 
 from devguard import modes
 from devguard.activation.install import assign, on_uninstall
-from devguard.integrations.sglang import messages, versions
+from devguard.errors import ConfigError
+from devguard.integrations.sglang import host_transport, messages, versions
+from devguard.integrations.sglang.request_leases import LOGGER
 from devguard.support import forks
 from devguard.support.import_hooks import when_imported
-from devguard.support.notices import INFO, WARNING, log
+from devguard.support.notices import INFO, WARNING, alert, log
 from devguard.support.patching import Patches
 from devguard.support.strictness import report_off
 
-__all__ = ["announce", "arm", "device_argument", "DEVICE_ARGUMENTS", "disarm", "Role", "ROLES", "take"]
+__all__ = ["announce", "arm", "device_argument", "DEVICE_ARGUMENTS", "disarm", "LOGGER", "Role", "ROLES", "take"]
 
 # The names of the parameter with the device, in order of preference.
 DEVICE_ARGUMENTS = ("gpu_id", "local_rank", "device_id", "device_index", "device")
 RANKS = {"dp_rank": "DP", "pp_rank": "PP", "tp_rank": "TP"}
-
-LOGGER = "devguard.sglang"
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,12 @@ def arm() -> None:
     for name in {role.module for role in ROLES}:
         when_imported(name, _patch)
     when_imported(messages.MODULE, _patch)
+    try:
+        host_transport.arm_if_asked()
+    except (
+        ConfigError
+    ) as error:  # With DEVGUARD set, activate() has raised it; without, devguard must not stop a server.
+        alert(f"devguard: host transport is OFF in process {os.getpid()}: {error}")
 
 
 def disarm() -> list[str]:
@@ -161,7 +167,8 @@ def announce() -> None:
         if owner is None or not doors:
             report_off(f"devguard: {label} is NOT guarded: no door is open")
             return
-        log(f"devguard: {label} owns {owner}, mode {mode}, doors {', '.join(doors)}", INFO, LOGGER)
+        transport = ", transport host" if host_transport.in_force() else ""
+        log(f"devguard: {label} owns {owner}, mode {mode}{transport}, doors {', '.join(doors)}", INFO, LOGGER)
         if closed:
             log(f"devguard: {label}: doors that could not be opened: {'; '.join(closed)}", WARNING, LOGGER)
     except Exception as error:  # noqa: BLE001 - devguard must not keep a server from starting
