@@ -78,3 +78,21 @@ def test_an_error_while_arming_closes_the_doors_again(
     autoload.activate()
     assert "LookupError: no such module" in capsys.readouterr().err
     assert not is_open()
+
+
+def test_a_transport_alone_arms_it_and_opens_no_door(armed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integrations, "arm_transport", lambda: armed.append("transport"))
+    monkeypatch.setenv("DEVGUARD_TRANSPORT", "host")
+    autoload.activate()
+    assert armed == ["transport"]
+    assert not is_open()
+
+
+def test_an_unknown_transport_is_an_alert_with_the_valid_ones(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], alerts: None
+) -> None:
+    monkeypatch.setenv("DEVGUARD_TRANSPORT", "cuda")
+    autoload.activate()
+    printed = capsys.readouterr().err
+    assert "although DEVGUARD_TRANSPORT='cuda': ConfigError:" in printed
+    assert "'cuda' is not a transport. Valid: host, off, 0." in printed

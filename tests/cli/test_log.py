@@ -70,6 +70,14 @@ def test_the_processes_are_listed_on_request(tmp_path: Path, capsys: pytest.Capt
     assert "pid 7 on node7: owned cuda:1, contexts cuda:1\n    serve" in shown(capsys, tmp_path, "--processes")
 
 
+def test_a_transport_is_listed_with_its_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_log(tmp_path, 7)
+    with (tmp_path / "7.jsonl").open("a") as file:
+        state = {"process_owner": "cuda:1", "owned": ["cuda:1"], "contexts": [], "transport": "host"}
+        file.write(json.dumps({"end": state}) + "\n")
+    assert "owned cuda:1, contexts none, transport host\n" in shown(capsys, tmp_path, "--processes")
+
+
 def test_json_holds_the_processes_and_the_strays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_log(tmp_path, 7)
     found = json.loads(shown(capsys, tmp_path, "--json"))

@@ -71,6 +71,16 @@ def test_a_process_without_a_last_line_has_not_ended(tmp_path: Path) -> None:
     assert (running.host, running.command, running.rank) == ("node7", "serve", "3")
 
 
+def test_the_transport_is_that_of_the_last_state(tmp_path: Path) -> None:
+    state = {"process_owner": None, "owned": [], "contexts": []}
+    write(tmp_path, 1, {"state": state}, {"state": state | {"transport": "host"}})
+    write(tmp_path, 2, {"state": state | {"transport": "host"}}, {"end": state | {"transport": None}})
+    write(tmp_path, 3, {"state": state | {"transport": 7}})
+    processes, _, damaged = log_reader.read(tmp_path)
+    assert [process.transport for process in processes] == ["host", None, None]
+    assert damaged == ["3.jsonl:2"]
+
+
 def test_damaged_lines_are_named_and_the_others_are_read(tmp_path: Path) -> None:
     write(tmp_path, 1, '{"stray": 0, "do', "", "[1]", row(0))
     _, sites, damaged = log_reader.read(tmp_path)

@@ -35,3 +35,13 @@ def test_it_counts_the_strays() -> None:
 def test_the_status_holds_all_of_it() -> None:
     devguard.install("warn", "cpu")
     assert process_state.describe().items() <= devguard.status().items()
+
+
+def test_the_transport_is_part_of_the_status_until_it_is_undone() -> None:
+    assert devguard.status()["transport"] is None
+    process_state.note_transport("host")
+    try:
+        assert process_state.owners()["transport"] == devguard.status()["transport"] == process_state.transport()
+    finally:
+        process_state.note_transport(None)
+    assert devguard.status()["transport"] is None

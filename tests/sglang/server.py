@@ -255,6 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--patience", type=float, default=600, metavar="SECONDS", help="limit of a start (default: 600)"
     )
+    parser.add_argument(
+        "--transport", choices=("host",), help="compare SGLang's own segments with DEVGUARD_TRANSPORT instead"
+    )
     options = parser.parse_args(arguments)
     for ranks in (options.tp, options.dp):
         if ranks is not None and not 2 <= ranks <= 16:
@@ -271,6 +274,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             place = folder / f"{kind}{ranks}"
             place.mkdir()
             alone = make_checkpoint(place, images)
+            if options.transport:
+                from tests.sglang import transport_server
+
+                row = transport_server.compare(place, images, **sizes, patience=options.patience)
+                if not options.json:
+                    print(transport_server.report(row), end="\n\n", flush=True)
+                rows.append(row)
+                continue
             without, guarded = compare(place, images, **sizes, patience=options.patience)
             found = placement.problems(without, guarded, **sizes)
             title = f"SGLang server, {kind.upper()}={ranks} on {ranks} simulated GPUs"

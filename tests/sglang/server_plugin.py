@@ -8,13 +8,19 @@ arrive on simulated GPUs, which run no kernels. The changes are the same with an
 from __future__ import annotations
 
 import importlib.machinery
+import json
+import os
 import sys
+import threading
+import time
 import types
+from pathlib import Path
 from typing import Any
 
-__all__ = ["NAME", "plugin"]
+__all__ = ["NAME", "plugin", "USAGE"]
 
 NAME = "devguard_server_test"
+USAGE = "DEVGUARD_TEST_USAGE"  # Names a file: the images stay on the host, and the use of the arena is written there.
 PRODUCED = ("pixel_values", "image_grid_thw")  # The image processor's results.
 
 
@@ -27,16 +33,33 @@ def plugin() -> None:
         return  # In the data-parallel controller and the detokenizer, registering a hook would import the models.
     _stand_in_for_vllm()
     register = HookRegistry.register
-    register(
-        "sglang.srt.multimodal.processors.base_processor.BaseMultimodalProcessor._call_processor",
-        leave_on_gpu_0,
-        HookType.AFTER,
-    )
+    usage = os.environ.get(USAGE)
+    if usage:
+        threading.Thread(target=write_usage, args=(Path(usage),), daemon=True).start()
+    else:
+        register(
+            "sglang.srt.multimodal.processors.base_processor.BaseMultimodalProcessor._call_processor",
+            leave_on_gpu_0,
+            HookType.AFTER,
+        )
     register("sglang.srt.managers.scheduler.configure_scheduler_process", take_gpu, HookType.BEFORE)
     register("sglang.srt.managers.mm_utils.tensor_hash", hash_on_host, HookType.AROUND)
     register(
         "sglang.srt.models.qwen2_vl.Qwen2VLForConditionalGeneration.get_image_feature", images_on_host, HookType.BEFORE
     )
+
+
+def write_usage(path: Path) -> None:
+    """Write what the tokenizer's arena holds, again and again, for the test of the transport."""
+    from devguard.integrations.sglang import transport_usage
+
+    while True:
+        found = transport_usage()
+        if found is not None:
+            stage = path.with_suffix(f".{os.getpid()}")
+            stage.write_text(json.dumps(found))
+            stage.replace(path)
+        time.sleep(0.05)
 
 
 def leave_on_gpu_0(result: Any, *args: Any, **kwargs: Any) -> Any:
