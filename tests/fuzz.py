@@ -47,6 +47,7 @@ WORDS = (
 )  # fmt: skip
 VARIABLES = (
     "DEVGUARD", "DEVGUARD_DEVICE", "DEVGUARD_DOORS", "DEVGUARD_LOG", "DEVGUARD_STRICT", "DEVGUARD_RANK_LOCK",
+    "DEVGUARD_TRANSPORT", "DEVGUARD_TRANSPORT_BUDGET",
     "CUDA_VISIBLE_DEVICES", *(name for launcher in LAUNCHERS for name in (launcher.rank, *launcher.size)),
 )  # fmt: skip
 

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import statistics
 import sys
 import time
 import types
@@ -351,6 +352,30 @@ def without_a_request() -> Any:
     return kind
 
 
+def cost() -> Any:
+    """The medians of sends and reads of one tensor, in milliseconds, by MiB; the rank reads every byte. By request."""
+    found = {}
+    for mib in (1, 19, 64):
+        tokenizer, reader = Tokenizer(), Peer(clocked)
+        made = torch.ones(mib << 18)
+        sends, reads = [], []
+        for _ in range(20):
+            start = time.perf_counter()
+            message = tokenizer.send(made)
+            sends.append(time.perf_counter() - start)
+            reads.append(reader.ask(message))
+            del tokenizer.rid_to_state["one"]
+        found[mib] = [round(1e3 * statistics.median(one[3:]), 2) for one in (sends, reads)]
+    return found
+
+
+def clocked(message: Any, kept: list[Any]) -> Any:
+    start = time.perf_counter()
+    found = mm_utils.unwrap_shm_features(pickle.loads(message)).mm_inputs.mm_items[0].feature
+    assert found.sum() == found.numel()
+    return time.perf_counter() - start
+
+
 def uninstalled() -> Any:
     """The last case: everything is restored, and what is in flight is kept until its request is forgotten."""
     tokenizer, reader = Tokenizer(), Peer(rank)
@@ -375,9 +400,9 @@ def main() -> None:
     found: dict[str, Any] = {"patched": patched}
     for case in (
         equal_on_every_rank, writes_stay_local, parallel_samples, forgotten_requests, forgotten_while_read, discarded,
-        not_dispatched, full_budget, killed_rank, without_a_request, uninstalled,
+        not_dispatched, full_budget, killed_rank, without_a_request, cost, uninstalled,
     ):  # fmt: skip
-        if sys.argv[1:] and case.__name__ not in sys.argv[1:]:
+        if case.__name__ not in sys.argv[1:] and (sys.argv[1:] or case is cost):
             continue
         try:
             found[case.__name__] = case()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -320,6 +322,30 @@ def test_a_sender_that_cannot_put_falls_back_and_never_raises(monkeypatch: pytes
     assert requests.put("two", None) is None
     assert (sender.puts, sender.fallbacks) == (0, 1)
     assert request_leases.put(None) is None
+
+
+def test_a_class_that_is_still_being_imported_is_not_judged(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The module's own imports may import torch first, and so arm the transport."""
+    begun = types.ModuleType(shm_pointer.MODULE)
+    begun.__spec__ = importlib.machinery.ModuleSpec(shm_pointer.MODULE, None)
+    begun.__spec__._initializing = True  # type: ignore[attr-defined]
+    monkeypatch.setattr(versions, "installed", lambda: "0.5.23")
+    monkeypatch.setitem(sys.modules, shm_pointer.MODULE, begun)
+    monkeypatch.delitem(sys.modules, host_transport.TOKENIZER, raising=False)
+    host_transport.arm(1 << 20, everywhere=True)
+    try:
+        assert "OFF" not in capsys.readouterr().err
+        original = {name: (lambda self: None) for name in METHODS}
+        kind = begun.ShmPointerMMData = type("ShmPointerMMData", (), original)  # type: ignore[attr-defined]
+        host_transport._patch_imported_pointer(types.ModuleType(host_transport.SCHEDULER))
+        assert host_transport.in_force()
+        assert vars(kind)["materialize"] is not original["materialize"]
+    finally:
+        assert host_transport.disarm() == []
+    assert vars(kind)["materialize"] is original["materialize"]
+    assert not host_transport.in_force()
 
 
 def test_the_table_of_requests_is_a_dictionary() -> None:

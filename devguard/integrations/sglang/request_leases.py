@@ -55,7 +55,8 @@ class Sender:
             with self._lock:
                 if self._retired:
                     return None
-                handle = self._arena_of_process().put(tensor, to=readers, block=False)
+                on_host = tensor.detach().cpu().contiguous()  # as SGLang's segments hold it
+                handle = self._arena_of_process().put(on_host, to=readers, block=False)
                 self._open.add(handle.number)
                 self.puts += 1
                 return handle

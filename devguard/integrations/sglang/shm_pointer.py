@@ -70,7 +70,7 @@ def patch(
     module : module
         SGLang's `MODULE`.
     put : callable
-        ``put(tensor)`` puts a tensor on the host into an arena; None: SGLang is to use its own segment.
+        ``put(tensor)`` puts a tensor into an arena, contiguous and on the host; None: SGLang is to use its segment.
     opened : callable
         Called before a lease is opened in this process.
     """
@@ -81,12 +81,11 @@ def patch(
 
     @functools.wraps(make)
     def init(self: Any, tensor: Any, precomputed_hash: int | None = None) -> None:
-        on_host = tensor.detach().cpu().contiguous()
-        handle = put(on_host)
+        handle = put(tensor)
         if handle is None:
             make(self, tensor, precomputed_hash)
-            return
-        _set(self, encode(handle), on_host.shape, on_host.dtype, precomputed_hash)
+        else:
+            _set(self, encode(handle), tensor.shape, tensor.dtype, precomputed_hash)
 
     @functools.wraps(restore)
     def set_state(self: Any, state: dict[str, Any]) -> None:
