@@ -6,8 +6,6 @@ There are three ways to guard SGLang; they can be combined:
 - the plugin ``devguard`` of the group ``sglang.srt.plugins`` (SGLang 0.5.12 and later): `plugin`;
 - in programs that start the workers themselves: `worker` and `guarded_engine`.
 
-``DEVGUARD_TRANSPORT=host`` sends multimodal tensors through devguard.transport (host_transport.py).
-
 Schedulers own their ``gpu_id``; the data-parallel controller and the detokenizer own ``cpu``. Tokenizer and encoder
 processes are left to adoption, because an image processor may use a GPU there. No import of SGLang or torch.
 """

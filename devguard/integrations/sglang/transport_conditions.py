@@ -1,7 +1,7 @@
 """Where SGLang's tensors can travel through an arena, how many ranks read one, and what ``devguard doctor`` says.
 
 Not through an arena: on several nodes, with a separate encoder (EPD), the Rust server, elastic expert parallelism or
-``--skip-tokenizer-init``, and in releases whose ``ShmPointerMMData`` is not that of 0.5.23.
+``--skip-tokenizer-init``, and in releases without the ``ShmPointerMMData`` of 0.5.23.
 """
 
 from __future__ import annotations
