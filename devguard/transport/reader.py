@@ -73,9 +73,11 @@ class Reader:
 
     def await_welcome(self) -> None:
         """Wait until the arena has answered."""
+        if self._words is not None:
+            return
         deadline = time.monotonic() + WELCOME_S
         with self._changed:
-            while self._index is None:
+            while self._words is None:
                 if self._end:
                     raise PeerGone(self._end)
                 if time.monotonic() > deadline:

@@ -46,16 +46,17 @@ class _Hub:
         with self._lock:
             known = {other: reader for other, reader in self.readers.get(address, {}).items() if not reader.is_over}
             if name in known:
-                return known[name]
-            if name is None and len(known) == 1:
-                return next(iter(known.values()))
-            if name is None and known:
+                reader = known[name]
+            elif name is None and len(known) == 1:
+                reader = next(iter(known.values()))
+            elif name is None and known:
                 names = ", ".join(sorted(str(other) for other in known))
                 raise ConfigError(f"This process has joined the arena as {names}: say which, by reader=.")
-            reader = Reader(address, name, self)
-            self.readers.setdefault(address, {})[name] = reader
-            self._listen(reader)
-        try:
+            else:
+                reader = Reader(address, name, self)
+                self.readers.setdefault(address, {})[name] = reader
+                self._listen(reader)
+        try:  # also for one that is known: another thread may be connecting it just now
             reader.await_welcome()
         except BaseException:
             self.forget(reader)
