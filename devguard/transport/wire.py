@@ -149,6 +149,8 @@ class Channel:
                 data, ancillary, flags, _ = self.socket.recvmsg(_ROOM, _ANCILLARY, _RECEIVE)
             except BlockingIOError:
                 return
+            except ConnectionResetError:  # it has died with unread messages; what it has said before follows
+                continue
             except OSError as error:
                 raise EOFError from error
             if not data:
