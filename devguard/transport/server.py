@@ -177,6 +177,8 @@ class Server:
             self._stopping = self._ended = True
             self._run_tasks()  # what is posted from now on runs at once, and finds the arena closed
             self._selector.close()
+            with contextlib.suppress(OSError):  # a forked child may hold a copy, where no reader must wait
+                self._listening.shutdown(socket.SHUT_RDWR)
             self._close_all()
 
     def _run_tasks(self) -> None:

@@ -84,6 +84,7 @@ class Channel:
     def __init__(self, end: socket.socket) -> None:
         end.setblocking(False)
         self.socket = end
+        self._process = os.getpid()
         self.pid, self.uid = _credentials(end)
         self.pidfd = _open_pidfd(end, self.pid)
         self._lock = threading.Lock()
@@ -182,6 +183,9 @@ class Channel:
             self._outbox.clear()
             if self.pidfd is not None:
                 os.close(self.pidfd)
+            if self._process == os.getpid():  # a child that was forked may hold a copy, and the end must be seen
+                with contextlib.suppress(OSError):  # the other end is gone
+                    self.socket.shutdown(socket.SHUT_RDWR)
             self.socket.close()
 
 
