@@ -13,13 +13,13 @@ import os
 import secrets
 import socket
 import struct
-import threading
 from collections import deque
 from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 from devguard.errors import PeerGone
+from devguard.support import forks
 from devguard.transport.memory import Memory
 
 __all__ = ["CANCELLED", "Channel", "connect", "describe", "Kind", "listen", "Message", "MAX_NAME"]
@@ -87,7 +87,7 @@ class Channel:
         self._process = os.getpid()
         self.pid, self.uid = _credentials(end)
         self.pidfd = _open_pidfd(end, self.pid)
-        self._lock = threading.Lock()
+        self._lock = forks.new_lock()
         self._outbox: deque[tuple[bytes, Memory | None]] = deque()
         self.closed = False
 
