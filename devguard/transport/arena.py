@@ -192,15 +192,11 @@ class Arena:
             data = bytearray(packed.nbytes)
             packed.write(data)
         else:
-            with self._lock:
-                self._check_open()
-                _, mapping = self._memory[lease.segment.number]
-            if packed.devices:
-                pinning.pin(mapping, packed.devices[0])
-            packed.write(mapping.buffer(lease.offset, packed.nbytes))
+            self._write(lease, lease.segment, packed)
         with self._lock:
             self._check_open()
-            self._words[lease.slot] = lease.number
+            if lease.number in self._ledger.leases:  # else its readers have died meanwhile: the slot is another lease's
+                self._words[lease.slot] = lease.number
         return Handle(
             self.address,
             lease.number,
@@ -213,6 +209,17 @@ class Arena:
             str(lease.site),
             self,
         )
+
+    def _write(self, lease: Lease, segment: Segment, packed: payload.Packed) -> None:
+        # Apart from `_fill`: the traceback of an error that it raises would keep the map of an arena that is closed.
+        with self._lock:
+            self._check_open()
+            if lease.number not in self._ledger.leases:
+                return
+            mapping = self._memory[segment.number][1]
+        if packed.devices:
+            pinning.pin(mapping, packed.devices[0])
+        packed.write(mapping.buffer(lease.offset, packed.nbytes))
 
     # In the arena's thread, which alone changes the books: Ctrl-C interrupts the main thread at any line.
 
