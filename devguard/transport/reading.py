@@ -110,6 +110,7 @@ class _Hub:
         while True:
             for key, mask in selector.select():
                 key.data(mask)
+                del key  # it keeps a reader that may be over, and so its map of the index, until the next event
 
     def _serve(self, reader: Reader, mask: int) -> None:
         try:
