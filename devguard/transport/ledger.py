@@ -175,7 +175,9 @@ class Ledger:
         if lease is None or lease.cancelled:
             return []
         lease.cancelled = True
-        if lease.segment is not None:
+        if lease.segment is None:
+            lease.inside.clear()  # what travels in the handle takes no room
+        else:
             lease.asked = {
                 reader
                 for reader, name in self.names.items()

@@ -143,19 +143,21 @@ class Reader:
 
     # Leases.
 
-    def open(self, handle: Named, by: object) -> tuple[Memory, Mapping] | None:
+    def open(self, handle: Named, by: object, *, stays: bool) -> tuple[Memory, Mapping] | None:
         """Begin to read a lease; return its segment, None if the payload travels in the handle.
 
-        Until `finish`, its memory holds this payload. After an exception, call `put_back`.
+        Until `finish`, its memory holds this payload. After an exception, call `put_back`. Where the payload travels
+        in the handle, the arena only has to know of a reader that `stays` inside: its part is over when it dies.
         """
         number = handle.number
         with self._changed:
             self._check(handle)
             self._inside[number] = by  # first: an arena that cancels now either asks later, or has changed the word
             self._check_word(handle)
+            if handle.data is None or stays:
+                self.send(Kind.OPEN, number)
             if handle.data is not None:
                 return None
-            self.send(Kind.OPEN, number)
             while handle.segment not in self._segments:
                 self._check_word(handle)
                 self._changed.wait(LOOK_S)

@@ -188,9 +188,9 @@ class Opened:
         self._handle = handle
         self._reader = _hub.find(handle.address, name)
 
-    def open(self) -> tuple[Memory, Mapping] | None:
+    def open(self, *, stays: bool) -> tuple[Memory, Mapping] | None:
         """Begin to read; return the segment, None if the payload travels in the handle."""
-        return self._reader.open(self._handle, self)
+        return self._reader.open(self._handle, self, stays=stays)
 
     def finish(self) -> None:
         """End this reader's part."""
@@ -209,7 +209,7 @@ def read(handle: Sent, device: Any, name: str | None) -> Any:
     """Return a copy of the object of a handle; see `Handle.get`."""
     opened = Opened(handle, name)
     try:
-        _, mapping = opened.open() or (None, None)
+        _, mapping = opened.open(stays=False) or (None, None)
         if mapping is None:
             source = memoryview(bytearray(handle.data or b""))
         else:
@@ -253,7 +253,7 @@ def keep(handle: Sent, name: str | None = None) -> Any:
 def _map(handle: Sent, opened: Opened) -> tuple[Any, Mapping | None]:
     mapping = None
     try:
-        memory, _ = opened.open() or (None, None)
+        memory, _ = opened.open(stays=True) or (None, None)
         if memory is None:
             source: Any = bytearray(handle.data or b"")
         else:
