@@ -154,14 +154,13 @@ class Reader:
             self._check(handle)
             self._inside[number] = by  # first: an arena that cancels now either asks later, or has changed the word
             self._check_word(handle)
+            # Before OPEN: a reader whose segment finds no descriptor is disconnected, and may then try again.
+            while handle.data is None and handle.segment not in self._segments:
+                self._changed.wait(LOOK_S)
+                self._check_word(handle)
             if handle.data is None or stays:
                 self.send(Kind.OPEN, number)
-            if handle.data is not None:
-                return None
-            while handle.segment not in self._segments:
-                self._check_word(handle)
-                self._changed.wait(LOOK_S)
-            return self._segments[handle.segment]
+            return None if handle.data is not None else self._segments[handle.segment]
 
     def _check(self, handle: Named) -> None:
         if handle.number in self._finished or handle.number in self._inside:
