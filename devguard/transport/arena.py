@@ -255,7 +255,8 @@ class Arena:
                 return
             for lease in effects.ended:
                 if self._words[lease.slot] & ~CANCELLED == lease.number:
-                    self._words[lease.slot] = 0
+                    # A closed arena overwrites nothing: readers that are inside may finish.
+                    self._words[lease.slot] = lease.number | CANCELLED if self._closed else 0
             for segment in effects.closed:
                 self._memory.pop(segment.number, None)
                 self._server.push_close(segment)

@@ -102,7 +102,8 @@ class Handle:
         """Return a scope in which the object is used in place, without a copy; at its end this reader's part is over.
 
         Tensors are on the host. Writing to them changes nothing for others. After the scope their memory stays valid,
-        but its contents are not defined.
+        but its contents are not defined. Where more readers open it than the put counts, it may be overwritten inside
+        the scope: its end then raises HandleReleased.
 
         Parameters
         ----------
@@ -175,7 +176,9 @@ class View:
         opened, self._opened = self._opened, None
         if opened is not None:
             try:
+                if kind is None:
+                    opened.check_view()
                 opened.finish()
-            except BaseException:  # an interrupt; the lease must not wait for this reader
+            except BaseException:  # an interrupt, too; the lease must not wait for this reader
                 opened.finish()
                 raise

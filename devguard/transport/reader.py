@@ -160,6 +160,11 @@ class Reader:
                 self._check_word(handle)
             if handle.data is None or stays:
                 self.send(Kind.OPEN, number)
+                if self.channel.is_broken:  # the arena would not know that this reader is inside
+                    raise PeerGone(
+                        f"The arena at {self.address} is closed, or another reader has taken the name of this one. "
+                        f"The handle: {handle}."
+                    )
             return None if handle.data is not None else self._segments[handle.segment]
 
     def _check(self, handle: Named) -> None:
@@ -190,6 +195,14 @@ class Reader:
         if has_ended:
             why = self._end or "As many readers as the put counts (to=) have read it meanwhile."
             raise HandleReleased(f"{handle} has ended while it was read. {why}")
+
+    def check_view(self, handle: Named) -> None:
+        """Raise if the lease has ended inside a view; an arena that has closed or died overwrites nothing."""
+        if handle.data is None and self._words[handle.slot] & ~CANCELLED != handle.number:
+            raise HandleReleased(
+                f"{handle} has ended while it was viewed, so that its memory may have changed: as many readers as the "
+                f"put counts (to=) have read it, before the arena knew of this one."
+            )
 
     def put_back(self, handle: Named, by: object) -> None:
         """Stop reading a lease that has not been read, if `by` reads it; it may be opened again."""

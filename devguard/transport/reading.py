@@ -196,6 +196,10 @@ class Opened:
         """End this reader's part."""
         self._reader.finish(self._handle)
 
+    def check_view(self) -> None:
+        """Raise if the payload may have been overwritten while it was used in place."""
+        self._reader.check_view(self._handle)
+
     def put_back(self) -> None:
         """Leave the lease unread, so that it may be opened again."""
         self._reader.put_back(self._handle, self)

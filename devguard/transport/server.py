@@ -283,13 +283,16 @@ class Server:
     def _hear(self, reader: int, channel: Channel) -> None:
         try:
             with self._lock:
-                for message in channel.receive():
-                    if message.descriptor >= 0:
-                        os.close(message.descriptor)
-                    self._handle(reader, channel, message)
+                self._take(reader, channel)
                 self._apply()
         except (EOFError, PeerGone):
             self._drop(reader)
+
+    def _take(self, reader: int, channel: Channel) -> None:
+        for message in channel.receive():
+            if message.descriptor >= 0:
+                os.close(message.descriptor)
+            self._handle(reader, channel, message)
 
     def _handle(self, reader: int, channel: Channel, message: Message) -> None:
         now, ledger = time.monotonic(), self._ledger
@@ -311,8 +314,15 @@ class Server:
 
     def _drop(self, reader: int) -> None:
         """Forget a reader: its parts are over."""
-        channel = self._channels.pop(reader, None)
+        channel = self._channels.get(reader)
         if channel is None:
+            return
+        # Another reader may have taken its name while it lives. It opens nothing from now on, and what it has opened
+        # is known, so that its bytes are not used again.
+        channel.stop_receiving()
+        with self._lock, contextlib.suppress(EOFError, PeerGone):
+            self._take(reader, channel)
+        if self._channels.pop(reader, None) is None:
             return
         for watched in (channel.socket, channel.pidfd):
             if watched is not None:

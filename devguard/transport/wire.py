@@ -90,6 +90,7 @@ class Channel:
         self._lock = forks.new_lock()
         self._outbox: deque[tuple[bytes, Memory | None]] = deque()
         self.closed = False
+        self.is_broken = False  # the other end takes no messages any more
 
     def send(
         self, kind: Kind, number: int = 0, value: int = 0, *, text: str = "", memory: Memory | None = None
@@ -133,6 +134,7 @@ class Channel:
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:  # too many descriptors on their way
                 return False
+            self.is_broken = True
         return True
 
     def receive(self) -> Iterator[Message]:
@@ -173,6 +175,11 @@ class Channel:
                     os.close(descriptor)
                 raise PeerGone(f"{describe(self)} does not speak version {VERSION} of this protocol: use one devguard.")
             yield message
+
+    def stop_receiving(self) -> None:
+        """Let the other end's sends fail from now on; what it has sent before can still be received."""
+        with contextlib.suppress(OSError):  # the other end is gone
+            self.socket.shutdown(socket.SHUT_RD)
 
     def close(self) -> None:
         """Close the socket, the pidfd and what is in the outbox."""
