@@ -22,7 +22,7 @@ from devguard.transport.arguments import PutSite, check_readers, find_site, pars
 from devguard.transport.handle import INLINE, Handle, senders
 from devguard.transport.leases import Effects, Lease, Readers, Segment, Ticket, round_up
 from devguard.transport.ledger import MAX_LEASES, Ledger
-from devguard.transport.memory import Mapping, Memory
+from devguard.transport.memory import Mapping, Memory, explain
 from devguard.transport.server import INDEX, Server
 from devguard.transport.usage import LeaseUsage, Usage
 from devguard.transport.wire import CANCELLED
@@ -71,7 +71,10 @@ class Arena:
         self._closed = ""
         # Its one thread copies for `put_async`, and starts with the first of them.
         self._copier = concurrent.futures.ThreadPoolExecutor(1, "devguard-arena-copy")
-        self._server = Server(self._lock, self._ledger, self._index, self._apply, self._end)
+        try:
+            self._server = Server(self._lock, self._ledger, self._index, self._apply, self._end)
+        except OSError as error:
+            raise DevGuardError(f"cannot make an arena: {explain(error)}") from error
         self.address = self._server.address
         senders[self.address] = self
         self._server.start()

@@ -17,7 +17,7 @@ from typing import Any
 
 from devguard.errors import DevGuardError
 
-__all__ = ["Mapping", "Memory"]
+__all__ = ["explain", "Mapping", "Memory"]
 
 _ADD_SEALS = 1033
 _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW, _SEAL_FUTURE_WRITE = 0x1, 0x2, 0x4, 0x10  # the last one: Linux 5.1
@@ -95,7 +95,7 @@ class Memory:
             mapping = Mapping(descriptor, nbytes, 0, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED)
             fcntl.fcntl(descriptor, _ADD_SEALS, _SEAL_SEAL | _SEAL_SHRINK | _SEAL_GROW | _SEAL_FUTURE_WRITE)
         except (OSError, AttributeError) as error:
-            raise DevGuardError(f"cannot make {nbytes:,} bytes of shared memory: {_explain(error)}") from error
+            raise DevGuardError(f"cannot make {nbytes:,} bytes of shared memory: {explain(error)}") from error
         return memory, mapping
 
     def map(self) -> Mapping:
@@ -116,7 +116,8 @@ class Memory:
         self.close()
 
 
-def _explain(error: Exception) -> str:
+def explain(error: Exception) -> str:
+    """Return what the system says, and what to do."""
     number = getattr(error, "errno", None)
     if isinstance(error, AttributeError):
         return f"{error}. Transport needs Linux 5.1 or later."

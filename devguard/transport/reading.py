@@ -16,7 +16,7 @@ from devguard.errors import ConfigError, PeerGone
 from devguard.ownership import in_force
 from devguard.support import forks
 from devguard.transport import pinning, unpack
-from devguard.transport.memory import Mapping, Memory
+from devguard.transport.memory import Mapping, Memory, explain
 from devguard.transport.reader import Named, Reader
 from devguard.transport.wire import MAX_NAME, describe
 
@@ -54,8 +54,12 @@ class _Hub:
                 raise ConfigError(f"This process has joined the arena as {names}: say which, by reader=.")
             else:
                 reader = Reader(address, name, self)
+                try:
+                    self._listen(reader)
+                except OSError as error:
+                    reader.end(f"cannot listen to the arena at {address}: {explain(error)}")
+                    raise PeerGone(f"cannot listen to the arena at {address}: {explain(error)}") from error
                 self.readers.setdefault(address, {})[name] = reader
-                self._listen(reader)
         try:  # also for one that is known: another thread may be connecting it just now
             reader.await_welcome()
         except BaseException:
@@ -65,8 +69,13 @@ class _Hub:
 
     def _listen(self, reader: Reader) -> None:
         if self._selector is None:
-            self._selector = selectors.DefaultSelector()
-            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            selector = selectors.DefaultSelector()
+            try:
+                self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            except BaseException:
+                selector.close()
+                raise
+            self._selector = selector
             self._selector.register(self._wake, selectors.EVENT_READ, self._drain)
             threading.Thread(target=self._run, args=(self._selector,), name="devguard-reader", daemon=True).start()
         self._selector.register(reader.channel.socket, selectors.EVENT_READ, partial(self._serve, reader))

@@ -49,9 +49,13 @@ class Server:
         self, lock: Any, ledger: Ledger, index: Memory, apply: Callable[[], None], end: Callable[[str], None]
     ) -> None:
         self._lock, self._ledger, self._index, self._apply, self._end = lock, ledger, index, apply, end
-        self._selector = selectors.DefaultSelector()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._listening, self.address = listen()
+        with contextlib.ExitStack() as opened:
+            self._selector = selectors.DefaultSelector()
+            opened.callback(self._selector.close)
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            opened.callback(os.close, self._wake)
+            self._listening, self.address = listen()
+            opened.pop_all()
         self._channels: dict[int, Channel] = {}  # by reader; connected, not all of them joined
         self._segments: dict[int, tuple[Segment, Memory]] = {}
         self._tasks: deque[Callable[[], None]] = deque()
@@ -247,6 +251,8 @@ class Server:
     def _connect(self, end: socket.socket) -> None:
         channel = Channel(end)
         refusal = refuse_user(channel)
+        if not refusal and channel.lacks_descriptor:
+            refusal = f"its process ({os.getpid()}) has no room for another file descriptor. Raise `ulimit -n` there."
         if refusal:
             channel.send(Kind.REFUSE, text=refusal[:300])
             channel.close()

@@ -34,6 +34,8 @@ _SO_PEERPIDFD = 77  # Linux 6.5; the socket module of Python 3.10 to 3.14 does n
 _ANCILLARY = socket.CMSG_SPACE(4)
 _RECEIVE = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _PREFIX = "devguard-transport-"
+_MORE_ROOM = "Raise `ulimit -n`, or close files."
+_FULL = (errno.EMFILE, errno.ENFILE)
 
 
 CANCELLED = 1 << 63  # added to a lease's word in the index: readers inside finish, and no other one opens it
@@ -86,7 +88,11 @@ class Channel:
         self.socket = end
         self._process = os.getpid()
         self.pid, self.uid = _credentials(end)
-        self.pidfd = _open_pidfd(end, self.pid)
+        self.lacks_descriptor = False  # this process has no room for the pidfd
+        try:
+            self.pidfd = _open_pidfd(end, self.pid)
+        except OSError:
+            self.pidfd, self.lacks_descriptor = None, True
         self._lock = forks.new_lock()
         self._outbox: deque[tuple[bytes, Memory | None]] = deque()
         self.closed = False
@@ -161,8 +167,8 @@ class Channel:
             descriptor = _descriptor_in(ancillary)
             if flags & socket.MSG_CTRUNC:
                 raise PeerGone(
-                    "This process has no room for another file descriptor, so that it cannot receive the memory of an "
-                    "arena. Raise `ulimit -n`, or close files."
+                    f"This process has no room for another file descriptor, so that it cannot receive the memory of an "
+                    f"arena. {_MORE_ROOM}"
                 )
             try:
                 version, kind, number, value, length = _HEADER.unpack_from(data)
@@ -211,7 +217,13 @@ def describe(channel: Channel) -> str:
 
 
 def listen() -> tuple[socket.socket, str]:
-    """Return a listening socket and its address."""
+    """Return a listening socket and its address.
+
+    Raises
+    ------
+    OSError
+        There is no room for another descriptor.
+    """
     address = _PREFIX + secrets.token_hex(16)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
@@ -232,7 +244,10 @@ def connect(address: str) -> Channel:
     PeerGone
         No arena listens there, or it belongs to another user.
     """
-    end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    except OSError as error:
+        raise PeerGone(f"cannot connect to the arena at {address}: {error}. {_MORE_ROOM}") from error
     try:
         end.settimeout(CONNECT_TIMEOUT)
         end.connect("\0" + address)
@@ -250,6 +265,8 @@ def connect(address: str) -> Channel:
         end.close()
         raise
     refusal = refuse_user(channel)
+    if not refusal and channel.lacks_descriptor:
+        refusal = f"this process has no room for another file descriptor. {_MORE_ROOM}"
     if refusal:
         channel.close()
         raise PeerGone(f"The arena at {address}: {refusal}")
@@ -272,11 +289,23 @@ def _credentials(end: socket.socket) -> tuple[int, int]:
 
 
 def _open_pidfd(end: socket.socket, pid: int) -> int | None:
-    """Return a pidfd of the other end's process; None where the kernel has none: then the socket's end has to do."""
-    with contextlib.suppress(OSError):
+    """Return a pidfd of the other end's process; None where the kernel has none: then the socket's end has to do.
+
+    Raises
+    ------
+    OSError
+        There is no room for another descriptor.
+    """
+    try:
         descriptor: int = struct.unpack("=i", end.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4))[0]
         return descriptor
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
     if pid > 0:
-        with contextlib.suppress(OSError):  # Linux below 5.3, or the process has ended
+        try:
             return os.pidfd_open(pid)
+        except (AttributeError, OSError) as error:  # Linux below 5.3, or the process has ended
+            if getattr(error, "errno", None) in _FULL:
+                raise
     return None
