@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import Iterator
 from enum import IntEnum
@@ -27,6 +28,7 @@ __all__ = ["CANCELLED", "Channel", "connect", "describe", "Kind", "listen", "Mes
 VERSION = 1
 MAX_NAME = 100  # bytes of a reader's name
 CONNECT_TIMEOUT = 10.0  # seconds
+CROWDED_S = 0.01  # seconds between attempts to send, while too many descriptors are on their way
 
 _HEADER = struct.Struct("=IIQQQ")
 _ROOM = _HEADER.size + 4 * MAX_NAME
@@ -97,6 +99,7 @@ class Channel:
         self._outbox: deque[tuple[bytes, Memory | None]] = deque()
         self.closed = False
         self.is_broken = False  # the other end takes no messages any more
+        self._crowded = False
 
     def send(
         self, kind: Kind, number: int = 0, value: int = 0, *, text: str = "", memory: Memory | None = None
@@ -123,6 +126,8 @@ class Channel:
         with self._lock:
             while self._outbox:
                 if not self._try(*self._outbox[0]):
+                    if self._crowded:  # the socket has room, so that waiting for it would not wait
+                        time.sleep(CROWDED_S)
                     return False
                 self._outbox.popleft()
             return True
@@ -136,11 +141,12 @@ class Channel:
                 flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
                 socket.send_fds(self.socket, [message], [memory.descriptor], flags)
         except BlockingIOError:
+            self._crowded = False
             return False
         except OSError as error:
-            if error.errno == errno.ETOOMANYREFS:  # too many descriptors on their way
-                return False
-            self.is_broken = True
+            self._crowded = error.errno == errno.ETOOMANYREFS  # too many descriptors on their way
+            self.is_broken = not self._crowded
+            return self.is_broken
         return True
 
     def receive(self) -> Iterator[Message]:
