@@ -213,9 +213,15 @@ class Opened:
         """Leave the lease unread, so that it may be opened again."""
         self._reader.put_back(self._handle, self)
 
-    def check(self) -> None:
-        """Raise if the payload may not have been what was read."""
+    def unpack(self, source: memoryview, way: unpack.Way) -> Any:
+        """Return the object, if the payload was there from the beginning to the end."""
+        try:
+            value = unpack.unpack(source, way)
+        except Exception:  # what has been overwritten fails to unpickle in any way: the check names the cause
+            self._reader.check_after(self._handle)
+            raise
         self._reader.check_after(self._handle)
+        return value
 
 
 def read(handle: Sent, device: Any, name: str | None) -> Any:
@@ -234,8 +240,7 @@ def read(handle: Sent, device: Any, name: str | None) -> Any:
                 pinning.pin(mapping, target, read_only=True)
             return target
 
-        value = unpack.unpack(source, unpack.Way(True, place))
-        opened.check()
+        value = opened.unpack(source, unpack.Way(True, place))
         opened.finish()
     except BaseException:
         opened.put_back()
@@ -272,8 +277,7 @@ def _map(handle: Sent, opened: Opened) -> tuple[Any, Mapping | None]:
         else:
             mapping = memory.map_privately(handle.offset, handle.nbytes)
             source = mapping.buffer()
-        value = unpack.unpack(source, unpack.Way(False, lambda _: None))
-        opened.check()
+        value = opened.unpack(source, unpack.Way(False, lambda _: None))
     except BaseException:
         opened.put_back()
         raise
