@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import concurrent.futures.thread  # now, since a lazy import needs a descriptor
 import contextlib
 import os
 import sys
