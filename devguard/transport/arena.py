@@ -13,8 +13,8 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from devguard.errors import BudgetFull, ConfigError, DevGuardError
 from devguard.support import forks
@@ -29,6 +29,8 @@ from devguard.transport.usage import LeaseUsage, Usage
 from devguard.transport.wire import CANCELLED
 
 __all__ = ["Arena"]
+
+T = TypeVar("T")
 
 
 class Arena:
@@ -149,15 +151,22 @@ class Arena:
         ready = [_record_event(device) for device in packed.devices]
         ticket = self._make_ticket(packed.nbytes, readers, site, oversize)
         granted: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        copier = self._copier
         try:
             self._server.post(lambda: self._request(ticket, granted, wait=True))
             lease = await asyncio.wrap_future(granted)
-            return await asyncio.wrap_future(copier.submit(self._fill, lease, packed, ready))
+            return await asyncio.wrap_future(self._submit(self._fill, lease, packed, ready))
         except BaseException:
-            # By the thread that copies, so that a copy that it has begun has ended.
-            copier.submit(self._server.post, lambda: self._withdraw(ticket))
+            # By the thread that copies, so that a copy that it has begun has ended. A closed arena has no lease.
+            with contextlib.suppress(DevGuardError):
+                self._submit(self._server.post, lambda: self._withdraw(ticket))
             raise
+
+    def _submit(self, function: Callable[..., T], *arguments: Any) -> concurrent.futures.Future[T]:
+        """Let the thread that copies call a function."""
+        try:
+            return self._copier.submit(function, *arguments)
+        except RuntimeError as error:  # it is closed, or the interpreter ends
+            raise DevGuardError(f"This arena {self._closed or 'ends with its process'}.") from error
 
     def _make_ticket(self, nbytes: int, readers: Readers, site: PutSite, oversize: bool) -> Ticket:
         needed = 0 if nbytes <= INLINE else round_up(nbytes)

@@ -190,6 +190,19 @@ def test_a_cancelled_await_gives_its_room_back(arena: Arena) -> None:
     assert len(arena.put(bytes(3 * MIB), timeout=30).get()) == 3 * MIB
 
 
+def test_an_await_whose_arena_is_closed_before_the_copy_says_so(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = arena._request
+
+    def closing(*arguments: Any, **options: Any) -> None:
+        request(*arguments, **options)
+        arena._end("is closed")
+        arena._copier.shutdown()
+
+    monkeypatch.setattr(arena, "_request", closing)
+    with pytest.raises(DevGuardError, match="is closed"):
+        asyncio.run(arena.put_async(bytes(MIB)))
+
+
 def test_errors_of_an_arena_survive_pickling(arena: Arena) -> None:
     with pytest.raises(DevGuardError) as caught:
         arena.put(bytes(5 * MIB))
