@@ -197,8 +197,15 @@ class Reader:
             raise HandleReleased(f"{handle} has ended while it was read. {why}")
 
     def check_view(self, handle: Named) -> None:
-        """Raise if the lease has ended inside a view; an arena that has closed or died overwrites nothing."""
-        if handle.data is None and self._words[handle.slot] & ~CANCELLED != handle.number:
+        """Raise if the lease has ended inside a view.
+
+        After the end of the connection it has not been overwritten: a dead arena writes nothing, and one that lives
+        has retired the segment, since it heard all that this reader had said.
+        """
+        with self._changed:
+            words = self._words
+            has_ended = handle.data is None and words is not None and words[handle.slot] & ~CANCELLED != handle.number
+        if has_ended:
             raise HandleReleased(
                 f"{handle} has ended while it was viewed, so that its memory may have changed: as many readers as the "
                 f"put counts (to=) have read it, before the arena knew of this one."
