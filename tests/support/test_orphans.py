@@ -98,6 +98,7 @@ def make_pipe(path: Path) -> None:
         (f"torch_{ENDED}_1_1", make_pipe, "it is no regular file"),
         (f"torch_{ENDED}_1_1", lambda path: os.link(path, path.parent / "other"), "it has 2 names"),
     ],
+    ids=["living", "psm", "cuda", "another name", "link", "folder", "pipe", "two names"],  # the same in each worker
 )
 def test_all_else_is_kept(
     folder: Path, proc: FakeProc, name: str, change: Callable[[Path], None] | None, reason: str
