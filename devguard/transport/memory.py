@@ -12,6 +12,7 @@ import errno
 import fcntl
 import mmap
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,8 @@ _libc.mmap.argtypes = [
     ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
 ]  # fmt: skip
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MADV_DONTNEED = 4
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -46,13 +49,16 @@ class Mapping:
         self.address: int = address
         self.nbytes = nbytes
 
-    def buffer(self, offset: int = 0, nbytes: int | None = None) -> memoryview:
-        """Return the bytes of a part of the map, which keep the map. Writing to them needs a map that allows it."""
+    def buffer(self, offset: int = 0, nbytes: int | None = None, keep: object = None) -> memoryview:
+        """Return the bytes of a part of the map, which keep the map, and `keep`, which lives as long as they.
+
+        Writing to them needs a map that allows it.
+        """
         size = self.nbytes - offset if nbytes is None else nbytes
         if not 0 <= offset <= offset + size <= self.nbytes:
             raise ValueError(f"bytes {offset} to {offset + size} do not lie in a map of {self.nbytes} bytes")
         array: Any = (ctypes.c_ubyte * size).from_address(self.address + offset)
-        array.mapping = self
+        array.kept = self, keep
         return memoryview(array).cast("B")
 
     def __del__(self) -> None:
@@ -60,6 +66,84 @@ class Mapping:
             if self.before_unmap is not None:
                 self.before_unmap()
             _libc.munmap(self.address, self.nbytes)
+
+
+class PrivateMap:
+    """A private map of a whole memory. Its pages stay mapped, because mapping them takes longer than reading them.
+
+    Writes stay in the map, and are dropped when the last buffer of their range is gone.
+    """
+
+    __slots__ = ("_mapping", "_used")
+
+    def __init__(self, mapping: Mapping) -> None:
+        self._mapping = mapping
+        self._used: set[tuple[int, int]] = set()  # the ranges that buffers can still reach
+
+    def take(self, offset: int, nbytes: int) -> tuple[memoryview, Use] | None:
+        """Return the bytes of a range that starts at a page; None if a buffer of an earlier use of it is left."""
+        last = offset + nbytes
+        if any(start < last and offset < end for start, end in tuple(self._used)):
+            return None
+        self._used.add((offset, last))
+        use = Use(lambda: self._give_back(offset, nbytes))
+        return self._mapping.buffer(offset, nbytes, use), use
+
+    def _give_back(self, offset: int, nbytes: int) -> None:
+        """End a use of a range. Called by a finalizer, so it takes no lock."""
+        address = self._mapping.address + offset
+        if not _is_written(address, nbytes) or _libc.madvise(address, nbytes, _MADV_DONTNEED) == 0:
+            self._used.discard((offset, offset + nbytes))
+
+
+class Use:
+    """One use of a range, which ends with its last buffer.
+
+    Attributes
+    ----------
+    at_end : callable or None
+        Called then, by a finalizer.
+    """
+
+    __slots__ = ("_give_back", "at_end")
+
+    def __init__(self, give_back: Callable[[], object] | None = None) -> None:
+        self._give_back = give_back
+        self.at_end: Callable[[], object] | None = None
+
+    def __del__(self) -> None:
+        if self._give_back is not None and not sys.is_finalizing():
+            self._give_back()
+        if self.at_end is not None:
+            self.at_end()
+
+
+_ENTRY = 8  # bytes of /proc/self/pagemap for each page
+_HIGHEST = 7 if sys.byteorder == "little" else 0
+_ENTRIES = 1 << 15  # bytes to read at once: the entries of 16 MiB
+_THERE, _OF_FILE = 0xC0, 0x20  # in the highest byte of an entry: present or swapped; not a copy of this process
+_UNWRITTEN = bytes(byte for byte in range(256) if not byte & _THERE or byte & _OF_FILE)
+
+
+def _is_written(address: int, nbytes: int) -> bool:
+    """Return whether a page of a private map has been written to, and so is a copy; True if that is not known."""
+    position = address // mmap.PAGESIZE * _ENTRY
+    last = -(-(address + nbytes) // mmap.PAGESIZE) * _ENTRY
+    try:
+        pages = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)  # each time: a forked child has other pages
+    except OSError:
+        return True
+    try:
+        while position < last:
+            entries = os.pread(pages, min(_ENTRIES, last - position), position)
+            if not entries or entries[_HIGHEST::_ENTRY].translate(None, _UNWRITTEN):
+                return True
+            position += len(entries)
+    except OSError:
+        return True
+    finally:
+        os.close(pages)
+    return False
 
 
 class Memory:
@@ -73,11 +157,12 @@ class Memory:
         Its size.
     """
 
-    __slots__ = ("descriptor", "nbytes")
+    __slots__ = ("_private", "descriptor", "nbytes")
 
     def __init__(self, descriptor: int, nbytes: int) -> None:
         self.descriptor = descriptor
         self.nbytes = nbytes
+        self._private: PrivateMap | None = None
 
     @classmethod
     def make(cls, nbytes: int) -> tuple[Memory, Mapping]:
@@ -105,6 +190,16 @@ class Memory:
     def map_privately(self, offset: int, nbytes: int) -> Mapping:
         """Map a range, from the start of a page; writes to the map stay in it."""
         return Mapping(self.descriptor, nbytes, offset, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE)
+
+    def view(self, offset: int, nbytes: int) -> tuple[memoryview, Use]:
+        """Return the bytes of a range that starts at a page, and their use; writes to them stay in this view."""
+        if self._private is None:
+            self._private = PrivateMap(self.map_privately(0, self.nbytes))
+        taken = self._private.take(offset, nbytes)
+        if taken is not None:
+            return taken
+        use = Use()
+        return self.map_privately(offset, nbytes).buffer(keep=use), use
 
     def close(self) -> None:
         """Close the descriptor; maps stay."""

@@ -16,7 +16,7 @@ from devguard.errors import ConfigError, PeerGone
 from devguard.ownership import in_force
 from devguard.support import forks
 from devguard.transport import pinning, unpack
-from devguard.transport.memory import Mapping, Memory, explain
+from devguard.transport.memory import Mapping, Memory, Use, explain
 from devguard.transport.reader import Named, Reader
 from devguard.transport.wire import MAX_NAME, describe
 
@@ -259,29 +259,28 @@ def keep(handle: Sent, name: str | None = None) -> Any:
     For a framework that keeps tensors as long as it needs them, and has no scope for `Handle.view`.
     """
     opened = Opened(handle, name)
-    value, mapping = _map(handle, opened)
-    if mapping is None:  # the payload travelled in the handle
+    value, use = _map(handle, opened)
+    if use is None:  # the payload travelled in the handle
         opened.finish()
     else:
         # A finalizer can run inside any call, also one that holds the reader's locks.
-        mapping.before_unmap = partial(_hub.post, opened.finish)
+        use.at_end = partial(_hub.post, opened.finish)
     return value
 
 
-def _map(handle: Sent, opened: Opened) -> tuple[Any, Mapping | None]:
-    mapping = None
+def _map(handle: Sent, opened: Opened) -> tuple[Any, Use | None]:
+    use = None
     try:
         memory, _ = opened.open(stays=True) or (None, None)
         if memory is None:
             source: Any = bytearray(handle.data or b"")
         else:
-            mapping = memory.map_privately(handle.offset, handle.nbytes)
-            source = mapping.buffer()
+            source, use = memory.view(handle.offset, handle.nbytes)
         value = opened.unpack(source, unpack.Way(False, lambda _: None))
     except BaseException:
         opened.put_back()
         raise
-    return value, mapping
+    return value, use
 
 
 def skip(handle: Sent, name: str | None) -> None:
