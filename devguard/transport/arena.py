@@ -21,7 +21,7 @@ from devguard.support import forks
 from devguard.transport import payload, pinning
 from devguard.transport.arguments import PutSite, check_readers, find_site, parse_budget
 from devguard.transport.handle import INLINE, Handle, senders
-from devguard.transport.leases import Effects, Lease, Readers, Segment, Ticket, round_up
+from devguard.transport.leases import Lease, Readers, Segment, Ticket, round_up
 from devguard.transport.ledger import MAX_LEASES, Ledger
 from devguard.transport.memory import Mapping, Memory, explain
 from devguard.transport.server import INDEX, Server
@@ -262,10 +262,7 @@ class Arena:
 
     def _apply(self) -> None:
         """Carry out what the ledger asks for, until it asks for nothing more."""
-        while True:
-            effects = self._ledger.take_effects()
-            if effects == Effects():
-                return
+        while effects := self._ledger.take_effects():
             for lease in effects.ended:
                 if self._words[lease.slot] & ~CANCELLED == lease.number:
                     # A closed arena overwrites nothing: readers that are inside may finish.

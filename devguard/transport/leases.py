@@ -169,3 +169,6 @@ class Effects:
     closed: list[Segment] = field(default_factory=list)
     made: list[Segment] = field(default_factory=list)
     granted: list[Ticket] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.ended or self.closed or self.made or self.granted)

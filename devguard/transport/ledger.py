@@ -54,7 +54,9 @@ class Ledger:
 
     def take_effects(self) -> Effects:
         """Return what the arena has to do since the last call."""
-        effects, self._effects = self._effects, Effects()
+        effects = self._effects
+        if effects:
+            self._effects = Effects()
         return effects
 
     # Requests.

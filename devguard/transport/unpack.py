@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from devguard.transport.layouts import Layout, as_tensor
+from devguard.transport.layouts import SMALL, Layout, as_tensor
 
 __all__ = [
     "align",
@@ -167,7 +167,8 @@ class _Parts:
         layout = self._layouts[number]
         dtype = getattr(torch, layout.dtype)
         memory = self._memory(layout.part, layout.on_accelerator)
-        memory = memory[: memory.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+        rest = memory.numel() % dtype.itemsize
+        memory = (memory[:-rest] if rest else memory).view(dtype)
         tensor = memory.as_strided(layout.shape, layout.strides, layout.offset)
         if layout.is_parameter:
             return torch.nn.Parameter(tensor, requires_grad=layout.requires_grad)
@@ -191,13 +192,15 @@ class _Parts:
         known = self._memories.get((part, on_accelerator))
         if known is not None:
             return known
-        device = self._way.device_of(on_accelerator)
-        source = as_tensor(self._parts[part]) if self._parts[part] else torch.empty(0, dtype=torch.uint8, device="cpu")
+        device, source = self._way.device_of(on_accelerator), self._parts[part]
         if device is None and not self._way.copies:
-            memory = source
+            memory = as_tensor(source) if source else torch.empty(0, dtype=torch.uint8, device="cpu")
         else:
-            memory = torch.empty(source.numel(), dtype=torch.uint8, device=device or "cpu")
-            memory.copy_(source)
+            memory = torch.empty(len(source), dtype=torch.uint8, device=device or "cpu")
+            if device is None and len(source) < SMALL:
+                ctypes.memmove(memory.data_ptr(), bytes(source), len(source))
+            elif source:
+                memory.copy_(as_tensor(source))
         self._memories[part, on_accelerator] = memory
         return memory
 
