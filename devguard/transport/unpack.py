@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from devguard.transport.layouts import SMALL, Layout, as_tensor
+from devguard.transport.layouts import SMALL, Layout, address_of, as_tensor
 
 __all__ = [
     "align",
@@ -197,8 +197,8 @@ class _Parts:
             memory = as_tensor(source) if source else torch.empty(0, dtype=torch.uint8, device="cpu")
         else:
             memory = torch.empty(len(source), dtype=torch.uint8, device=device or "cpu")
-            if device is None and len(source) < SMALL:
-                ctypes.memmove(memory.data_ptr(), bytes(source), len(source))
+            if device is None and 0 < len(source) < SMALL:
+                ctypes.memmove(memory.data_ptr(), address_of(source), len(source))
             elif source:
                 memory.copy_(as_tensor(source))
         self._memories[part, on_accelerator] = memory
