@@ -34,10 +34,10 @@ def main() -> int:
             return 1
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], simgpu.environment(2))
 
-    from benchmarks import bookkeeping, cases, ipc, starting, threads
+    from benchmarks import bookkeeping, cases, ipc, starting, threads, transport
 
     groups = {**cases.GROUPS, "threads": threads.threads, "ipc": ipc.ipc, "bookkeeping": bookkeeping.bookkeeping}
-    groups["starting"] = starting.starting
+    groups |= {"starting": starting.starting, "transport": transport.transport}
     if arguments.group:
         print(json.dumps([dataclasses.asdict(row) for row in groups[arguments.group]()]))
         return 0
