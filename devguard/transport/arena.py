@@ -13,6 +13,7 @@ import contextlib
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -31,6 +32,8 @@ from devguard.transport.wire import CANCELLED
 __all__ = ["Arena"]
 
 T = TypeVar("T")
+
+AHEAD = 64  # leases that are made before they are needed
 
 
 class Arena:
@@ -70,6 +73,7 @@ class Arena:
         self._index, mapping = Memory.make(INDEX)
         self._words = mapping.buffer().cast("Q")
         self._memory: dict[int, tuple[Memory, Mapping]] = {}
+        self._ahead: deque[Lease] = deque()  # for payloads that travel in their handles
         self._tickets: dict[Ticket, concurrent.futures.Future[Any]] = {}
         self._closed = ""
         # Its one thread copies for `put_async`, and starts with the first of them.
@@ -128,6 +132,8 @@ class Arena:
         readers = check_readers(to)
         self._check_open()
         packed = payload.pack(value)
+        if packed.nbytes <= INLINE and self._ahead:
+            return self._put_inline(packed, readers, site)
         ticket = self._make_ticket(packed.nbytes, readers, site, oversize)
         granted: concurrent.futures.Future[Any] = concurrent.futures.Future()
         try:
@@ -136,6 +142,22 @@ class Arena:
             return self._fill(lease, packed)
         except BaseException:
             self._server.post(lambda: self._withdraw(ticket))
+            raise
+
+    def _put_inline(self, packed: payload.Packed, readers: Readers, site: PutSite) -> Handle:
+        """Put a payload that travels in its handle, without waiting for the arena's thread."""
+        lease = self._ahead.popleft()
+        try:
+            data = bytearray(packed.nbytes)
+            packed.write(data)
+            with self._lock:
+                self._check_open()
+                self._words[lease.slot] = lease.number
+            # Before the handle leaves, and so before any message about the lease.
+            self._server.post(lambda: self._publish(lease, readers, site), wake=len(self._ahead) < AHEAD // 2)
+            return self._handle(lease, readers, site, packed.nbytes, bytes(data))
+        except BaseException:
+            self._server.post(lambda: self._give_up(lease))
             raise
 
     async def put_async(self, value: Any, *, to: int | Sequence[str] = 1, oversize: bool = False) -> Handle:
@@ -210,17 +232,12 @@ class Arena:
             self._check_open()
             if lease.number in self._ledger.leases:  # else its readers have died meanwhile: the slot is another lease's
                 self._words[lease.slot] = lease.number
+        return self._handle(lease, lease.readers, lease.site, packed.nbytes, None if data is None else bytes(data))
+
+    def _handle(self, lease: Lease, readers: Readers, site: PutSite, nbytes: int, data: bytes | None) -> Handle:
+        segment = 0 if lease.segment is None else lease.segment.number
         return Handle(
-            self.address,
-            lease.number,
-            lease.readers,
-            lease.slot,
-            0 if lease.segment is None else lease.segment.number,
-            lease.offset,
-            packed.nbytes,
-            None if data is None else bytes(data),
-            str(lease.site),
-            self,
+            self.address, lease.number, readers, lease.slot, segment, lease.offset, nbytes, data, str(site), self
         )
 
     def _write(self, lease: Lease, segment: Segment, packed: payload.Packed) -> None:
@@ -245,10 +262,29 @@ class Arena:
             self._tickets[ticket] = granted
             self._ledger.request(ticket, time.monotonic())
             self._apply()
+            if not ticket.nbytes:
+                self._make_ahead()
             if ticket.lease is None and not wait:
                 error = self._full(ticket, "")
                 self._withdraw(ticket)
                 _fail(granted, error)
+
+    def _publish(self, lease: Lease, readers: Readers, site: PutSite) -> None:
+        """Enter a lease that travels already."""
+        with self._lock:
+            if not self._closed:
+                self._ledger.publish(lease, readers, site, time.monotonic())
+                self._make_ahead()
+
+    def _make_ahead(self) -> None:
+        self._ahead.extend(self._ledger.make_ahead(AHEAD - len(self._ahead)))
+
+    def _give_up(self, lease: Lease) -> None:
+        """End a lease of a payload in a handle, of which no reader knows."""
+        with self._lock:
+            if not self._closed:
+                self._ledger.give_up(lease, time.monotonic())
+                self._apply()
 
     def _withdraw(self, ticket: Ticket) -> None:
         """Give up a request, or its lease, of which no reader knows."""
@@ -308,6 +344,11 @@ class Arena:
 
     def usage(self) -> Usage:
         """Return what the arena holds now."""
+        found: concurrent.futures.Future[Usage] = concurrent.futures.Future()
+        self._server.post(lambda: found.set_result(self._look()))
+        return found.result()
+
+    def _look(self) -> Usage:
         now = time.monotonic()
         with self._lock:
             ledger = self._ledger
@@ -328,7 +369,7 @@ class Arena:
                         lease.cancelled,
                         str(lease.site),
                     )
-                    for _, lease in sorted(ledger.leases.items())
+                    for lease in sorted(ledger.leases.values(), key=lambda lease: lease.since)
                 ),
             )
 

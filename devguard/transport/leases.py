@@ -115,6 +115,13 @@ class Lease:
     finished: set[int] = field(default_factory=set)
     cancelled: bool = False
 
+    def await_readers(self) -> None:
+        """Wait for all readers from now on."""
+        if isinstance(self.readers, int):
+            self.missing = self.readers
+        else:
+            self.awaited = set(self.readers)
+
     @property
     def is_open(self) -> bool:
         """Whether a reader may still open it."""

@@ -11,8 +11,9 @@ retired: they take no new lease and are closed when their last one ends.
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
-from devguard.transport.leases import Effects, Lease, Segment, Ticket, round_up
+from devguard.transport.leases import Effects, Lease, Readers, Segment, Ticket, round_up
 
 __all__ = ["Ledger", "MAX_LEASES"]
 
@@ -78,7 +79,7 @@ class Ledger:
 
     def _admit(self, now: float) -> None:
         """Grant requests in their order, as long as there is room."""
-        while self.waiting and len(self.leases) < MAX_LEASES:
+        while self.waiting and self._has_slot():
             ticket = self.waiting[0]
             place = self._find_room(ticket.nbytes) if ticket.nbytes else (None, 0)
             if place is None:
@@ -87,16 +88,39 @@ class Ledger:
             ticket.lease = lease = Lease(
                 self._next_lease, ticket.readers, self._take_slot(), segment, offset, ticket.nbytes, ticket.site, now
             )
-            if isinstance(ticket.readers, int):
-                lease.missing = ticket.readers
-            else:
-                lease.awaited = set(ticket.readers)
+            lease.await_readers()
             self._next_lease += 1
             self.leases[lease.number] = lease
             self.in_use += lease.nbytes
             self.peak = max(self.peak, self.in_use)
             self.waiting.popleft()
             self._effects.granted.append(ticket)
+
+    def make_ahead(self, count: int) -> list[Lease]:
+        """Return leases without bytes for later puts: they are not in the books before `publish`."""
+        made: list[Lease] = []
+        while len(made) < count and self._has_slot():
+            made.append(Lease(self._next_lease, 0, self._take_slot(), None, 0, 0, None, 0.0))
+            self._next_lease += 1
+        return made
+
+    def publish(self, lease: Lease, readers: Readers, site: Any, now: float) -> None:
+        """Enter a lease that was made ahead; its readers may have opened it already."""
+        lease.readers, lease.site, lease.since = readers, site, now
+        lease.await_readers()
+        self.leases[lease.number] = lease
+
+    def give_up(self, lease: Lease, now: float) -> None:
+        """End a lease that was made ahead and of which no reader knows, whether or not it was published."""
+        if lease.number in self.leases:
+            self._end(lease, now)
+        elif lease.site is None:  # otherwise it was published, and has ended
+            self._effects.ended.append(lease)
+            self._slots.append(lease.slot)
+        self._admit(now)
+
+    def _has_slot(self) -> bool:
+        return bool(self._slots) or self._used_slots < MAX_LEASES
 
     def _take_slot(self) -> int:
         if self._slots:

@@ -103,10 +103,14 @@ class Server:
             with contextlib.suppress(OSError):  # closed meanwhile, or a wake-up is under way
                 os.eventfd_write(self._wake, 1)
 
-    def post(self, task: Callable[[], None]) -> None:
-        """Let the thread run `task`, which raises nothing. Takes no lock, so finalizers can call it."""
+    def post(self, task: Callable[[], None], *, wake: bool = True) -> None:
+        """Let the thread run `task`, which raises nothing. Takes no lock, so finalizers can call it.
+
+        Without `wake`, the task runs with the next one, or before the next message of a reader is heard.
+        """
         self._tasks.append(task)
-        self.wake()
+        if wake:
+            self.wake()
         if self._ended:
             self._run_tasks()
 
@@ -155,7 +159,7 @@ class Server:
 
     def describe_leases(self) -> str:
         """Return what holds the most bytes, for a message."""
-        leases = sorted((lease for lease in self._ledger.leases.values() if lease.nbytes), key=lambda one: one.number)
+        leases = sorted((lease for lease in self._ledger.leases.values() if lease.nbytes), key=lambda one: one.since)
         if not leases:
             return "Other puts wait before this one." if self._ledger.waiting else ""
         oldest, now = leases[0], time.monotonic()
@@ -298,6 +302,7 @@ class Server:
         for message in channel.receive():
             if message.descriptor >= 0:
                 os.close(message.descriptor)
+            self._run_tasks()  # the put of the lease that the message is about
             self._handle(reader, channel, message)
 
     def _handle(self, reader: int, channel: Channel, message: Message) -> None:
