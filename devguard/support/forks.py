@@ -12,7 +12,7 @@ import threading
 import weakref
 from typing import Any
 
-__all__ = ["after", "after_in_child", "before", "new_lock", "opening"]
+__all__ = ["after", "after_in_child", "before", "new_condition", "new_lock", "opening"]
 
 WAIT_S = 2.0  # longer than any lock is held, unless the lock waits for the thread that forks
 
@@ -34,6 +34,11 @@ def new_lock(*, awaited: bool = False) -> Any:
     if awaited:
         _awaited.append(lock)
     return lock
+
+
+def new_condition() -> threading.Condition:
+    """Return a condition. Its lock is free in a forked child, where no thread waits for it."""
+    return threading.Condition(new_lock())
 
 
 # An interrupt (Ctrl-C) may end each hook at any step, and Python then forks all the same. So a lock is noted before it

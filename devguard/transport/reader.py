@@ -6,7 +6,6 @@ lease may be opened.
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Any, Protocol
 
@@ -60,7 +59,7 @@ class Reader:
     def __init__(self, address: str, name: str | None, host: Host) -> None:
         self.address, self.name = address, name
         self._host = host
-        self._changed = threading.Condition(forks.new_lock())
+        self._changed = forks.new_condition()
         self._segments: dict[int, tuple[Memory, Mapping]] = {}
         self._index: Mapping | None = None
         self._words: Any = None

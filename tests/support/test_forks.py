@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -263,3 +264,25 @@ def test_a_child_forked_during_the_first_guard_of_another_thread_goes_on(delay: 
         [sys.executable, "-c", FIRST, str(delay)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=200
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_condition_is_free_in_a_forked_child() -> None:
+    condition = forks.new_condition()
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with condition:
+            held.set()
+            release.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks with threads
+        pid = os.fork()
+    if pid == 0:
+        os._exit(0 if condition.acquire(timeout=5) else 1)
+    release.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
