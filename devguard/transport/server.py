@@ -196,6 +196,8 @@ class Server:
 
     def _tend(self) -> float | None:
         """Do what is due by the clock; return the seconds until the next such moment."""
+        if not (self._ledger.segments or self._ledger.waiting or self._accept_again):
+            return None
         now = time.monotonic()
         dues: list[float] = []
         if self._accept_again is not None:
