@@ -148,14 +148,13 @@ class Arena:
         """Put a payload that travels in its handle, without waiting for the arena's thread."""
         lease = self._ahead.popleft()
         try:
-            data = bytearray(packed.nbytes)
-            packed.write(data)
+            data = packed.to_bytes()
             with self._lock:
                 self._check_open()
                 self._words[lease.slot] = lease.number
             # Before the handle leaves, and so before any message about the lease.
             self._server.post(lambda: self._publish(lease, readers, site), wake=len(self._ahead) < AHEAD // 2)
-            return self._handle(lease, readers, site, packed.nbytes, bytes(data))
+            return self._handle(lease, readers, site, packed.nbytes, data)
         except BaseException:
             self._server.post(lambda: self._give_up(lease))
             raise
@@ -224,15 +223,14 @@ class Arena:
                 event.synchronize()
         data = None
         if lease.segment is None:
-            data = bytearray(packed.nbytes)
-            packed.write(data)
+            data = packed.to_bytes()
         else:
             self._write(lease, lease.segment, packed)
         with self._lock:
             self._check_open()
             if lease.number in self._ledger.leases:  # else its readers have died meanwhile: the slot is another lease's
                 self._words[lease.slot] = lease.number
-        return self._handle(lease, lease.readers, lease.site, packed.nbytes, None if data is None else bytes(data))
+        return self._handle(lease, lease.readers, lease.site, packed.nbytes, data)
 
     def _handle(self, lease: Lease, readers: Readers, site: PutSite, nbytes: int, data: bytes | None) -> Handle:
         segment = 0 if lease.segment is None else lease.segment.number

@@ -85,12 +85,8 @@ class Ledger:
             if place is None:
                 return
             segment, offset = place
-            ticket.lease = lease = Lease(
-                self._next_lease, ticket.readers, self._take_slot(), segment, offset, ticket.nbytes, ticket.site, now
-            )
-            lease.await_readers()
-            self._next_lease += 1
-            self.leases[lease.number] = lease
+            ticket.lease = lease = self._make_lease(segment, offset, ticket.nbytes)
+            self.publish(lease, ticket.readers, ticket.site, now)
             self.in_use += lease.nbytes
             self.peak = max(self.peak, self.in_use)
             self.waiting.popleft()
@@ -100,12 +96,15 @@ class Ledger:
         """Return leases without bytes for later puts: they are not in the books before `publish`."""
         made: list[Lease] = []
         while len(made) < count and self._has_slot():
-            made.append(Lease(self._next_lease, 0, self._take_slot(), None, 0, 0, None, 0.0))
-            self._next_lease += 1
+            made.append(self._make_lease(None, 0, 0))
         return made
 
+    def _make_lease(self, segment: Segment | None, offset: int, nbytes: int) -> Lease:
+        self._next_lease += 1
+        return Lease(self._next_lease - 1, 0, self._take_slot(), segment, offset, nbytes, None, 0.0)
+
     def publish(self, lease: Lease, readers: Readers, site: Any, now: float) -> None:
-        """Enter a lease that was made ahead; its readers may have opened it already."""
+        """Enter a lease; the readers of one that was made ahead may have opened it already."""
         lease.readers, lease.site, lease.since = readers, site, now
         lease.await_readers()
         self.leases[lease.number] = lease
@@ -130,7 +129,7 @@ class Ledger:
 
     def _find_room(self, nbytes: int) -> tuple[Segment, int] | None:
         """Return the segment and the offset for a payload; None if it has to wait."""
-        for segment in sorted(self.segments.values(), key=lambda one: (one.nbytes - one.leases, one.number)):
+        for segment in sorted(self.segments.values(), key=lambda one: (one.nbytes, -one.leases, one.number)):
             offset = None if segment.retired else segment.take(nbytes)
             if offset is not None:
                 return segment, offset

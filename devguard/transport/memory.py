@@ -18,7 +18,9 @@ from typing import Any
 
 from devguard.errors import DevGuardError
 
-__all__ = ["explain", "Mapping", "Memory"]
+__all__ = ["explain", "is_full", "Mapping", "Memory", "MORE_ROOM"]
+
+MORE_ROOM = "Raise `ulimit -n`, or close files."
 
 _ADD_SEALS = 1033
 _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW, _SEAL_FUTURE_WRITE = 0x1, 0x2, 0x4, 0x10  # the last one: Linux 5.1
@@ -211,13 +213,18 @@ class Memory:
         self.close()
 
 
+def is_full(error: Exception) -> bool:
+    """Return whether there was no room for another file descriptor."""
+    return getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+
+
 def explain(error: Exception) -> str:
     """Return what the system says, and what to do."""
     number = getattr(error, "errno", None)
     if isinstance(error, AttributeError):
         return f"{error}. Transport needs Linux 5.1 or later."
-    if number in (errno.EMFILE, errno.ENFILE):
-        return f"{error}. Raise `ulimit -n`, or close files."
+    if is_full(error):
+        return f"{error}. {MORE_ROOM}"
     if number == errno.EINVAL:
         return f"{error}. Transport needs Linux 5.1 or later."
     return str(error)

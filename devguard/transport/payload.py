@@ -12,7 +12,7 @@ import pickle
 import sys
 from typing import Any
 
-from devguard.transport.layouts import Layout, Part, Tensors, bytes_of, is_plain
+from devguard.transport.layouts import Layout, Part, Tensors, address_of, bytes_of, is_plain
 from devguard.transport.unpack import (
     LARGE,
     align,
@@ -51,6 +51,12 @@ class Packed:
         self.devices = devices
         self._skeleton = sum(len(chunk) for chunk in self._chunks) + 8
         self.nbytes = align(self._skeleton) + position
+
+    def to_bytes(self) -> bytes:
+        """Return the payload."""
+        data = bytearray(self.nbytes)
+        self.write(data)
+        return bytes(data)
 
     def write(self, target: Any) -> None:
         """Write the payload into a writable buffer of at least `nbytes` bytes."""
@@ -145,5 +151,4 @@ def _copy(target: Any, raw: memoryview) -> None:
     if raw.readonly or raw.nbytes < LARGE:
         target[:] = raw
         return
-    source = (ctypes.c_ubyte * raw.nbytes).from_buffer(raw)
-    ctypes.memmove((ctypes.c_ubyte * raw.nbytes).from_buffer(target), source, raw.nbytes)
+    ctypes.memmove(address_of(target), address_of(raw), raw.nbytes)

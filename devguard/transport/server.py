@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import selectors
 import socket
@@ -18,7 +17,7 @@ from devguard.errors import PeerGone
 from devguard.support.notices import warn_user
 from devguard.transport.leases import Lease, Segment
 from devguard.transport.ledger import MAX_LEASES, Ledger
-from devguard.transport.memory import Memory
+from devguard.transport.memory import Memory, explain, is_full
 from devguard.transport.wire import VERSION, Channel, Kind, Message, describe, listen, refuse_user
 
 __all__ = ["INDEX", "Server"]
@@ -244,13 +243,11 @@ class Server:
         except BlockingIOError:
             return
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
+            if not is_full(error):
                 return  # the reader has gone
             self._selector.unregister(self._listening)
             self._accept_again = time.monotonic() + PAUSE
-            warn_user(
-                f"A devguard arena cannot accept a reader: {error}. Raise `ulimit -n`, or close files; it tries again."
-            )
+            warn_user(f"A devguard arena cannot accept a reader, and tries again: {explain(error)}")
             return
         self._connect(end)
 

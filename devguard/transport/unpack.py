@@ -210,7 +210,5 @@ def _copy_of(part: memoryview) -> memoryview:
     if len(part) < LARGE:
         return memoryview(bytearray(part))
     target = memoryview(mmap.mmap(-1, len(part)))
-    ctypes.memmove(
-        (ctypes.c_ubyte * len(part)).from_buffer(target), (ctypes.c_ubyte * len(part)).from_buffer(part), len(part)
-    )
+    ctypes.memmove(address_of(target), address_of(part), len(part))
     return target

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from devguard.errors import PeerGone
 from devguard.support import forks
-from devguard.transport.memory import Memory
+from devguard.transport.memory import MORE_ROOM, Memory, is_full
 
 __all__ = ["CANCELLED", "Channel", "connect", "describe", "Kind", "listen", "Message", "MAX_NAME"]
 
@@ -36,8 +36,6 @@ _SO_PEERPIDFD = 77  # Linux 6.5; the socket module of Python 3.10 to 3.14 does n
 _ANCILLARY = socket.CMSG_SPACE(4)
 _RECEIVE = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _PREFIX = "devguard-transport-"
-_MORE_ROOM = "Raise `ulimit -n`, or close files."
-_FULL = (errno.EMFILE, errno.ENFILE)
 
 
 CANCELLED = 1 << 63  # added to a lease's word in the index: readers inside finish, and no other one opens it
@@ -174,7 +172,7 @@ class Channel:
             if flags & socket.MSG_CTRUNC:
                 raise PeerGone(
                     f"This process has no room for another file descriptor, so that it cannot receive the memory of an "
-                    f"arena. {_MORE_ROOM}"
+                    f"arena. {MORE_ROOM}"
                 )
             try:
                 version, kind, number, value, length = _HEADER.unpack_from(data)
@@ -253,7 +251,7 @@ def connect(address: str) -> Channel:
     try:
         end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     except OSError as error:
-        raise PeerGone(f"cannot connect to the arena at {address}: {error}. {_MORE_ROOM}") from error
+        raise PeerGone(f"cannot connect to the arena at {address}: {error}. {MORE_ROOM}") from error
     try:
         end.settimeout(CONNECT_TIMEOUT)
         end.connect("\0" + address)
@@ -272,7 +270,7 @@ def connect(address: str) -> Channel:
         raise
     refusal = refuse_user(channel)
     if not refusal and channel.lacks_descriptor:
-        refusal = f"this process has no room for another file descriptor. {_MORE_ROOM}"
+        refusal = f"this process has no room for another file descriptor. {MORE_ROOM}"
     if refusal:
         channel.close()
         raise PeerGone(f"The arena at {address}: {refusal}")
@@ -306,12 +304,12 @@ def _open_pidfd(end: socket.socket, pid: int) -> int | None:
         descriptor: int = struct.unpack("=i", end.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4))[0]
         return descriptor
     except OSError as error:
-        if error.errno in _FULL:
+        if is_full(error):
             raise
     if pid > 0:
         try:
             return os.pidfd_open(pid)
         except (AttributeError, OSError) as error:  # Linux below 5.3, or the process has ended
-            if getattr(error, "errno", None) in _FULL:
+            if is_full(error):
                 raise
     return None

@@ -41,12 +41,6 @@ def sent(handle: Handle) -> Handle:
 
 
 @pytest.fixture
-def arena() -> Iterator[Arena]:
-    with Arena("cpu", budget="4MiB") as made:
-        yield made
-
-
-@pytest.fixture
 def peers() -> Iterator[Callable[[], Peer]]:
     made: list[Peer] = []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,12 +14,6 @@ from devguard.transport import Arena, join
 from tests.helpers.transport_children import await_that, run
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def arena() -> Iterator[Arena]:
-    with Arena("cpu", budget="4MiB") as made:
-        yield made
 
 
 def test_a_reader_that_dies_between_grant_and_copy_harms_no_other_lease(

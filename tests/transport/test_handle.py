@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 
 import pytest
 
 from devguard.errors import DevGuardError, PeerGone
 from devguard.transport import Arena, Handle
-
-
-@pytest.fixture
-def arena() -> Iterator[Arena]:
-    with Arena("cpu", budget="4MiB") as made:
-        yield made
 
 
 def test_a_handle_is_small_and_says_what_it_stands_for(arena: Arena) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -13,12 +11,6 @@ from devguard.transport import Arena, join, reading
 from tests.helpers.fakecuda import FakeCuda
 
 pytestmark = pytest.mark.usefixtures("clean")
-
-
-@pytest.fixture
-def arena() -> Iterator[Arena]:
-    with Arena("cpu", budget="4MiB") as made:
-        yield made
 
 
 def test_a_process_connects_to_an_arena_once(arena: Arena) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -22,12 +21,6 @@ try:
 except transport.PeerGone as error:
     print("PeerGone:", error)
 """
-
-
-@pytest.fixture
-def arena() -> Iterator[Arena]:
-    with Arena("cpu", budget="4MiB") as made:
-        yield made
 
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs a second user")

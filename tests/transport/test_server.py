@@ -6,18 +6,11 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from devguard.transport import Arena, join, server
-
-
-@pytest.fixture
-def arena() -> Iterator[Arena]:
-    with Arena("cpu", budget="4MiB") as made:
-        yield made
 
 
 def test_a_full_descriptor_table_is_told_once_and_accepting_goes_on(

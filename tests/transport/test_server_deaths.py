@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-from collections.abc import Iterator
 
 import pytest
 
@@ -29,12 +28,6 @@ FORK = """import ctypes
         signal.alarm(20)
         time.sleep(60)
     print(child)"""
-
-
-@pytest.fixture
-def arena() -> Iterator[Arena]:
-    with Arena("cpu", budget="4MiB") as made:
-        yield made
 
 
 @pytest.mark.parametrize("size", [10, LARGE], ids=["inline", "segment"])
