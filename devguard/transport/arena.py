@@ -23,10 +23,10 @@ from devguard.transport import payload, pinning
 from devguard.transport.arguments import PutSite, check_readers, find_site, parse_budget
 from devguard.transport.handle import INLINE, Handle, senders
 from devguard.transport.leases import Lease, Readers, Segment, Ticket, round_up
-from devguard.transport.ledger import MAX_LEASES, Ledger
+from devguard.transport.ledger import Ledger
 from devguard.transport.memory import Mapping, Memory, explain
 from devguard.transport.server import INDEX, Server
-from devguard.transport.usage import LeaseUsage, Usage
+from devguard.transport.usage import Usage
 from devguard.transport.wire import CANCELLED
 
 __all__ = ["Arena"]
@@ -205,16 +205,7 @@ class Arena:
             return lease
         except (TimeoutError, concurrent.futures.TimeoutError):  # two classes in Python 3.10
             with self._lock:
-                raise self._full(ticket, f" after {timeout:g} s") from None
-
-    def _full(self, ticket: Ticket, when: str) -> BudgetFull:
-        """Return the error of a put that found no room; the lock is held."""
-        ledger = self._ledger
-        return BudgetFull(
-            f"There is no room{when} for {ticket.nbytes:,} bytes: {ledger.in_use:,} of {self.budget:,} bytes are under "
-            f"{len(ledger.leases):,} leases (at most {MAX_LEASES:,}), and puts are served in their order. "
-            f"{self._server.describe_leases()} Put at {ticket.site}."
-        )
+                raise self._server.account.full(ticket, f" after {timeout:g} s") from None
 
     def _fill(self, lease: Lease, packed: payload.Packed, ready: Sequence[Any] = ()) -> Handle:
         """Write a payload into its place, after the events `ready`; let readers open it, and return its handle."""
@@ -263,7 +254,7 @@ class Arena:
             if not ticket.nbytes:
                 self._make_ahead()
             if ticket.lease is None and not wait:
-                error = self._full(ticket, "")
+                error = self._server.account.full(ticket, "")
                 self._withdraw(ticket)
                 _fail(granted, error)
 
@@ -343,33 +334,13 @@ class Arena:
     def usage(self) -> Usage:
         """Return what the arena holds now."""
         found: concurrent.futures.Future[Usage] = concurrent.futures.Future()
-        self._server.post(lambda: found.set_result(self._look()))
-        return found.result()
 
-    def _look(self) -> Usage:
-        now = time.monotonic()
-        with self._lock:
-            ledger = self._ledger
-            return Usage(
-                self.budget,
-                ledger.in_use,
-                ledger.peak,
-                ledger.size,
-                ledger.waits,
-                len(ledger.waiting),
-                tuple(self._server.name(reader) for reader in sorted(ledger.names)),
-                tuple(
-                    LeaseUsage(
-                        lease.number,
-                        lease.nbytes,
-                        now - lease.since,
-                        tuple(self._server.waits_for(lease)),
-                        lease.cancelled,
-                        str(lease.site),
-                    )
-                    for lease in sorted(ledger.leases.values(), key=lambda lease: lease.since)
-                ),
-            )
+        def look() -> None:
+            with self._lock:
+                found.set_result(self._server.account.usage())
+
+        self._server.post(look)
+        return found.result()
 
     def close(self) -> None:
         """End all leases, give the memory back and disconnect the readers.

@@ -15,10 +15,11 @@ from typing import Any
 
 from devguard.errors import PeerGone
 from devguard.support.notices import warn_user
-from devguard.transport.leases import Lease, Segment
+from devguard.transport.leases import Segment
 from devguard.transport.ledger import MAX_LEASES, Ledger
 from devguard.transport.memory import Memory, explain, is_full
-from devguard.transport.wire import VERSION, Channel, Kind, Message, describe, listen, refuse_user
+from devguard.transport.usage import Account
+from devguard.transport.wire import VERSION, Channel, Kind, Message, listen, refuse_user
 
 __all__ = ["INDEX", "Server"]
 
@@ -42,6 +43,11 @@ class Server:
         Carries out the ledger's effects; the lock is held.
     end : callable
         ``end(why)`` ends the arena, if the thread ends by a fault.
+
+    Attributes
+    ----------
+    account : Account
+        Says what the arena holds.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class Server:
             self._listening, self.address = listen()
             opened.pop_all()
         self._channels: dict[int, Channel] = {}  # by reader; connected, not all of them joined
+        self.account = Account(ledger, self._channels)
         self._segments: dict[int, tuple[Segment, Memory]] = {}
         self._tasks: deque[Callable[[], None]] = deque()
         self._next_reader = 1
@@ -137,37 +144,6 @@ class Server:
         if channel is not None and not channel.send(kind, *values, memory=memory):
             self.post(partial(self._watch, reader))
 
-    def name(self, reader: int) -> str:
-        """Return a reader, for a message."""
-        channel, name = self._channels.get(reader), self._ledger.names.get(reader)
-        process = describe(channel) if channel is not None else "a process that has ended"
-        return f"{name} ({process})" if name else process
-
-    def waits_for(self, lease: Lease) -> list[str]:
-        """Return the readers for which a lease waits, for a message."""
-        known = self._ledger.holders(lease)
-        texts = [self.name(reader) for reader in known]
-        if lease.cancelled:
-            return texts
-        joined = {self._ledger.names[reader] for reader in known}
-        texts += [f"{name} (not connected)" for name in sorted(lease.awaited - joined)]
-        others = lease.missing - len(lease.inside)
-        if others > 0:
-            texts.append(f"{others} of {lease.readers} readers that have not opened it")
-        return texts
-
-    def describe_leases(self) -> str:
-        """Return what holds the most bytes, for a message."""
-        leases = sorted((lease for lease in self._ledger.leases.values() if lease.nbytes), key=lambda one: one.since)
-        if not leases:
-            return "Other puts wait before this one." if self._ledger.waiting else ""
-        oldest, now = leases[0], time.monotonic()
-        readers = ", ".join(self.waits_for(oldest)) or "no reader"
-        return (
-            f"The oldest of {len(leases)}: lease {oldest.number}, {oldest.nbytes:,} bytes, {now - oldest.since:.0f} s, "
-            f"put at {oldest.site}, waits for {readers}."
-        )
-
     # The thread.
 
     def _run(self) -> None:
@@ -229,8 +205,8 @@ class Server:
         ticket.reported = True
         return (
             f"A put has waited {waited:.0f} s for room: {self._ledger.in_use:,} of {self._ledger.budget:,} bytes are "
-            f"under a lease. {self.describe_leases()} The put that waits: {ticket.site}. Readers that do not read must "
-            f"skip() their handle, and a sender that gives a request up must cancel() it."
+            f"under a lease. {self.account.describe_leases()} The put that waits: {ticket.site}. Readers that do not "
+            f"read must skip() their handle, and a sender that gives a request up must cancel() it."
         ), SLOW
 
     def _drain(self, _: int) -> None:

@@ -1,10 +1,17 @@
-"""What an arena holds, as plain data."""
+"""What an arena holds, and the readers that it waits for: as plain data, and in messages."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["LeaseUsage", "Usage"]
+from devguard.errors import BudgetFull
+from devguard.transport.leases import Lease, Ticket
+from devguard.transport.ledger import MAX_LEASES, Ledger
+from devguard.transport.wire import Channel, describe
+
+__all__ = ["Account", "LeaseUsage", "Usage"]
 
 
 @dataclass(frozen=True)
@@ -63,3 +70,82 @@ class Usage:
     waiting: int
     readers: tuple[str, ...]
     leases: tuple[LeaseUsage, ...]
+
+
+class Account:
+    """Says what an arena holds, and which readers it waits for. The arena's lock is held around each call.
+
+    Parameters
+    ----------
+    ledger : Ledger
+        The arena's books.
+    channels : dict
+        The connections, by reader.
+    """
+
+    def __init__(self, ledger: Ledger, channels: Mapping[int, Channel]) -> None:
+        self._ledger, self._channels = ledger, channels
+
+    def name(self, reader: int) -> str:
+        """Return a reader, for a message."""
+        channel, name = self._channels.get(reader), self._ledger.names.get(reader)
+        process = describe(channel) if channel is not None else "a process that has ended"
+        return f"{name} ({process})" if name else process
+
+    def waits_for(self, lease: Lease) -> list[str]:
+        """Return the readers for which a lease waits, for a message."""
+        known = self._ledger.holders(lease)
+        texts = [self.name(reader) for reader in known]
+        if lease.cancelled:
+            return texts
+        joined = {self._ledger.names[reader] for reader in known}
+        texts += [f"{name} (not connected)" for name in sorted(lease.awaited - joined)]
+        others = lease.missing - len(lease.inside)
+        if others > 0:
+            texts.append(f"{others} of {lease.readers} readers that have not opened it")
+        return texts
+
+    def describe_leases(self) -> str:
+        """Return the oldest lease that holds bytes, and the readers that it waits for, for a message."""
+        leases = sorted((lease for lease in self._ledger.leases.values() if lease.nbytes), key=lambda one: one.since)
+        if not leases:
+            return "Other puts wait before this one." if self._ledger.waiting else ""
+        oldest, now = leases[0], time.monotonic()
+        readers = ", ".join(self.waits_for(oldest)) or "no reader"
+        return (
+            f"The oldest of {len(leases)}: lease {oldest.number}, {oldest.nbytes:,} bytes, {now - oldest.since:.0f} s, "
+            f"put at {oldest.site}, waits for {readers}."
+        )
+
+    def full(self, ticket: Ticket, when: str) -> BudgetFull:
+        """Return the error of a put that found no room."""
+        ledger = self._ledger
+        return BudgetFull(
+            f"There is no room{when} for {ticket.nbytes:,} bytes: {ledger.in_use:,} of {ledger.budget:,} bytes are "
+            f"under {len(ledger.leases):,} leases (at most {MAX_LEASES:,}), and puts are served in their order. "
+            f"{self.describe_leases()} Put at {ticket.site}."
+        )
+
+    def usage(self) -> Usage:
+        """Return what the arena holds now."""
+        now, ledger = time.monotonic(), self._ledger
+        return Usage(
+            ledger.budget,
+            ledger.in_use,
+            ledger.peak,
+            ledger.size,
+            ledger.waits,
+            len(ledger.waiting),
+            tuple(self.name(reader) for reader in sorted(ledger.names)),
+            tuple(
+                LeaseUsage(
+                    lease.number,
+                    lease.nbytes,
+                    now - lease.since,
+                    tuple(self.waits_for(lease)),
+                    lease.cancelled,
+                    str(lease.site),
+                )
+                for lease in sorted(ledger.leases.values(), key=lambda lease: lease.since)
+            ),
+        )
