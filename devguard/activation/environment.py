@@ -19,14 +19,13 @@ from devguard.errors import ConfigError, DevGuardError
 from devguard.modes import DoorMode, Mode
 from devguard.ownership.owner import Owner, parse_owner
 from devguard.support import strictness
-from devguard.support.sizes import parse_size
+from devguard.support.sizes import is_budget, parse_size
 
 __all__ = ["DEFAULT_BUDGET", "find_problems", "parse_doors", "parse_transport", "read", "Settings"]
 
 Transport = Literal["host", "off"]
 
 DEFAULT_BUDGET = 1 << 30  # bytes
-LEAST_BUDGET = 1 << 16  # bytes, that of an arena
 TRANSPORTS: dict[str, Transport] = {"host": "host", "off": "off", "0": "off"}
 MODES: dict[str, Mode] = {**{mode: mode for mode in modes.MODES}, "0": "off", "1": "repair"}
 T = TypeVar("T")
@@ -164,7 +163,7 @@ def parse_transport(text: str, what: str = "DEVGUARD_TRANSPORT") -> Transport:
 
 def _parse_budget(text: str) -> int:
     size = parse_size(text)
-    if size is None or not LEAST_BUDGET <= size < 1 << 62:
+    if not is_budget(size):
         raise ConfigError(
             f"DEVGUARD_TRANSPORT_BUDGET={text!r} is not a budget. Valid: a size such as 1GiB or 512M, at least 64K."
         )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import TypeGuard
 
-__all__ = ["parse_size"]
+__all__ = ["is_budget", "parse_size"]
+
+_LEAST_BUDGET = 1 << 16  # bytes of an arena of devguard.transport
+_MOST_BUDGET = 1 << 62
 
 _POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _MOST_DIGITS = 40  # a float holds no number of some hundred digits
@@ -16,3 +20,8 @@ def parse_size(text: str) -> int | None:
     if parts is None or len(parts[1]) > _MOST_DIGITS:
         return None
     return int(float(parts[1]) * 2 ** _POWERS[parts[2].upper()])
+
+
+def is_budget(size: object) -> TypeGuard[int]:
+    """Return whether `size` is a number of bytes that an arena can have."""
+    return isinstance(size, int) and not isinstance(size, bool) and _LEAST_BUDGET <= size < _MOST_BUDGET

@@ -8,13 +8,11 @@ from typing import Any, NamedTuple
 
 from devguard.errors import ConfigError
 from devguard.support import callsite
-from devguard.support.sizes import parse_size
+from devguard.support.sizes import is_budget, parse_size
 from devguard.transport.leases import PAGE, Readers
 from devguard.transport.wire import MAX_NAME
 
-__all__ = ["check_readers", "find_site", "LEAST_BUDGET", "parse_budget", "PutSite"]
-
-LEAST_BUDGET = 1 << 16  # bytes
+__all__ = ["check_readers", "find_site", "parse_budget", "PutSite"]
 
 
 class PutSite(NamedTuple):
@@ -51,6 +49,6 @@ def check_readers(to: int | Sequence[str]) -> Readers:
 def parse_budget(budget: int | str) -> int:
     """Return the bytes of a budget, rounded down to pages."""
     size = parse_size(budget) if isinstance(budget, str) else budget
-    if not isinstance(size, int) or isinstance(size, bool) or not LEAST_BUDGET <= size < 1 << 62:
+    if not is_budget(size):
         raise ConfigError(f"budget={budget!r}: valid is a size such as '1GiB', '512M' or 1 << 30, at least 64 KiB.")
     return size // PAGE * PAGE
