@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from devguard.errors import SimulationError
+from devguard.support import process_stat
 
 __all__ = ["DeviceState", "ProcessState", "state"]
 
@@ -192,11 +193,10 @@ def _process(record: tuple[Any, ...]) -> ProcessState:
 def _start_time(pid: int) -> int | None:
     """Return the start time of a process, in clock ticks since boot; None if it has ended. Matches csrc/state.c."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        fields = process_stat.read_fields(Path("/proc", str(pid)))
     except OSError:
         return None
-    fields = text[text.rindex(")") + 2 :].split()  # the command name, in brackets, may contain spaces and brackets
-    return None if fields[0] in "ZX" else int(fields[19])
+    return None if fields[process_stat.STATE] in process_stat.ENDED else int(fields[process_stat.STARTED])
 
 
 def _short_name(command: bytes) -> str:

@@ -15,6 +15,8 @@ import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from devguard.support import process_stat
+
 __all__ = ["find", "Holders", "is_open_elsewhere"]
 
 _MAPPING = re.compile(rb"^\S+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+) ([1-9]\d*) *(.*)$", re.MULTILINE)
@@ -177,7 +179,7 @@ def _check_proc(proc: Path) -> None:
 def _is_running(place: Path) -> bool:
     """Return whether a process or thread, given by its folder in /proc, has not ended."""
     try:
-        with open(place / "stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[:1] not in ([b"Z"], [b"X"])
+        fields = process_stat.read_fields(place)
+        return not fields or fields[process_stat.STATE] not in process_stat.ENDED
     except (FileNotFoundError, ProcessLookupError):
         return False

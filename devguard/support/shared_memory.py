@@ -14,6 +14,8 @@ import stat
 import time
 from pathlib import Path
 
+from devguard.support import process_stat
+
 __all__ = ["describe", "FOLDER", "has_ended", "PROC", "read_name", "read_state", "scan", "Segment"]
 
 FOLDER = Path("/dev/shm")
@@ -155,7 +157,7 @@ def has_ended(pid: int, proc: Path = PROC) -> bool:
         return True
     except PermissionError:  # It belongs to another user.
         pass
-    if read_state(pid, proc)[0] not in ("Z", "X"):
+    if read_state(pid, proc)[0] not in process_stat.ENDED:
         return False
     try:  # The first thread of a process may end before the others.
         return os.listdir(proc / str(pid) / "task") == [str(pid)]
@@ -169,9 +171,8 @@ def read_state(pid: int, proc: Path = PROC) -> tuple[str | None, int | None]:
     Both are None where that is unknown.
     """
     try:
-        text = (proc / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
-        fields = text.rpartition(")")[2].split()  # The name of the command, in brackets, may hold brackets and spaces.
-        return fields[0], int(fields[19])
+        fields = process_stat.read_fields(proc / str(pid))
+        return fields[process_stat.STATE], int(fields[process_stat.STARTED])
     except (OSError, IndexError, ValueError):
         return None, None
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from devguard.ownership.resolve import LAUNCHERS
+from devguard.support import process_stat
 
 __all__ = ["Claim", "claim", "describe_clash", "folder", "is_enabled", "others", "release"]
 
@@ -165,11 +166,10 @@ def _make_claim(index: int) -> Claim:
 def _start_time(pid: int) -> int | None:
     """Return the start time of a living process, None if there is no such process; 0 if the system has no ``/proc``."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            state, *rest = file.read().rpartition(b")")[2].split()
+        found = process_stat.read_fields(Path("/proc", str(pid)))
     except (FileNotFoundError, ProcessLookupError):
         return None if os.path.exists("/proc/self/stat") else 0
-    return None if state in (b"Z", b"X") else int(rest[18])
+    return None if found[process_stat.STATE] in process_stat.ENDED else int(found[process_stat.STARTED])
 
 
 def _update(uuid: str, new: Claim | None, *, keep: bool = False) -> list[Claim]:
