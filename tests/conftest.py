@@ -14,8 +14,11 @@ from tests.helpers import simulated
 
 pytest_plugins = ["pytester"]
 
+# No example has a time limit: what a busy machine delays is not wrong.
+hypothesis.settings.register_profile("untimed", deadline=None)
 # `pytest --hypothesis-profile=long` for a run by hand.
 hypothesis.settings.register_profile("long", max_examples=10_000, deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 if TYPE_CHECKING:
     from tests.helpers.fakecuda import FakeCuda

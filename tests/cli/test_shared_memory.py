@@ -193,7 +193,7 @@ def test_a_folder_that_cannot_be_read_is_named(
     assert run(capsys, *STATED)[0] == 1
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(HOSTILE), unique=True))
 def test_names_change_no_terminal(folder: Path, capsys: pytest.CaptureFixture[str], names: list[str]) -> None:
     for name in names:

@@ -307,5 +307,5 @@ class Scopes(RuleBasedStateMachine):
 
 
 TestScopes = Scopes.TestCase
-TestScopes.settings = settings(deadline=None, suppress_health_check=list(HealthCheck), stateful_step_count=30)
+TestScopes.settings = settings(suppress_health_check=list(HealthCheck), stateful_step_count=30)
 TestScopes = pytest.mark.usefixtures("clean")(TestScopes)

@@ -19,7 +19,7 @@ from tests.helpers.fakecuda import FakeCuda
 
 pytestmark = pytest.mark.usefixtures("clean")
 
-FEW = settings(max_examples=60, deadline=None)
+FEW = settings(max_examples=60)
 
 DEVICES = st.sampled_from(["cpu", "cuda:0", "cuda:1", "cuda:2", None])  # None: unguarded
 

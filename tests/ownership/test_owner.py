@@ -101,7 +101,7 @@ def test_owned_lists_each_device_that_was_an_owner() -> None:
         assert devguard.status()["owned"] == ["cpu", "cuda:2"]
 
 
-FEW = settings(max_examples=60, deadline=None)
+FEW = settings(max_examples=60)
 
 
 @FEW

@@ -222,7 +222,7 @@ def test_the_list_includes_the_argument_and_resolve() -> None:
         pass
 
 
-FEW = settings(max_examples=60, deadline=None)
+FEW = settings(max_examples=60)
 
 
 @FEW

@@ -276,7 +276,7 @@ FORMS = st.sampled_from(
 NAMES = st.one_of(ANY, st.builds(str.format, FORMS, PIDS))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(NAMES, max_size=8, unique=True))
 def test_whatever_the_names_only_those_with_the_pid_of_an_ended_process_go(given_names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as base:

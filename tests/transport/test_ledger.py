@@ -240,7 +240,7 @@ class Books(RuleBasedStateMachine):
         assert not self.ledger.segments
 
 
-QUICK = settings(max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=120, stateful_step_count=40, suppress_health_check=list(HealthCheck))
 MANY = settings(QUICK, max_examples=3000, database=None, derandomize=True, phases=[Phase.generate])
 Books.TestCase.settings = QUICK
 TestBooks = Books.TestCase

@@ -53,14 +53,14 @@ def bits(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(tensor=tensors(), in_place=st.booleans())
 def test_a_tensor_comes_out_equal(tensor: torch.Tensor, in_place: bool) -> None:
     tensor = tensor.detach()
     assert same(tensor, through(tensor, IN_PLACE if in_place else COPY))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(data=st.data(), in_place=st.booleans())
 def test_tensors_that_overlap_share_memory_afterwards(data: Any, in_place: bool) -> None:
     base = torch.arange(24, dtype=torch.int16).view(4, 6)

@@ -12,7 +12,7 @@ from devguard import guard, remap
 from tests.helpers import tensors
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.sampled_from(tensors.ZIP_DTYPES), st.integers(1, 6), st.integers(0, 3), st.data())
 def test_inside_remap_frombuffer_returns_a_copy_on_the_owner_with_equal_values(dtype, numel, skip, data):
     size = torch.empty(0, dtype=dtype).element_size()

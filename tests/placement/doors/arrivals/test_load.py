@@ -150,7 +150,7 @@ class TestExplicitMapLocation:
 
 
 class TestWhatIsKept:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(tensors.containers())
     def test_unpickling_keeps_everything_but_the_device(self, case):
         devguard.uninstall()
@@ -161,7 +161,7 @@ class TestWhatIsKept:
             got = pickle.loads(data)
         assert tensors.describe(got) == unguarded.replace("cuda:0", "cuda:1")
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.sampled_from(EXPLICIT_WAYS), st.data())
     def test_torch_load_keeps_everything_but_the_device(self, tmp_path_factory, how, data):
         dtypes = tensors.DTYPES if how == "legacy" else tensors.ZIP_DTYPES
