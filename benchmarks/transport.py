@@ -113,7 +113,7 @@ class Exchange:
             sender.close()
 
 
-def large(sizes: Sequence[int] = SIZES, readers: Sequence[int] = READERS, seconds: float = 20.0) -> list[Row]:
+def large(sizes: Sequence[int] = SIZES, readers: Sequence[int] = READERS, seconds: float = 10.0) -> list[Row]:
     """Compare all ways, for each size, number of readers and end state."""
     rows, faults = [], []
     for count in readers:

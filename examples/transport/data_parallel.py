@@ -10,44 +10,32 @@ import sys
 import devguard
 from devguard import transport
 
-WORKERS = 2
+
+def router(requests, workers):
+    for number, handle in enumerate(iter(requests.get, None)):
+        workers[number % len(workers)].put(handle)
+    print("router: torch imported:", "torch" in sys.modules)
 
 
-def router(inbox, workers, answers):
-    """Pass each handle to the next worker."""
-    sizes = []
-    for number, handle in enumerate(iter(inbox.get, None)):
-        workers[number % WORKERS].put(handle)
-        sizes.append(handle.nbytes >> 20)
-    answers.put(f"router: passed on {sizes} MiB, torch imported: {'torch' in sys.modules}")
-
-
-def worker(device, inbox, answers):
-    """Read two requests, each of which has one reader."""
+def worker(index, device, requests):
     with devguard.guard(device):
-        found = [inbox.get().get() for _ in range(2)]
-        answers.put(", ".join(f"{int(audio[0].cpu())} on {audio.device}" for audio in found))
-
-
-def main():
-    """Put four requests, and send their handles to the router."""
-    spawn = multiprocessing.get_context("spawn")
-    inbox, *inboxes = (spawn.SimpleQueue() for _ in range(1 + WORKERS))
-    routed, *answers = (spawn.SimpleQueue() for _ in range(1 + WORKERS))
-    spawn.Process(target=router, args=(inbox, inboxes, routed)).start()
-    import torch
-
-    devices = [f"cuda:{index}" if torch.cuda.device_count() >= WORKERS else "cpu" for index in range(WORKERS)]
-    with devguard.guard(devices[0]), transport.Arena("cpu", budget="16MiB") as arena:
-        for number in range(4):
-            inbox.put(arena.put(torch.full((1 << 18,), float(number)).to(devices[0])))
-        inbox.put(None)
-        print(routed.get())
-        for index, device in enumerate(devices):
-            spawn.Process(target=worker, args=(device, inboxes[index], answers[index])).start()
-        for index in range(WORKERS):
-            print(f"worker {index}: {answers[index].get()}")
+        for audio in (requests.get().get() for _ in range(2)):
+            print(f"worker {index}: request {int(audio[0])} on {audio.device}")
 
 
 if __name__ == "__main__":
-    main()
+    spawn = multiprocessing.get_context("spawn")
+    requests, *workers = (spawn.SimpleQueue() for _ in range(3))
+    processes = [spawn.Process(target=router, args=(requests, workers))]
+    import torch
+
+    devices = ["cuda:0", "cuda:1"] if torch.cuda.is_available() else ["cpu", "cpu"]
+    processes += [spawn.Process(target=worker, args=(i, devices[i], workers[i])) for i in range(2)]
+    with devguard.guard(devices[0]), transport.Arena("cpu", budget="16MiB") as arena:
+        for process in processes:
+            process.start()
+        for number in range(4):
+            requests.put(arena.put(torch.full((1 << 18,), float(number), device=devices[0])))
+        requests.put(None)
+        for process in processes:
+            process.join()

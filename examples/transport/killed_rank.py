@@ -3,58 +3,38 @@
 python examples/transport/killed_rank.py    # no GPU needed
 """
 
-import multiprocessing
 import os
-import time
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 
 import torch
 
 from devguard import transport
 
-spawn = multiprocessing.get_context("spawn")
+
+def rank(address, name, handle, fails=False):
+    with transport.join(address, name=name), handle.view() as request:
+        if fails:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return f"{name} has read {int(request.sum())}"
 
 
-def rank(address, name, inbox, answers):
-    """Read one request, and stay inside until the second message."""
-    transport.join(address, name=name)
-    with inbox.get().view() as request:
-        answers.put(f"{name} reads")
-        inbox.get()
-        answers.put(f"{name} has read {int(request.sum())}")
-
-
-def start(address, name):
-    """Start a rank; return its process and its queues."""
-    inbox, answers = spawn.SimpleQueue(), spawn.SimpleQueue()
-    process = spawn.Process(target=rank, args=(address, name, inbox, answers))
-    process.start()
-    return process, inbox, answers
-
-
-def main():
-    """Kill rank 1, and send the request again to its successor. The sender's tensor is its own all the time."""
-    with transport.Arena("cpu", budget="16MiB") as arena:
-        request = torch.ones(1_000_000)
-        ranks = [start(arena.address, name) for name in ("tp0", "tp1")]
-        handle = arena.put(request, to=["tp0", "tp1"])
-        for _, inbox, answers in ranks:
-            inbox.put(handle)
-            print(answers.get())
-        ranks[0][1].put("finish")
-        print(ranks[0][2].get())
-        ranks[1][0].kill()
-        while arena.usage().in_use:
-            time.sleep(0.001)
-        print("tp1 is killed, and its lease has ended")
-        ranks[1] = start(arena.address, "tp1")
-        for message in (arena.put(request, to=["tp1"]), "finish"):
-            ranks[1][1].put(message)
-            print(ranks[1][2].get())
-    with open("/proc/self/maps") as maps:
-        left = [line for line in maps if "devguard-transport" in line]
-    left += [name for name in os.listdir("/dev/shm") if "devguard-transport" in name]
-    print("left in this process and in /dev/shm:", left)
+def start(*arguments):
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(rank, *arguments)
 
 
 if __name__ == "__main__":
-    main()
+    request = torch.ones(1_000_000)  # the sender's own, all the time
+    with transport.Arena("cpu", budget="6MiB") as arena:
+        handle = arena.put(request, to=["tp0", "tp1"])
+        print(start(arena.address, "tp0", handle).result())
+        try:
+            start(arena.address, "tp1", handle, True).result()
+        except BrokenProcessPool:
+            print("tp1 was killed")
+        again = arena.put(request, to=["tp1"])  # there is room: the death has ended the first lease
+        print("the new", start(arena.address, "tp1", again).result())
+    print("left in /dev/shm:", [name for name in os.listdir("/dev/shm") if "devguard" in name])

@@ -19,6 +19,11 @@ ON_GPUS = [path for path in EXAMPLES if "devguard sim" in path.read_text(encodin
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="transport needs Linux")
 
 
+def lines(output: str) -> list[str]:
+    """Return the lines sorted: several processes print them."""
+    return sorted(output.splitlines())
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_without_a_gpu(example: Path) -> None:
     done = subprocess.run(
@@ -30,13 +35,13 @@ def test_an_example_runs_without_a_gpu(example: Path) -> None:
         check=False,
     )
     assert done.stderr == ""
-    assert done.stdout == example.with_suffix(".out").read_text(encoding="utf-8")
+    assert lines(done.stdout) == lines(example.with_suffix(".out").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("example", ON_GPUS, ids=lambda path: path.stem)
 def test_an_example_runs_on_simulated_gpus(run_simulated: Callable[..., Any], example: Path) -> None:
     done = run_simulated(["-W", "error", example], gpus=4)
     assert done.stderr == ""
-    assert done.stdout == example.with_suffix(".gpus.out").read_text(encoding="utf-8")
+    assert lines(done.stdout) == lines(example.with_suffix(".gpus.out").read_text(encoding="utf-8"))
     held = [[device.index for device in process.devices if device.context] for process in done.state]
     assert all(len(devices) <= 1 for devices in held)  # each process is on its own GPU only
