@@ -23,7 +23,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "folder", metavar="DIR", type=Path, help="the folder given to DEVGUARD_LOG or devguard run --log"
     )
     parser.add_argument("--json", action="store_true", help="print the merged records as JSON on standard output")
-    parser.add_argument("--processes", action="store_true", help="also list the processes, with owner and contexts")
+    parser.add_argument(
+        "--processes",
+        action="store_true",
+        help="list all processes, with owner, contexts and end; by default, those that were killed or crashed",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -39,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     processes, merged, damaged = log_reader.read(arguments.folder)
     if arguments.json:
         found = {
-            "processes": [vars(process) for process in processes],
+            "processes": [process.as_dict() for process in processes],
             "strays": [site.as_dict() for site in merged],
             "damaged": damaged,
         }
@@ -52,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _show(processes: list[Process], merged: list[Merged], *, list_processes: bool) -> None:
+    from devguard.reporting import process_end
+
     count, nbytes = sum(site.count for site in merged), sum(site.bytes for site in merged)
     show(f"{len(processes)} process(es), {count} stray(s) at {len(merged)} call site(s), {format_size(nbytes)}")
     for process in processes:
@@ -69,15 +75,15 @@ def _show(processes: list[Process], merged: list[Merged], *, list_processes: boo
         show(f"{'':10}  in pid {_list(site.processes)}")
     if any(not site.file and site.door in CONTEXT_DOORS for site in merged):
         show("\nA context has no line. To see the call that opens it, use devguard run --trace-contexts.")
-    if list_processes:
+    listed = processes if list_processes else [process for process in processes if process_end.has_died(process)]
+    if listed:
         show()
-        for process in processes:
+        for process in listed:
             rank = f", rank {process.rank}" if process.rank else ""
             owner = process.owner or "no known device"
             contexts = _list(process.contexts) or "none"
-            end = "" if process.ended else " (still running, or killed: as it last wrote)"
             transport = f", transport {process.transport}" if process.transport else ""
-            found = f"owned {owner}, contexts {contexts}{transport}{end}"
+            found = f"{process_end.describe(process)}; owned {owner}, contexts {contexts}{transport}"
             show(printable(f"pid {process.pid} on {process.host}{rank}: {found}"))
             show("    " + cut(printable(process.command), width() - 4))
 

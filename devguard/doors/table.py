@@ -22,6 +22,7 @@ from devguard.errors import ConfigError
 from devguard.modes import MODES, DoorMode, is_killed
 from devguard.ownership import in_force
 from devguard.ownership.process import process
+from devguard.reporting import child_ends
 from devguard.reporting.journal import journal
 from devguard.support import callsite, log_folder
 from devguard.support.callsite import Origin
@@ -172,6 +173,7 @@ def close_all() -> list[str]:
     with opening:
         if journal.log is not None:
             journal.log.stop()
+        left_over += child_ends.unwatch()
         in_force.close_doors(True)
         _stage.dirty, _stage.complete = True, False
         while _open:

@@ -3,7 +3,7 @@
 Each process writes its own file. The first line names the process. A line for its state, with its owner and contexts,
 follows whenever they have changed, and one for each call site that strayed. Such a line ends with its counts, which
 each stray overwrites in place, so a killed process lacks only what changed after the last event that devguard sees. The
-last line is the state at the end. Each line is one write.
+last line is the state at the end; lines for children that failed (child_ends.py) may follow. Each line is one write.
 If the file cannot be written, devguard says so once and the program goes on. ``devguard log DIR`` reads the files
 (log_reader.py).
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +22,11 @@ from devguard.ownership.owner import Owner
 from devguard.ownership.prepare import on_prepared
 from devguard.ownership.process import on_owner
 from devguard.ownership.stack import on_taken
-from devguard.reporting import process_state
+from devguard.reporting import child_ends, process_state
 from devguard.reporting.journal import journal
 from devguard.reporting.rows import Key, Row, format_row
 from devguard.support import notices, process_exit
-from devguard.support.process_file import SUFFIX, ProcessFile, encode, open_in
+from devguard.support.process_file import SUFFIX, ProcessFile, encode, has_file, open_in
 
 __all__ = ["start", "SUFFIX"]
 
@@ -76,6 +77,7 @@ class _Log:
             self.write_alert(text)
         notices.on_alert(self.write_alert)
         process_exit.register(self.stop)
+        child_ends.watch(self.write_child)
 
     def restart(self) -> None:
         """Forget the rows, after the journal was cleared. In a forked child, start a new file."""
@@ -165,6 +167,12 @@ class _Log:
             except Exception as error:  # noqa: BLE001 - a log must not stop the program
                 self._give_up(error)
 
+    def write_child(self, pid: int, code: int) -> None:
+        """Write how a child with a log in this folder ended, also after the last line; a signal is negative."""
+        if self._file is not None and self._pid == os.getpid() and has_file(self.folder, pid):
+            end = {"code": code} if code > 0 else {"signal": _name_signal(-code)}
+            self._file.write(encode({"child": {"pid": pid, **end}, "time": time.time()}))
+
     def _write(self, line: dict[str, Any] | bytes | None) -> int | None:
         """Write a line, and return its offset if that is known; None only creates the file, if there is none yet."""
         if self._broken:
@@ -206,6 +214,13 @@ class _Log:
             if self._file is not None:
                 self._file.close()
             self._broken = True
+
+
+def _name_signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 _logs: dict[Path, _Log] = {}  # one file a process and folder, also where the doors open and close many times

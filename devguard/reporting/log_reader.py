@@ -5,13 +5,16 @@ Nothing that a file holds is taken on trust: a line with a value of another type
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from devguard.errors import ConfigError
+from devguard.reporting import process_end
 from devguard.reporting.log_file import SUFFIX
 from devguard.reporting.log_lines import Damage, list_files, read_objects
+from devguard.reporting.process_end import ChildEnd, End
 
 __all__ = ["Merged", "Process", "read"]
 
@@ -40,6 +43,14 @@ class Process:
         Why devguard does not guard the process, or not as the program asked.
     ended : bool
         Whether the process ended in an orderly way. False for a process that is still running.
+    time : float
+        When the process began its log, in seconds since the epoch.
+    started, pid_space : int, str
+        What tells the process from others with its pid; see process_identity.py.
+    children : list of ChildEnd
+        Its children that failed.
+    end, signal, code : str, str or None, int or None
+        How the process ended; see process_end.py, which also puts it in words.
     """
 
     file: str
@@ -52,6 +63,17 @@ class Process:
     transport: str | None = None
     alerts: list[str] = field(default_factory=list)
     ended: bool = False
+    time: float = 0.0
+    started: int = 0
+    pid_space: str = ""
+    children: list[ChildEnd] = field(default_factory=list)
+    end: End = "unknown"
+    signal: str | None = None
+    code: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record as plain data, fit for JSON."""
+        return asdict(self)
 
 
 @dataclass
@@ -138,6 +160,7 @@ def read(folder: Path) -> tuple[list[Process], list[Merged], list[str]]:
         for row in newest.values():
             sites.setdefault((row.door, row.action, row.file, row.line, row.function), []).append(row)
         damaged += damage.places()
+    process_end.settle(processes)
     merged = [_merge(rows) for rows in sites.values()]
     return processes, sorted(merged, key=lambda site: (-site.bytes, -site.count)), damaged
 
@@ -148,6 +171,8 @@ def _read_line(line: dict[str, Any], process: Process, newest: dict[int, Merged]
         first = line["process"]
         pid, host, command = _number(first["pid"]), _text(first["host"]), _text(first["command"])
         process.rank = _text_or_none(first.get("RANK"))
+        process.time = _seconds(first.get("time", 0.0))
+        process.started, process.pid_space = _number(first.get("started", 0)), _text(first.get("pid_space", ""))
         process.pid, process.host, process.command = pid, host, command
     elif "end" in line or "state" in line:
         state = line["end"] if "end" in line else line["state"]
@@ -158,10 +183,17 @@ def _read_line(line: dict[str, Any], process: Process, newest: dict[int, Merged]
         process.ended = "end" in line
     elif "resumed" in line:  # the process had uninstalled devguard, and opened the doors again
         process.ended = False
+    elif "child" in line:
+        process.children.append(_child_end(line["child"], _seconds(line["time"])))
     elif "alert" in line:
         process.alerts.append(_text(line["alert"]))
     elif "stray" in line:
         newest[_number(line["stray"])] = _call_site(line)
+
+
+def _child_end(child: dict[str, Any], time: float) -> ChildEnd:
+    signal, code = _text_or_none(child.get("signal")), child.get("code")
+    return ChildEnd(_number(child["pid"]), signal, None if code is None else _number(code), time)
 
 
 def _call_site(row: dict[str, Any]) -> Merged:
@@ -188,6 +220,12 @@ def _number(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 64:
         raise TypeError("not a number of devguard")
     return value
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError("not a time of devguard")
+    return float(value)
 
 
 def _text(value: Any) -> str:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from devguard._version import __version__
+from devguard.support import process_identity
 from devguard.support.append_file import AppendFile
 from devguard.support.redaction import redact_command
 
-__all__ = ["encode", "open_in", "ProcessFile", "SUFFIX"]
+__all__ = ["encode", "has_file", "open_in", "ProcessFile", "SUFFIX"]
 
 SUFFIX = ".jsonl"
 
@@ -34,7 +35,7 @@ class ProcessFile(AppendFile):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder / f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}{SUFFIX}")
+        super().__init__(folder / f"{_begin_name(os.getpid())}{time.time_ns()}{SUFFIX}")
         self._alerts: set[str] = set()
         self.write(encode({"process": _describe()}))
 
@@ -56,15 +57,27 @@ def open_in(folder: Path) -> ProcessFile:
     return _files[key]
 
 
+def has_file(folder: Path, pid: int) -> bool:
+    """Return whether a process of this machine with that pid has made a file in `folder`."""
+    with os.scandir(folder) as entries:
+        return any(entry.name.startswith(_begin_name(pid)) for entry in entries)
+
+
 def encode(line: dict[str, Any]) -> bytes:
     """Return a line of JSON."""
     return (json.dumps(line, default=str) + "\n").encode()
 
 
+def _begin_name(pid: int) -> str:
+    return f"{socket.gethostname()}-{pid}-"
+
+
 def _describe() -> dict[str, Any]:
-    process = {"pid": os.getpid(), "parent": os.getppid(), "host": socket.gethostname(), "command": _command()}
+    pid = os.getpid()
+    process = {"pid": pid, "parent": os.getppid(), "host": socket.gethostname(), "command": _command()}
+    identity = {"started": process_identity.started(pid), "pid_space": process_identity.pid_space()}
     ranks = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK") if name in os.environ}
-    return {**process, **ranks, "time": time.time(), "devguard": __version__}
+    return {**process, **identity, **ranks, "time": time.time(), "devguard": __version__}
 
 
 def _command() -> str:

@@ -67,7 +67,7 @@ def test_a_long_list_of_processes_is_shortened(tmp_path: Path, capsys: pytest.Ca
 
 def test_the_processes_are_listed_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_log(tmp_path, 7)
-    assert "pid 7 on node7: owned cuda:1, contexts cuda:1\n    serve" in shown(capsys, tmp_path, "--processes")
+    assert "pid 7 on node7: ended; owned cuda:1, contexts cuda:1\n    serve" in shown(capsys, tmp_path, "--processes")
 
 
 def test_a_transport_is_listed_with_its_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +76,23 @@ def test_a_transport_is_listed_with_its_process(tmp_path: Path, capsys: pytest.C
         state = {"process_owner": "cuda:1", "owned": ["cuda:1"], "contexts": [], "transport": "host"}
         file.write(json.dumps({"end": state}) + "\n")
     assert "owned cuda:1, contexts none, transport host\n" in shown(capsys, tmp_path, "--processes")
+
+
+def test_processes_that_died_are_listed_in_any_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_log(tmp_path, 7)
+    for pid in (8, 9):
+        write_log(tmp_path, pid)
+        text = (tmp_path / f"{pid}.jsonl").read_text().replace('{"end": {', '{"state": {')
+        (tmp_path / f"{pid}.jsonl").write_text(text)
+    child = {"child": {"pid": 8, "signal": "SIGKILL"}, "time": 1.5}
+    with (tmp_path / "7.jsonl").open("a") as file:
+        file.write(json.dumps(child) + "\n")
+    out = shown(capsys, tmp_path)
+    assert "\npid 8 on node7: killed by SIGKILL; owned cuda:1, contexts cuda:1\n    serve\n" in out
+    assert "pid 7 on" not in out
+    assert "pid 9 on" not in out  # Nothing tells whether it still runs.
+    (_, killed, _) = json.loads(shown(capsys, tmp_path, "--json"))["processes"]
+    assert (killed["ended"], killed["end"], killed["signal"], killed["code"]) == (False, "killed", "SIGKILL", None)
 
 
 def test_json_holds_the_processes_and_the_strays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,7 +69,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     ]
     assert [process["ended"] for process in found["processes"]] == [False]
     assert cli.main(["log", str(tmp_path), "--processes"]) == 0
-    assert "still running, or killed" in capsys.readouterr().out
+    assert "killed or crashed (no last line)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(-9 % 256)", "os.abort()"])
@@ -244,7 +244,7 @@ def test_a_process_that_ends_without_warning_has_its_owner_in_the_log(
     (process,), _, damaged = log_reader.read(tmp_path)
     assert (process.owner, process.ended, damaged) == ("cpu", False, [])
     assert cli.main(["log", str(tmp_path), "--processes"]) == 0
-    assert "owned cpu, contexts none (still running, or killed" in capsys.readouterr().out
+    assert "killed or crashed (no last line); owned cpu, contexts none\n" in capsys.readouterr().out
 
 
 def test_a_forked_worker_that_is_killed_has_its_owner_in_the_log(tmp_path: Path) -> None:
@@ -293,3 +293,43 @@ stray(3)
     (process,), merged, damaged = log_reader.read(tmp_path / "logs")
     assert ([site.bytes for site in merged], process.ended, damaged) == ([3, 2, 1], True, [])
     assert not own.exists() or own.read_bytes() == b""
+
+
+CHILD = """
+import devguard, os, sys
+devguard.install("repair", "cpu")
+devguard.status()
+END
+"""
+PARENTS = {
+    "subprocess": """
+import subprocess
+done = subprocess.run([sys.executable, "-c", CHILD, sys.argv[1]])
+""",
+    "multiprocessing": """
+import multiprocessing
+child = multiprocessing.get_context("fork").Process(target=lambda: exec(CHILD))
+child.start()
+child.join()
+""",
+    "at the end": """
+import atexit, multiprocessing
+child = multiprocessing.get_context("fork").Process(target=lambda: exec(CHILD))
+atexit.register(child.join)
+import devguard.doors.concurrency.children
+child.start()
+""",
+}
+
+
+@pytest.mark.parametrize("parent", PARENTS)
+def test_the_log_of_a_guarded_parent_tells_how_a_child_was_killed(
+    parent: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    child = CHILD.replace("END", "os.kill(os.getpid(), 9)")
+    code = f"os.environ.update(DEVGUARD_LOG=sys.argv[1])\nCHILD = {child!r}\ndevguard.install('repair', 'cpu')\n"
+    run(code + PARENTS[parent], tmp_path)
+    assert cli.main(["log", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(": killed by SIGKILL; owned cpu, contexts none\n") == 1
+    assert sorted(process["end"] for process in log(capsys, tmp_path)["processes"]) == ["ended", "killed"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import subprocess
 import threading
 import warnings
 from collections.abc import Iterator
@@ -304,3 +305,37 @@ def test_contexts_that_no_door_sees_are_written_after_a_collection(
     assert journal.log is not None
     journal.log.stop()
     assert not [callback for callback in gc.callbacks if "log_file" in getattr(callback, "__module__", "")]
+
+
+def test_a_child_that_failed_has_a_line_if_it_has_a_log_there_also_after_the_end(tmp_path: Path) -> None:
+    from devguard.support import process_file
+
+    log_file.start(tmp_path, last_look=lambda when: None)
+    (own,) = tmp_path.iterdir()
+    name = own.name.replace(f"-{os.getpid()}-", "-{}-")
+    for pid in (7, 71):
+        (tmp_path / name.format(pid)).write_text("")
+    log = journal.log
+    assert isinstance(log, log_file._Log)
+    log.write_child(7, -9)
+    log.write_child(9, -9)  # a program without a guard
+    log.stop()
+    log.write_child(71, 3)
+    log.write_child(7, -40)
+    found = [line["child"] for line in map(json.loads, own.read_text().splitlines()) if "child" in line]
+    assert found == [{"pid": 7, "signal": "SIGKILL"}, {"pid": 71, "code": 3}, {"pid": 7, "signal": "signal 40"}]
+    assert process_file.has_file(tmp_path, 7)
+    assert not process_file.has_file(tmp_path, 1)
+
+
+def test_uninstall_puts_back_what_watches_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = subprocess.Popen._handle_exitstatus  # type: ignore[attr-defined]
+    monkeypatch.setenv("DEVGUARD_LOG", str(tmp_path))
+    for _ in range(2):
+        devguard.install("repair", "cpu")
+        assert subprocess.Popen._handle_exitstatus is not before  # type: ignore[attr-defined]
+        assert devguard.uninstall() == []
+        assert subprocess.Popen._handle_exitstatus is before  # type: ignore[attr-defined]
+    monkeypatch.delenv("DEVGUARD_LOG")
+    devguard.install("repair", "cpu")
+    assert subprocess.Popen._handle_exitstatus is before  # type: ignore[attr-defined]

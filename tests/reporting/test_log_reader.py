@@ -71,6 +71,22 @@ def test_a_process_without_a_last_line_has_not_ended(tmp_path: Path) -> None:
     assert (running.host, running.command, running.rank) == ("node7", "serve", "3")
 
 
+def test_a_line_for_a_child_names_the_end_of_that_process(tmp_path: Path) -> None:
+    write(tmp_path, 1, {"child": {"pid": 2, "signal": "SIGKILL"}, "time": 5.0}, {"child": {"pid": 3, "code": 1}})
+    write(tmp_path, 2)
+    (parent, child), _, damaged = log_reader.read(tmp_path)
+    assert (child.end, child.signal, child.code) == ("killed", "SIGKILL", None)
+    assert [each.pid for each in parent.children] == [2]
+    assert damaged == ["1.jsonl:3"]
+
+
+@pytest.mark.parametrize("time", ["1e999", "true", '"5"', "null"])
+def test_a_time_that_is_none_is_damage(tmp_path: Path, time: str) -> None:
+    write(tmp_path, 1, '{"child": {"pid": 2, "code": 1}, "time": ' + time + "}")
+    (parent,), _, damaged = log_reader.read(tmp_path)
+    assert (parent.children, damaged) == ([], ["1.jsonl:2"])
+
+
 def test_the_transport_is_that_of_the_last_state(tmp_path: Path) -> None:
     state = {"process_owner": None, "owned": [], "contexts": []}
     write(tmp_path, 1, {"state": state}, {"state": state | {"transport": "host"}})
@@ -97,7 +113,8 @@ def test_a_folder_without_logs_is_an_error(tmp_path: Path) -> None:
 
 JUNK = (None, True, -1, 1.5, 1 << 64, "", "x", [], [1], {}, {"a": 1}, [[]], "9" * 30)
 FIELDS = {
-    "process": ("pid", "host", "command", "RANK"),
+    "process": ("pid", "host", "command", "RANK", "time", "started", "pid_space"),
+    "child": ("pid", "signal", "code"),
     "end": ("process_owner", "owned", "contexts"),
     "": ("stray", "door", "action", "source", "target", "count", "bytes", "pid", "site", "via", "note"),
     "site": ("file", "line", "function"),
@@ -109,17 +126,19 @@ FIELDS = {
 def test_a_value_of_a_wrong_type_is_damage_and_no_error(tmp_path: Path, part: str, name: str, junk: Any) -> None:
     lines: dict[str, Any] = {
         "process": {"process": {"pid": 1, "host": "node7", "command": "serve", "RANK": "3"}},
+        "child": {"child": {"pid": 2, "signal": "SIGKILL"}, "time": 1.0},
         "end": {"end": {"process_owner": None, "owned": ["cuda:1"], "contexts": []}},
         "": row(0),
     }
     lines["site"] = lines[""]
     changed = lines[part] if not part else lines[part][part]
     changed[name] = junk
-    text = "".join(json.dumps(lines[each]) + "\n" for each in ("process", "", "end"))
+    text = "".join(json.dumps(lines[each]) + "\n" for each in ("process", "child", "", "end"))
     (tmp_path / "1.jsonl").write_text(text)
     processes, sites, _ = log_reader.read(tmp_path)
     assert all(isinstance(process.pid, int) and isinstance(process.command, str) for process in processes)
     assert all(isinstance(each, str) for process in processes for each in process.contexts)
+    assert all(isinstance(process.time, float) and isinstance(process.end, str) for process in processes)
     assert all(isinstance(site.count, int) and isinstance(site.file, str) for site in sites)
 
 
