@@ -6,6 +6,7 @@ Nothing that a file holds is taken on trust: a line with a value of another type
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,10 @@ class Merged:
         Over all processes.
     devices : list of str
         ``"cuda:0 -> cuda:1"``, each once.
-    processes : list of int
-        The pids.
+    owners : list of str
+        The owners, each once; empty for a log that does not name them.
+    processes, ranks : list of int, list of str
+        The pids, and the launcher's ranks of those that have one.
     via, note : str or None
         Of the first one.
     """
@@ -106,7 +109,9 @@ class Merged:
     count: int = 0
     bytes: int = 0
     devices: list[str] = field(default_factory=list)
+    owners: list[str] = field(default_factory=list)
     processes: list[int] = field(default_factory=list)
+    ranks: list[str] = field(default_factory=list)
     via: str | None = None
     note: str | None = None
 
@@ -115,18 +120,22 @@ class Merged:
         return asdict(self)
 
 
-def read(folder: Path) -> tuple[list[Process], list[Merged], list[str]]:
+def read(
+    folder: Path, is_selected: Callable[[Process], bool] = lambda process: True
+) -> tuple[list[Process], list[Merged], list[str]]:
     """Read every journal in a folder.
 
     Parameters
     ----------
     folder : Path
         The folder that ``DEVGUARD_LOG`` named.
+    is_selected : callable
+        ``is_selected(process)`` returns whether the strays of a process are merged.
 
     Returns
     -------
     processes : list of Process
-        The processes that wrote a file.
+        The processes that wrote a file, also those that are not selected.
     merged : list of Merged
         One for each call site, door and action; most bytes first, then the highest count.
     damaged : list of str
@@ -157,7 +166,7 @@ def read(folder: Path) -> tuple[list[Process], list[Merged], list[str]]:
                 damage.add(number)
         if process.pid or newest:
             processes.append(process)
-        for row in newest.values():
+        for row in newest.values() if is_selected(process) else ():
             sites.setdefault((row.door, row.action, row.file, row.line, row.function), []).append(row)
         damaged += damage.places()
     process_end.settle(processes)
@@ -209,7 +218,9 @@ def _call_site(row: dict[str, Any]) -> Merged:
         count=_number(row["count"]),
         bytes=_number(row["bytes"]),
         devices=[source if source == target else f"{source} -> {target}"],
+        owners=_present(row.get("owner")),
         processes=[_number(row["pid"])],
+        ranks=_present(row.get("rank")),
         via=_text_or_none(row["via"]),
         note=_text_or_none(row["note"]),
     )
@@ -238,6 +249,11 @@ def _text_or_none(value: Any) -> str | None:
     return None if value is None else _text(value)
 
 
+def _present(value: Any) -> list[str]:
+    """Return a text as a list; an empty one for None."""
+    return [] if value is None else [_text(value)]
+
+
 def _texts(value: Any) -> list[str]:
     if not isinstance(value, list):
         raise TypeError("not a list")
@@ -249,5 +265,7 @@ def _merge(rows: list[Merged]) -> Merged:
     merged = rows[0]
     merged.count, merged.bytes = sum(row.count for row in rows), sum(row.bytes for row in rows)
     merged.devices = list(dict.fromkeys(devices for row in rows for devices in row.devices))
+    merged.owners = list(dict.fromkeys(owner for row in rows for owner in row.owners))
     merged.processes = list(dict.fromkeys(pid for row in rows for pid in row.processes))
+    merged.ranks = list(dict.fromkeys(rank for row in rows for rank in row.ranks))
     return merged

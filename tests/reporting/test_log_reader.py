@@ -55,6 +55,16 @@ def test_the_rows_of_one_call_site_are_merged_over_all_processes(tmp_path: Path)
     assert damaged == []
 
 
+def test_owners_and_ranks_are_merged_and_a_process_can_be_left_out(tmp_path: Path) -> None:
+    write(tmp_path, 1, row(0, pid=1, owner="cuda:1", rank="1"), row(1, pid=1, owner="cpu", rank=None))
+    write(tmp_path, 2, row(0, pid=2, count=3, owner="cuda:2", rank="2"))
+    _, (site,), _ = log_reader.read(tmp_path)
+    assert (site.owners, site.ranks, site.count) == (["cuda:1", "cpu", "cuda:2"], ["1", "2"], 5)
+    processes, (site,), _ = log_reader.read(tmp_path, lambda process: process.pid == 2)
+    assert (site.owners, site.ranks, site.count) == (["cuda:2"], ["2"], 3)
+    assert [process.pid for process in processes] == [1, 2]
+
+
 def test_a_stray_that_was_left_alone_names_one_device(tmp_path: Path) -> None:
     write(tmp_path, 1, row(0, action="observed", target="cuda:0", site=None))
     _, (site,), _ = log_reader.read(tmp_path)
@@ -116,7 +126,21 @@ FIELDS = {
     "process": ("pid", "host", "command", "RANK", "time", "started", "pid_space"),
     "child": ("pid", "signal", "code"),
     "end": ("process_owner", "owned", "contexts"),
-    "": ("stray", "door", "action", "source", "target", "count", "bytes", "pid", "site", "via", "note"),
+    "": (
+        "stray",
+        "door",
+        "action",
+        "source",
+        "target",
+        "count",
+        "bytes",
+        "pid",
+        "site",
+        "via",
+        "note",
+        "owner",
+        "rank",
+    ),
     "site": ("file", "line", "function"),
 }
 
