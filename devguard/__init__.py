@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from devguard.guards.remap import remap
     from devguard.guards.unguarded import unguarded
     from devguard.reporting.allowlist import allow
+    from devguard.reporting.announcements import on_stray
     from devguard.reporting.stray import Stray
     from devguard.support.callsite import Site
 
@@ -47,6 +48,7 @@ __all__ = [
     "guard",
     "install",
     "no_strays",
+    "on_stray",
     "owner",
     "remap",
     "SimulationError",
@@ -77,6 +79,7 @@ _HOMES = {
         "errors",
     ),
     "allow": "reporting.allowlist",
+    "on_stray": "reporting.announcements",
     "Site": "support.callsite",
     "Stray": "reporting.stray",
 }

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 from devguard.ownership.process import process
 from devguard.ownership.stack import local, site_of_work
+from devguard.reporting import announcements
 from devguard.reporting.rows import Key, Row, Tally, format_row
 from devguard.reporting.stray import Action, Occurrence, Stray
 from devguard.support import callsite, forks
@@ -149,6 +150,8 @@ class Journal:
             row = self._rows[key] = Row(key, occurrence, site, via)
             if self.log is not None:
                 self.log.note(key, row)
+        # Still locked for a finalizer that strays while this thread holds the lock.
+        announcements.announce(row, nbytes, is_locked=self._lock._is_owned())
         return site, row, True
 
     def grow(self, row: Row, nbytes: int) -> None:

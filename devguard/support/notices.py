@@ -11,10 +11,22 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["alert", "alerts", "Failures", "flush", "log", "on_alert", "print_error", "stop_on_alert", "warn_user"]
+__all__ = [
+    "alert",
+    "alerts",
+    "Failures",
+    "flush",
+    "is_logged",
+    "log",
+    "log_at",
+    "on_alert",
+    "print_error",
+    "stop_on_alert",
+    "warn_user",
+]
 
 MAX_FAILURES = 16
 MAX_ALERTS = 256
@@ -48,7 +60,7 @@ def warn_user(
             warnings.warn_explicit(text, category, *at)
     except Exception:  # noqa: BLE001 - a filter that makes it an error, or the program's own `showwarning`
         line = text if at is None else f"{at[0]}:{at[1]}: {category.__name__}: {text}"
-        if not print_error(line) and _has_handlers():
+        if not print_error(line) and is_logged(WARNING):
             log(line, WARNING)
 
 
@@ -58,7 +70,7 @@ def alert(text: str) -> None:
         return
     _alerts[text] = None
     print_error(text)
-    if _has_handlers():
+    if is_logged(ERROR):
         log(text, ERROR)
     for listener in tuple(_listeners):
         with contextlib.suppress(Exception):
@@ -124,11 +136,34 @@ def log(text: str, level: int, logger: str = LOGGER) -> None:
         logging.getLogger(logger).log(level, "%s", text)
 
 
-def _has_handlers() -> bool:
-    """Return whether the program handles records of the logger; otherwise logging prints them on standard error."""
+def log_at(place: tuple[str, int, str], text: str, level: int, fields: Mapping[str, object]) -> None:
+    """Log a record as if code of the user had logged it; a handler that raises is ignored.
+
+    Parameters
+    ----------
+    place : tuple of str, int and str
+        The file, the line and the function to which the record belongs; empty where there are none.
+    text, level : str, int
+        The message, in which nothing is replaced, and its level.
+    fields : mapping of str to object
+        Attributes of the record, which handlers find as those of ``extra``.
+    """
+    with contextlib.suppress(Exception):
+        import logging
+
+        logger, (file, line, function) = logging.getLogger(LOGGER), place
+        logger.handle(logger.makeRecord(LOGGER, level, file, line, text, (), None, function, fields))
+
+
+def is_logged(level: int) -> bool:
+    """Return whether the program handles records of this level of the logger.
+
+    Where it does not, logging would print warnings and errors on standard error.
+    """
     logging: Any = sys.modules.get("logging")
     with contextlib.suppress(Exception):
-        return logging is not None and bool(logging.getLogger(LOGGER).hasHandlers())
+        logger = logging and logging.getLogger(LOGGER)
+        return bool(logger and logger.isEnabledFor(level) and logger.hasHandlers())
     return False
 
 

@@ -213,6 +213,36 @@ class TestAlerts:
         assert len(notices.alerts()) == notices.MAX_ALERTS
 
 
+class TestRecords:
+    """`log_at` and `is_logged`."""
+
+    def test_a_record_lies_where_it_belongs_and_has_the_fields(self, caplog: pytest.LogCaptureFixture) -> None:
+        notices.log_at(("program.py", 7, "work"), "100 %s", notices.WARNING, {"devguard_door": "load"})
+        (record,) = caplog.records
+        assert (record.name, record.pathname, record.lineno, record.funcName) == ("devguard", "program.py", 7, "work")
+        assert (record.getMessage(), record.levelname) == ("100 %s", "WARNING")
+        assert record.devguard_door == "load"  # type: ignore[attr-defined]
+
+    def test_a_field_that_would_overwrite_one_of_logging_loses_the_record_only(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        notices.log_at(("program.py", 7, "work"), "text", notices.WARNING, {"message": "other"})
+        assert caplog.records == []
+
+    def test_the_level_and_the_handlers_of_the_program_decide(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        logger = logging.getLogger("devguard")
+        monkeypatch.setattr(logger, "propagate", False)
+        assert not notices.is_logged(notices.ERROR)
+        monkeypatch.setattr(logger, "handlers", [logging.NullHandler()])
+        monkeypatch.setattr(logger, "level", logging.WARNING)
+        logger.manager._clear_cache()  # type: ignore[attr-defined]
+        assert [notices.is_logged(level) for level in (notices.ERROR, notices.WARNING, notices.INFO)] == [1, 1, 0]
+        monkeypatch.setattr(logger, "disabled", True)
+        assert not notices.is_logged(notices.ERROR)
+        monkeypatch.undo()
+        logger.manager._clear_cache()  # type: ignore[attr-defined]
+
+
 PROGRAM = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
