@@ -34,6 +34,8 @@ class Log(Protocol):
 
     def write_state(self) -> None: ...
 
+    def start_sampler(self) -> None: ...
+
     def restart(self) -> None: ...
 
     def stop(self) -> None: ...
@@ -237,6 +239,12 @@ class Journal:
         log = self.log
         if log is not None:
             log.write_state()
+
+    def note_first_use(self) -> None:
+        """Let the log, if there is one, sample the memory of this process, which is initialising CUDA."""
+        log = self.log
+        if log is not None:
+            log.start_sampler()
 
     def detach_log(self) -> None:
         """Write the counts that have grown, and pass no more rows to the log."""

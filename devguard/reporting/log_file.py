@@ -1,15 +1,16 @@
 """``DEVGUARD_LOG``: the journal of each process as a file of JSON lines in one folder.
 
 Each process writes its own file. The first line names the process. A line for its state, with its owner and contexts,
-follows whenever they have changed, and one for each call site that strayed. Such a line ends with its counts, which
-each stray overwrites in place, so a killed process lacks only what changed after the last event that devguard sees. The
-last line is the state at the end; lines for children that failed (child_ends.py) may follow. Each line is one write.
-If the file cannot be written, devguard says so once and the program goes on. ``devguard log DIR`` reads the files
-(log_reader.py).
+follows whenever they have changed, one for each call site that strayed, and samples of its memory while it is watched
+(sampler.py). The line of a call site ends with its counts, which each stray overwrites in place, so a killed process
+lacks only what changed after the last event that devguard sees. The last line is the state at the end; lines for
+children that failed (child_ends.py) may follow. Each line is one write. If the file cannot be written, devguard says so
+once and the program goes on. ``devguard log DIR`` reads the files (log_reader.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -25,7 +26,8 @@ from devguard.ownership.stack import on_taken
 from devguard.reporting import child_ends, process_state
 from devguard.reporting.journal import journal
 from devguard.reporting.rows import Key, Row, format_row
-from devguard.support import notices, process_exit
+from devguard.reporting.sampler import Sampler, has_subject
+from devguard.support import accelerator, notices, process_exit
 from devguard.support.process_file import SUFFIX, ProcessFile, encode, has_file, open_in
 
 __all__ = ["start", "SUFFIX"]
@@ -57,6 +59,7 @@ class _Log:
         self._looked = 0.0
         self._state: dict[str, Any] = {}
         self._broken = False
+        self._sampler: Sampler | None = None  # a thread, which a forked child does not have
         self.where: str | None = None
 
     def start(self, last_look: Callable[[str], None]) -> None:
@@ -68,6 +71,7 @@ class _Log:
         self._write(None if self._file is None else {"resumed": time.time()})
         self._state = {}
         self.write_state()
+        accelerator.call_when_initialized(journal.note_first_use)
         on_owner.append(self._write_state_of)
         on_prepared.append(self._write_state_of)
         on_taken.append(self.write_state)
@@ -139,6 +143,17 @@ class _Log:
         if state != self._state and (self._state or any(state.values())):
             self._state = state
             self._write({"state": state, "time": time.time()})
+        if has_subject(state):
+            self.start_sampler()
+
+    def start_sampler(self) -> None:
+        """Start the thread that samples memory, and looks for what no door sees."""
+        if self._sampler is None and not self._broken:
+            with contextlib.suppress(RuntimeError):  # The system starts no more threads: there are no samples.
+                self._sampler = Sampler(self.folder, self._write_sample, self._look_at_times)
+
+    def _write_sample(self, found: dict[str, Any]) -> None:
+        self._write({"now": found, "time": time.time()})
 
     def _write_state_of(self, owner: Owner | None) -> None:
         self.write_state()
@@ -198,6 +213,9 @@ class _Log:
         process_exit.forget(self.stop)
         if self._pid != os.getpid():
             return
+        if self._sampler is not None:
+            self._sampler.stop()
+            self._sampler = None
         end: dict[str, Any] | None = None
         try:
             if self._last_look is not None:

@@ -11,12 +11,13 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from devguard.errors import ConfigError
 
-__all__ = ["Damage", "list_files", "read_objects"]
+__all__ = ["Cursor", "Damage", "list_files", "read_object", "read_objects"]
 
 LONGEST_LINE = 4 << 20  # bytes; a line of devguard has some thousands
 MOST_SKIPPED = 64 << 20  # bytes of one line that is too long
@@ -85,27 +86,76 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def read_objects(file: Path, damage: Damage) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the number of each line, from 1, and the JSON object in it; add lines that hold none to `damage`."""
+@dataclass
+class Cursor:
+    """How far a file has been read that a process still writes.
+
+    Attributes
+    ----------
+    offset : int
+        Where the next line begins, in bytes.
+    line : int
+        The number of lines before it.
+    start : int
+        Where the line begins that was read last.
+    is_done : bool
+        Whether no more of the file is read, because it is too long or no file of devguard.
+    """
+
+    offset: int = 0
+    line: int = 0
+    start: int = 0
+    is_done: bool = False
+
+
+def read_objects(file: Path, damage: Damage, cursor: Cursor | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number of each line, from 1, and the JSON object in it; add lines that hold none to `damage`.
+
+    Parameters
+    ----------
+    file : Path
+        The file.
+    damage : Damage
+        Its places that cannot be read.
+    cursor : Cursor, optional
+        Where to go on, which is changed; a last line that has no end yet is then left for the next call.
+    """
+    at = Cursor() if cursor is None else cursor
     try:
         with _open(file) as opened:
-            for number, line in enumerate(iter(lambda: opened.readline(LONGEST_LINE), b""), 1):
-                if number > MOST_LINES or opened.tell() > MOST_READ:
-                    damage.stop(f"only its beginning is read, up to line {number - 1}: the file is too long for a log")
-                    break
-                if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-                    damage.add(number)
-                    if not _skip_line(opened):
-                        damage.stop(f"only its beginning is read, because line {number} does not end")
-                        break
+            opened.seek(at.offset)
+            while not at.is_done and (line := opened.readline(LONGEST_LINE)):
+                if cursor is not None and not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+                    return
+                at.line, at.start, at.offset = at.line + 1, at.offset, at.offset + len(line)
+                if at.line > MOST_LINES or at.offset > MOST_READ:
+                    damage.stop(f"only its beginning is read, up to line {at.line - 1}: the file is too long for a log")
+                    at.is_done = True
+                elif len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                    damage.add(at.line)
+                    at.is_done = not _skip_line(opened)
+                    at.offset = opened.tell()
+                    if at.is_done:
+                        damage.stop(f"only its beginning is read, because line {at.line} does not end")
                 elif line.strip():
                     found = _parse(line)
                     if found is None:
-                        damage.add(number)
+                        damage.add(at.line)
                     else:
-                        yield number, found
+                        yield at.line, found
     except OSError as error:
+        at.is_done = True
         damage.stop(error.strerror or str(error))
+
+
+def read_object(file: Path, offset: int) -> dict[str, Any] | None:
+    """Return the JSON object in the line at `offset`, which may have been overwritten; None if there is none."""
+    try:
+        with _open(file) as opened:
+            opened.seek(offset)
+            return _parse(opened.readline(LONGEST_LINE))
+    except OSError:
+        return None
 
 
 def _open(file: Path) -> BinaryIO:

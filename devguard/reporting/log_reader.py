@@ -5,7 +5,6 @@ Nothing that a file holds is taken on trust: a line with a value of another type
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,9 +14,17 @@ from devguard.errors import ConfigError
 from devguard.reporting import process_end
 from devguard.reporting.log_file import SUFFIX
 from devguard.reporting.log_lines import Damage, list_files, read_objects
+from devguard.reporting.log_values import (
+    as_number,
+    as_text,
+    as_text_by_text,
+    as_text_or_none,
+    as_texts,
+    as_time,
+)
 from devguard.reporting.process_end import ChildEnd, End
 
-__all__ = ["Merged", "Process", "read"]
+__all__ = ["Merged", "Process", "read", "read_line"]
 
 
 @dataclass
@@ -34,18 +41,32 @@ class Process:
         The machine, and the command line.
     rank : str or None
         The launcher's ``RANK``.
+    parent : int
+        The process ID of its parent; 0 if it is not known.
+    time : float
+        When the file began, in seconds since 1970; 0.0 if it is not known.
+    simulation : str or None
+        The state file, if the process ran on simulated GPUs.
     owner : str or None
         The last owner that the process wrote; None if there was none.
+    owned : list of str
+        The devices that its scopes owned then.
     contexts : list of str
         The devices on which the process held a context then: at its end, if the end was orderly.
+    allowed : list of str
+        The devices that any module of it might use.
+    gpus : dict of str to str
+        The UUID of each device that it saw; empty if CUDA was not initialised.
+    mode : str or None
+        The mode of its doors.
+    source : str or None
+        Where owner and mode came from; a role, such as ``"SGLang scheduler TP0"``, if an integration knew it.
     transport : str or None
         How an integration carried the tensors of its framework; None: as the framework sends them.
     alerts : list of str
         Why devguard does not guard the process, or not as the program asked.
     ended : bool
         Whether the process ended in an orderly way. False for a process that is still running.
-    time : float
-        When the process began its log, in seconds since the epoch.
     started, pid_space : int, str
         What tells the process from others with its pid; see process_identity.py.
     children : list of ChildEnd
@@ -59,12 +80,19 @@ class Process:
     host: str = ""
     command: str = ""
     rank: str | None = None
+    parent: int = 0
+    time: float = 0.0
+    simulation: str | None = None
     owner: str | None = None
+    owned: list[str] = field(default_factory=list)
     contexts: list[str] = field(default_factory=list)
+    allowed: list[str] = field(default_factory=list)
+    gpus: dict[str, str] = field(default_factory=dict)
+    mode: str | None = None
+    source: str | None = None
     transport: str | None = None
     alerts: list[str] = field(default_factory=list)
     ended: bool = False
-    time: float = 0.0
     started: int = 0
     pid_space: str = ""
     children: list[ChildEnd] = field(default_factory=list)
@@ -161,7 +189,7 @@ def read(
         newest: dict[int, Merged] = {}  # the last line of each row: a row is written again when it has grown
         for number, line in read_objects(folder / name, damage):
             try:
-                _read_line(line, process, newest)
+                read_line(line, process, newest)
             except (KeyError, TypeError, ValueError, AttributeError):  # not as log_file.py writes it
                 damage.add(number)
         if process.pid or newest:
@@ -174,90 +202,71 @@ def read(
     return processes, sorted(merged, key=lambda site: (-site.bytes, -site.count)), damaged
 
 
-def _read_line(line: dict[str, Any], process: Process, newest: dict[int, Merged]) -> None:
-    """Add one line of a log to `process` or to the newest rows."""
+def read_line(line: dict[str, Any], process: Process, newest: dict[int, Merged]) -> None:
+    """Add one line of a log to `process` or to the newest rows.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError, AttributeError
+        If the line is not as log_file.py writes it.
+    """
     if "process" in line:
         first = line["process"]
-        pid, host, command = _number(first["pid"]), _text(first["host"]), _text(first["command"])
-        process.rank = _text_or_none(first.get("RANK"))
-        process.time = _seconds(first.get("time", 0.0))
-        process.started, process.pid_space = _number(first.get("started", 0)), _text(first.get("pid_space", ""))
+        pid, host, command = as_number(first["pid"]), as_text(first["host"]), as_text(first["command"])
+        process.rank = as_text_or_none(first.get("RANK"))
+        process.parent, process.time = as_number(first.get("parent", 0)), as_time(first.get("time", 0.0))
+        process.simulation = as_text_or_none(first.get("DEVGUARD_SIM_STATE"))
+        process.started, process.pid_space = as_number(first.get("started", 0)), as_text(first.get("pid_space", ""))
         process.pid, process.host, process.command = pid, host, command
     elif "end" in line or "state" in line:
         state = line["end"] if "end" in line else line["state"]
-        owned, contexts = _texts(state["owned"]), _texts(state["contexts"])
-        transport = _text_or_none(state.get("transport"))
-        process.owner = _text_or_none(state["process_owner"]) or next(iter(owned), process.owner)
-        process.contexts, process.transport = contexts, transport
+        owned, contexts = as_texts(state["owned"]), as_texts(state["contexts"])
+        transport = as_text_or_none(state.get("transport"))
+        allowed, gpus = as_texts(state.get("allowed", [])), as_text_by_text(state.get("gpus", {}))
+        mode, source = as_text_or_none(state.get("process_mode")), as_text_or_none(state.get("said_by"))
+        process.owner = as_text_or_none(state["process_owner"]) or next(iter(owned), process.owner)
+        process.owned, process.contexts, process.allowed, process.gpus = owned, contexts, allowed, gpus
+        process.transport, process.mode, process.source = transport, mode, source
         process.ended = "end" in line
     elif "resumed" in line:  # the process had uninstalled devguard, and opened the doors again
         process.ended = False
     elif "child" in line:
-        process.children.append(_child_end(line["child"], _seconds(line["time"])))
+        process.children.append(_child_end(line["child"], as_time(line["time"])))
     elif "alert" in line:
-        process.alerts.append(_text(line["alert"]))
+        process.alerts.append(as_text(line["alert"]))
     elif "stray" in line:
-        newest[_number(line["stray"])] = _call_site(line)
+        newest[as_number(line["stray"])] = _call_site(line)
 
 
 def _child_end(child: dict[str, Any], time: float) -> ChildEnd:
-    signal, code = _text_or_none(child.get("signal")), child.get("code")
-    return ChildEnd(_number(child["pid"]), signal, None if code is None else _number(code), time)
+    signal, code = as_text_or_none(child.get("signal")), child.get("code")
+    return ChildEnd(as_number(child["pid"]), signal, None if code is None else as_number(code), time)
 
 
 def _call_site(row: dict[str, Any]) -> Merged:
     """Return the strays of one row of one process."""
     site = row["site"] or {"file": "", "line": 0, "function": ""}
-    source, target = _text(row["source"]), _text(row["target"])
+    source, target = as_text(row["source"]), as_text(row["target"])
     return Merged(
-        door=_text(row["door"]),
-        action=_text(row["action"]),
-        file=_text(site["file"]),
-        line=_number(site["line"]),
-        function=_text(site["function"]),
-        count=_number(row["count"]),
-        bytes=_number(row["bytes"]),
+        door=as_text(row["door"]),
+        action=as_text(row["action"]),
+        file=as_text(site["file"]),
+        line=as_number(site["line"]),
+        function=as_text(site["function"]),
+        count=as_number(row["count"]),
+        bytes=as_number(row["bytes"]),
         devices=[source if source == target else f"{source} -> {target}"],
         owners=_present(row.get("owner")),
-        processes=[_number(row["pid"])],
+        processes=[as_number(row["pid"])],
         ranks=_present(row.get("rank")),
-        via=_text_or_none(row["via"]),
-        note=_text_or_none(row["note"]),
+        via=as_text_or_none(row["via"]),
+        note=as_text_or_none(row["note"]),
     )
-
-
-def _number(value: Any) -> int:
-    """Return a number of at most 64 bits that is not negative; the sum of many can still be printed."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 64:
-        raise TypeError("not a number of devguard")
-    return value
-
-
-def _seconds(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise TypeError("not a time of devguard")
-    return float(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("not a text")
-    return value
-
-
-def _text_or_none(value: Any) -> str | None:
-    return None if value is None else _text(value)
 
 
 def _present(value: Any) -> list[str]:
     """Return a text as a list; an empty one for None."""
-    return [] if value is None else [_text(value)]
-
-
-def _texts(value: Any) -> list[str]:
-    if not isinstance(value, list):
-        raise TypeError("not a list")
-    return [_text(each) for each in value]
+    return [] if value is None else [as_text(value)]
 
 
 def _merge(rows: list[Merged]) -> Merged:

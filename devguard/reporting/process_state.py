@@ -6,13 +6,15 @@ from typing import Any
 
 from devguard.ownership import in_force
 from devguard.ownership.owner import owned_tags
-from devguard.ownership.process import process
+from devguard.ownership.process import process, unguarded_contexts
+from devguard.reporting import allowlist
 from devguard.reporting.journal import journal
 from devguard.support import accelerator
 
 __all__ = ["describe", "note_transport", "owners", "transport"]
 
 _transport: str | None = None
+_uuids: dict[str, str] = {}
 
 
 def transport() -> str | None:
@@ -29,13 +31,33 @@ def note_transport(name: str | None) -> None:
 
 
 def owners() -> dict[str, Any]:
-    """Return the owners, the contexts and the transport, as plain data; opens no context."""
+    """Return the owners, the contexts and the transport, as plain data; opens no context.
+
+    `gpus` has the UUID of each visible device; it is empty until torch has initialised CUDA.
+    """
     return {
         "process_owner": process.owner and process.owner.tag,
         "owned": owned_tags(),
         "contexts": [f"cuda:{index}" for index in accelerator.contexts()],
         "transport": _transport,
+        "said_by": process.source or None,
+        "process_mode": process.mode,
+        "gpus": _gpus(),
+        "allowed": _allowed(),
     }
+
+
+def _allowed() -> list[str]:
+    """Return the devices that any module may use, and those that `unguarded` has let the program open."""
+    allowed = {tag for tag, modules in allowlist.allowances().items() if modules is None}
+    return sorted(allowed | {f"cuda:{index}" for index in unguarded_contexts})
+
+
+def _gpus() -> dict[str, str]:
+    """Return the UUID of each visible device; they are read once, because a process never sees others."""
+    if not _uuids and accelerator.is_initialized() and not accelerator.is_in_bad_fork():
+        _uuids.update({f"cuda:{index}": accelerator.uuid_of(index) for index in range(accelerator.device_count())})
+    return dict(_uuids)
 
 
 def describe() -> dict[str, Any]:
@@ -44,7 +66,6 @@ def describe() -> dict[str, Any]:
     return {
         "owner": owner and owner.tag,
         **owners(),
-        "said_by": process.source or None,
         "mode": in_force.mode_of(""),
         "strays": journal.total,
         "strays_not_kept": journal.dropped,

@@ -10,13 +10,14 @@ import dataclasses
 import os
 import stat
 import struct
+import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from devguard.errors import SimulationError
-from devguard.support import process_stat
+from devguard.support import command_name, process_stat
 
-__all__ = ["DeviceState", "ProcessState", "state"]
+__all__ = ["DeviceState", "Limits", "limits", "ProcessState", "state", "uuid_of"]
 
 # struct sim_state and struct sim_process of csrc/sim.h, version 1
 MAGIC = b"DGSIMGPU"
@@ -88,6 +89,31 @@ class ProcessState:
     def as_dict(self) -> dict[str, Any]:
         """Return the record as plain data, fit for JSON."""
         return dataclasses.asdict(self)
+
+
+class Limits(NamedTuple):
+    """What holds for each simulated GPU of one state file.
+
+    Attributes
+    ----------
+    memory : int
+        Bytes of its memory.
+    context_bytes : int
+        Bytes that each context takes.
+    """
+
+    memory: int
+    context_bytes: int
+
+
+def limits(path: str | os.PathLike[str]) -> Limits:
+    """Return the limits in a state file; raises SimulationError as `state` does."""
+    return Limits(*HEADER.unpack_from(_read(Path(path)))[5:7])
+
+
+def uuid_of(index: int) -> str:
+    """Return the UUID of a simulated GPU, in torch's spelling. Matches csrc/state.c."""
+    return str(uuid.UUID(bytes=b"devguard".ljust(15, b"\0") + bytes([index])))
 
 
 def state(path: str | os.PathLike[str] | None = None) -> tuple[ProcessState, ...]:
@@ -187,7 +213,8 @@ def _process(record: tuple[Any, ...]) -> ProcessState:
     devices = tuple(
         DeviceState(i, bool(contexts >> i & 1), *(column[i] for column in columns)) for i in range(min(count, DEVICES))
     )
-    return ProcessState(pid, _short_name(command), _start_time(pid) == started, devices)
+    words = [word.decode(errors="replace") for word in command.rstrip(b"\0").split(b"\0")]
+    return ProcessState(pid, command_name.shorten(words), _start_time(pid) == started, devices)
 
 
 def _start_time(pid: int) -> int | None:
@@ -197,21 +224,3 @@ def _start_time(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[process_stat.STATE] in process_stat.ENDED else int(fields[process_stat.STARTED])
-
-
-def _short_name(command: bytes) -> str:
-    words = [word.decode(errors="replace") for word in command.rstrip(b"\0").split(b"\0")]
-    program = os.path.basename(words[0])
-    if not program.startswith("python"):
-        return program or "?"
-    rest = iter(words[1:])
-    for word in rest:
-        if word == "-c":
-            return "multiprocessing child" if "multiprocessing" in next(rest, "") else f"{program} -c"
-        if word == "-m":
-            return f"{program} -m {next(rest, '')}".rstrip()
-        if word in ("-W", "-X"):
-            next(rest, None)  # the value of the option is not a script
-        elif not word.startswith("-"):
-            return os.path.basename(word)
-    return program

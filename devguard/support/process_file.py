@@ -76,7 +76,8 @@ def _describe() -> dict[str, Any]:
     pid = os.getpid()
     process = {"pid": pid, "parent": os.getppid(), "host": socket.gethostname(), "command": _command()}
     identity = {"started": process_identity.started(pid), "pid_space": process_identity.pid_space()}
-    ranks = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK") if name in os.environ}
+    names = ("RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "DEVGUARD_SIM_STATE")
+    ranks = {name: os.environ[name] for name in names if name in os.environ}
     return {**process, **identity, **ranks, "time": time.time(), "devguard": __version__}
 
 

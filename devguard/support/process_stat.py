@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["ENDED", "read_fields", "STARTED", "STATE"]
+__all__ = ["ENDED", "PARENT", "read_fields", "STARTED", "STATE"]
 
-# Positions in the result of `read_fields`: fields 3 and 22 of proc_pid_stat(5).
+# Positions in the result of `read_fields`: fields 3, 4 and 22 of proc_pid_stat(5).
 STATE = 0  # one letter
+PARENT = 1
 STARTED = 19  # clock ticks since the machine started
 
 ENDED = ("Z", "X")  # the states of a process that has ended and waits to be collected

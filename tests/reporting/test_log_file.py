@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -277,7 +278,8 @@ def test_the_owner_and_the_contexts_are_written_as_soon_as_they_are_known(
 
     def states() -> list[tuple[Any, ...]]:
         rows = [line["state"] for line in lines(tmp_path) if "state" in line]
-        return [(row["process_owner"], row["owned"], row["contexts"]) for row in rows]
+        found = [(row["process_owner"], row["owned"], row["contexts"]) for row in rows]
+        return [row for row, _ in itertools.groupby(found)]  # the mode has a line as well
 
     assert states() == []
     with devguard.guard("cpu"):

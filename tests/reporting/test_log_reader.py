@@ -210,7 +210,7 @@ class Counted(int):
 def test_the_rows_of_one_call_site_are_not_compared_with_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_reader, "_number", Counted)
+    monkeypatch.setattr(log_reader, "as_number", Counted)
     count = 2000
     write(
         tmp_path,

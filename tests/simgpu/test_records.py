@@ -215,24 +215,6 @@ def test_the_simulation_never_writes_into_a_foreign_file(tiny: Path, tmp_path: P
     assert foreign.read_text() == "my notes"
 
 
-@pytest.mark.parametrize(
-    ("command", "name"),
-    [
-        (["/usr/bin/python3", "train.py", "--lr", "1"], "train.py"),
-        (["python", "-W", "error", "-X", "dev", "/a/b/serve.py"], "serve.py"),
-        (["python3.11", "-m", "torch.distributed.run"], "python3.11 -m torch.distributed.run"),
-        (["python", "-c", "from multiprocessing.spawn import spawn_main"], "multiprocessing child"),
-        (["python", "-c", "import torch"], "python -c"),
-        (["python"], "python"),
-        (["/opt/bin/server", "-x"], "server"),
-        (["rank 1"], "rank 1"),
-        ([""], "?"),
-    ],
-)
-def test_a_process_has_a_short_name(command: list[str], name: str) -> None:
-    assert records._short_name("\0".join(command).encode().ljust(256, b"\0")) == name
-
-
 def test_importing_simgpu_imports_neither_torch_nor_the_builder() -> None:
     code = (
         "import sys, devguard.simgpu as s; s.active(); "

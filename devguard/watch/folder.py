@@ -1,0 +1,219 @@
+"""A log folder that is read again and again while its processes write: their states, samples and strays over time."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from devguard.reporting import process_end, sampler
+from devguard.reporting.log_file import SUFFIX
+from devguard.reporting.log_lines import Cursor, Damage, list_files, read_object, read_objects
+from devguard.reporting.log_reader import Merged, Process, read_line
+from devguard.reporting.log_values import as_number, as_text_or_none, as_texts, as_time
+from devguard.support import process_identity
+
+__all__ = ["Folder", "Journal", "Sample", "State", "touch"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The GPU memory of one process at one moment.
+
+    Attributes
+    ----------
+    time : float
+        Seconds since 1970.
+    memory : dict of str to tuple of int
+        For each device of the process, such as ``"cuda:1"``, on which it has a context, the bytes that torch's
+        allocator has given out, those that it holds, and the most that it had given out.
+    strays : int
+        The number of strays of the process so far.
+    arenas : tuple of dict
+        What each arena of `devguard.transport` in the process holds, as `transport.Arena` samples it.
+    """
+
+    time: float
+    memory: dict[str, tuple[int, int, int]]
+    strays: int
+    arenas: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class State:
+    """The owners and the contexts of one process from one moment on.
+
+    Attributes
+    ----------
+    time : float
+        Seconds since 1970.
+    owner : str or None
+        The owner of the process.
+    owned, contexts, allowed : tuple of str
+        As in `devguard.reporting.log_reader.Process`.
+    """
+
+    time: float
+    owner: str | None
+    owned: tuple[str, ...]
+    contexts: tuple[str, ...]
+    allowed: tuple[str, ...]
+
+
+@dataclass
+class Journal:
+    """The log of one process, as far as it has been read.
+
+    Attributes
+    ----------
+    process : Process
+        The process, as it last wrote.
+    rows : dict of int to Merged
+        Its strays, one for each call site, door and action; the counts are the newest.
+    times : dict of int to float
+        When the first stray of each row was, in seconds since 1970; 0.0 if that is not known.
+    states : list of State
+        In the order of time.
+    samples : list of Sample
+        In the order of time.
+    damage : Damage
+        The lines that cannot be read.
+    local_pid : int or None
+        The number here of a process that runs in a container.
+    """
+
+    process: Process
+    damage: Damage
+    rows: dict[int, Merged] = field(default_factory=dict)
+    times: dict[int, float] = field(default_factory=dict)
+    states: list[State] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    local_pid: int | None = None
+
+    @property
+    def sample(self) -> Sample | None:
+        """The newest sample."""
+        return self.samples[-1] if self.samples else None
+
+    @property
+    def pid(self) -> int | None:
+        """The number of the process here; None if it is a process of another machine, or cannot be found."""
+        return self.process.pid if self.process.pid_space == process_identity.pid_space() else self.local_pid
+
+    def is_running(self) -> bool:
+        """Return whether the process still runs, as far as this machine knows."""
+        return not self.process.ended and self.pid is not None and self.is_process(self.pid)
+
+    def is_process(self, pid: int) -> bool:
+        """Return whether the kernel's process `pid` is this one."""
+        return process_identity.is_running(pid, self.process.started)
+
+    def read(self, line: dict[str, Any]) -> None:
+        """Take one line of the log; raises as `read_line` does."""
+        if "now" in line:
+            found = line["now"]
+            memory = {str(tag): _three(numbers) for tag, numbers in found["memory"].items()}
+            arenas = tuple(each for each in found.get("arenas", ()) if isinstance(each, dict))
+            self.samples.append(Sample(as_time(line["time"]), memory, as_number(found["strays"]), arenas))
+            return
+        read_line(line, self.process, self.rows)
+        if "stray" in line:
+            self.times[as_number(line["stray"])] = as_time(line.get("time", 0.0))
+        state = line.get("end", line.get("state"))
+        if state is not None:
+            owner, lists = as_text_or_none(state["process_owner"]), [state["owned"], state["contexts"]]
+            owned, contexts, allowed = (tuple(as_texts(each)) for each in (*lists, state.get("allowed", [])))
+            time = as_time(line["time"] if "state" in line else state["time"])
+            self.states.append(State(time, owner, owned, contexts, allowed))
+
+
+def _three(numbers: Any) -> tuple[int, int, int]:
+    allocated, reserved, peak = numbers
+    return as_number(allocated), as_number(reserved), as_number(peak)
+
+
+class _File:
+    """One file, and how far it has been read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.journal = Journal(Process(path.name, 0), Damage(path.name))
+        self._cursor = Cursor()
+        self._changed: tuple[int, int] | None = None
+        self._rows: dict[int, int] = {}  # row -> the offset of its newest line, the counts of which change in place
+
+    def update(self) -> None:
+        """Read what is new."""
+        try:
+            found = os.stat(self.path, follow_symlinks=False)
+        except OSError:
+            return  # It was removed: what has been read stays.
+        changed = found.st_mtime_ns, found.st_size
+        if changed == self._changed:
+            return
+        self._changed = changed
+        for offset in self._rows.values():
+            row = read_object(self.path, offset)
+            if row is not None:
+                self._take(row)
+        for number, line in read_objects(self.path, self.journal.damage, self._cursor):
+            if not self._take(line):
+                self.journal.damage.add(number)
+            elif "stray" in line:
+                self._rows[as_number(line["stray"])] = self._cursor.start
+
+    def _take(self, line: dict[str, Any]) -> bool:
+        """Take a line; return whether it is as log_file.py writes it."""
+        try:
+            self.journal.read(line)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return False
+        return True
+
+
+class Folder:
+    """A log folder. The first `update` raises as `devguard.reporting.log_reader.read` does for a bad folder.
+
+    Parameters
+    ----------
+    path : Path
+        The folder that ``DEVGUARD_LOG`` named.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files: dict[str, _File] = {}
+
+    def update(self) -> list[Journal]:
+        """Read what the processes have written since the last call, and return all journals, in the order of time.
+
+        Raises
+        ------
+        ConfigError
+            If it is no folder, or cannot be listed.
+        """
+        for name in list_files(self.path, SUFFIX):
+            if name not in self._files:
+                self._files[name] = _File(self.path / name)
+        for file in self._files.values():
+            file.update()
+        journals = [file.journal for file in self._files.values() if file.journal.process.pid or file.journal.rows]
+        process_end.settle([journal.process for journal in journals])
+        return sorted(journals, key=lambda journal: (journal.process.time, journal.process.file))
+
+
+def touch(folder: Path) -> bool:
+    """Let the processes of a log folder write samples for the next seconds; return whether that is possible."""
+    place = folder / sampler.WATCHED
+    try:
+        descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return False
+    try:
+        os.utime(descriptor)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True

@@ -1,0 +1,101 @@
+"""Look after look at the same processes and GPUs: for the screen, for ``--once`` and for metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from devguard.errors import ConfigError, SimulationError
+from devguard.watch import gpus, matrix, neighbours
+from devguard.watch.folder import Folder, Journal, touch
+from devguard.watch.gpus import Gpu, Source
+
+__all__ = ["View"]
+
+
+class View:
+    """What a watcher sees of one run, or of the whole machine.
+
+    Parameters
+    ----------
+    folder : Path, optional
+        The log folder of the run. Without one, only the driver's view is shown.
+    pids : sequence of int
+        Show only these processes.
+
+    Raises
+    ------
+    ConfigError
+        If there is neither a folder nor a driver to read.
+    """
+
+    def __init__(self, folder: Path | None, pids: Sequence[int] = ()) -> None:
+        self._folder = None if folder is None else Folder(folder)
+        self._pids = frozenset(pids)
+        self._source: Source | None = None
+        self._simulations: frozenset[str] | None = None
+        self._has_no_source = ""
+        if folder is None:
+            self._source = gpus.find()
+
+    def look(self) -> matrix.Matrix:
+        """Return the matrix of this moment."""
+        notes: list[str] = []
+        journals: list[Journal] = []
+        if self._folder is not None:
+            if not touch(self._folder.path):
+                notes.append(f"{self._folder.path} cannot be written, so the processes do not report their memory")
+            journals = self._folder.update()
+            self._find_containers(journals)
+        seen = self._read_gpus(journals, notes)
+        if self._pids:
+            journals = [journal for journal in journals if journal.pid in self._pids]
+            seen = seen and [_only(gpu, self._pids) for gpu in seen]
+        damaged = [place for journal in journals for place in journal.damage.places()]
+        if damaged:
+            more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            notes.append(f"cannot be read: {damaged[0]}{more}")
+        for journal in journals:
+            notes += [f"pid {journal.process.pid}: {alert}" for alert in journal.process.alerts]
+        return matrix.build(journals, seen, notes=notes)
+
+    def _find_containers(self, journals: Sequence[Journal]) -> None:
+        """Find the processes of containers, which have other numbers here."""
+        lost = [journal for journal in journals if journal.pid is None and not journal.process.ended]
+        if not lost:
+            return
+        inner = neighbours.inner_pids()
+        for journal in lost:
+            found = [pid for pid, inside in inner.items() if inside == journal.process.pid and journal.is_process(pid)]
+            journal.local_pid = found[0] if len(found) == 1 else None
+
+    def _read_gpus(self, journals: Sequence[Journal], notes: list[str]) -> list[Gpu] | None:
+        """Return the driver's view; None, with a note, if there is none."""
+        simulations = frozenset(each.process.simulation for each in journals if each.process.simulation)
+        if self._folder is not None and (self._simulations is None or simulations - self._simulations):
+            self._simulations, self._has_no_source = simulations, ""
+            try:
+                self._source = gpus.find(simulations)
+            except ConfigError as error:
+                self._source, self._has_no_source = None, str(error)
+        if self._source is None:
+            notes.append(f"only what the processes report of themselves: {self._has_no_source}")
+            return None
+        try:
+            seen = self._source.read()
+        except (ConfigError, SimulationError) as error:
+            if self._folder is None:
+                raise
+            notes.append(str(error))
+            return None
+        notes += [f"GPU {gpu.label} cannot be read: {gpu.problem}" for gpu in seen if gpu.problem]
+        if self._source.name == "NVML" and neighbours.is_inside_container():
+            if any(gpu.processes for gpu in seen):
+                notes.append("NVML names processes by their numbers on the host, which mean nothing in this container")
+            seen = [dataclasses.replace(gpu, processes={}) for gpu in seen]
+        return seen
+
+
+def _only(gpu: Gpu, pids: frozenset[int]) -> Gpu:
+    return dataclasses.replace(gpu, processes={pid: held for pid, held in gpu.processes.items() if pid in pids})
