@@ -15,6 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
 from devguard.errors import BudgetFull, ConfigError, DevGuardError
@@ -79,12 +80,14 @@ class Arena:
         # Its one thread copies for `put_async`, and starts with the first of them.
         self._copier = concurrent.futures.ThreadPoolExecutor(1, "devguard-arena-copy")
         try:
+            sampler = _import_sampler()
             self._server = Server(self._lock, self._ledger, self._index, self._apply, self._end)
         except OSError as error:
             raise DevGuardError(f"cannot make an arena: {explain(error)}") from error
         self.address = self._server.address
         senders[self.address] = self
         self._server.start()
+        sampler.add_source("arenas", self.sample)
 
     # Puts.
 
@@ -148,13 +151,13 @@ class Arena:
         """Put a payload that travels in its handle, without waiting for the arena's thread."""
         lease = self._ahead.popleft()
         try:
-            data = packed.to_bytes()
+            data, nbytes = packed.to_bytes(), packed.nbytes
             with self._lock:
                 self._check_open()
                 self._words[lease.slot] = lease.number
             # Before the handle leaves, and so before any message about the lease.
-            self._server.post(lambda: self._publish(lease, readers, site), wake=len(self._ahead) < AHEAD // 2)
-            return self._handle(lease, readers, site, packed.nbytes, data)
+            self._server.post(lambda: self._publish(lease, readers, site, nbytes), wake=len(self._ahead) < AHEAD // 2)
+            return self._handle(lease, readers, site, nbytes, data)
         except BaseException:
             self._server.post(lambda: self._give_up(lease))
             raise
@@ -197,7 +200,7 @@ class Arena:
                 f"empty. Put it in parts, give the arena a larger budget, or pass oversize=True: it then travels "
                 f"alone. Put at {site}."
             )
-        return Ticket(needed, readers, site, time.monotonic())
+        return Ticket(needed, readers, site, time.monotonic(), nbytes)
 
     def _await(self, ticket: Ticket, granted: concurrent.futures.Future[Any], timeout: float | None) -> Lease:
         try:
@@ -258,11 +261,11 @@ class Arena:
                 self._withdraw(ticket)
                 _fail(granted, error)
 
-    def _publish(self, lease: Lease, readers: Readers, site: PutSite) -> None:
+    def _publish(self, lease: Lease, readers: Readers, site: PutSite, nbytes: int) -> None:
         """Enter a lease that travels already."""
         with self._lock:
             if not self._closed:
-                self._ledger.publish(lease, readers, site, time.monotonic())
+                self._ledger.publish(lease, readers, site, time.monotonic(), nbytes)
                 self._make_ahead()
 
     def _make_ahead(self) -> None:
@@ -342,6 +345,12 @@ class Arena:
         self._server.post(look)
         return found.result()
 
+    def sample(self) -> dict[str, Any]:
+        """Return what the arena holds, as plain data, for the log of this process; see `Account.sample`."""
+        self._server.wake()  # to enter what was put without a wake-up, for the next sample
+        with self._lock:
+            return {"kind": "cpu", "address": self.address, **self._server.account.sample()}
+
     def close(self) -> None:
         """End all leases, give the memory back and disconnect the readers.
 
@@ -364,6 +373,7 @@ class Arena:
             if self._closed:
                 return
             self._closed = why
+            _import_sampler().remove_source("arenas", self.sample)
             self._ledger.end_all(time.monotonic())
             self._apply()
             waiting, self._tickets = self._tickets, {}
@@ -395,6 +405,7 @@ class Arena:
     def abandon(self) -> None:
         """Let go of what a fork has copied into this child, which must not hold the parent's connections open."""
         self._closed = "belongs to the process that forked this one"
+        _import_sampler().remove_source("arenas", self.sample)
         self._server.abandon()
         self._memory.clear()
         self._release_index()
@@ -407,6 +418,13 @@ def _abandon_all() -> None:
 
 
 os.register_at_fork(after_in_child=_abandon_all)
+
+
+def _import_sampler() -> ModuleType:
+    """Return the module that samples arenas. A process that only reads, or passes handles on, does not load it."""
+    from devguard.reporting import sampler
+
+    return sampler
 
 
 def _fail(granted: concurrent.futures.Future[Any], error: Exception) -> None:

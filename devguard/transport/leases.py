@@ -142,8 +142,12 @@ class Ticket:
         The line of the put.
     since : float
         When it was made, in seconds of the arena's clock.
+    payload : int
+        The bytes of the payload, for the totals.
     lease : Lease or None
         The lease, once it is granted.
+    has_waited : bool
+        Whether it found no room at once.
     reported : bool
         Whether the user was told that it waits.
     """
@@ -152,7 +156,9 @@ class Ticket:
     readers: Readers
     site: Any
     since: float
+    payload: int = 0
     lease: Lease | None = None
+    has_waited: bool = False
     reported: bool = False
 
 

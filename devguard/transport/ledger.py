@@ -14,6 +14,7 @@ from collections import deque
 from typing import Any
 
 from devguard.transport.leases import Effects, Lease, Readers, Segment, Ticket, round_up
+from devguard.transport.totals import Totals
 
 __all__ = ["Ledger", "MAX_LEASES"]
 
@@ -31,6 +32,11 @@ class Ledger:
         The most bytes of all segments, and so of all leases.
     segment : int
         The bytes of a segment, where the budget and the payload leave a choice.
+
+    Attributes
+    ----------
+    totals : Totals
+        What it has counted.
     """
 
     def __init__(self, budget: int, segment: int = SEGMENT) -> None:
@@ -42,6 +48,7 @@ class Ledger:
         self.in_use = 0  # bytes under a lease
         self.peak = 0
         self.waits = 0  # requests that found no room at once
+        self.totals = Totals()
         self._segment = round_up(segment)
         self._slots: list[int] = []  # free ones below `_used_slots`
         self._used_slots = 0
@@ -66,7 +73,9 @@ class Ledger:
         """Queue a request; it has its lease at once if there is room and no other one waits."""
         self.waiting.append(ticket)
         self._admit(now)
-        self.waits += ticket.lease is None
+        if ticket.lease is None:
+            ticket.has_waited = True
+            self.waits += 1
 
     def withdraw(self, ticket: Ticket, now: float) -> None:
         """Give up a request, if there is one, or end its lease, of which no reader knows."""
@@ -75,7 +84,12 @@ class Ledger:
                 self._end(ticket.lease, now)
         elif ticket in self.waiting:
             self.waiting.remove(ticket)
+            self._end_wait(ticket, now)
         self._admit(now)
+
+    def _end_wait(self, ticket: Ticket, now: float) -> None:
+        if ticket.has_waited:
+            self.totals.wait_seconds += now - ticket.since
 
     def _admit(self, now: float) -> None:
         """Grant requests in their order, as long as there is room."""
@@ -86,10 +100,11 @@ class Ledger:
                 return
             segment, offset = place
             ticket.lease = lease = self._make_lease(segment, offset, ticket.nbytes)
-            self.publish(lease, ticket.readers, ticket.site, now)
+            self.publish(lease, ticket.readers, ticket.site, now, ticket.payload)
             self.in_use += lease.nbytes
             self.peak = max(self.peak, self.in_use)
             self.waiting.popleft()
+            self._end_wait(ticket, now)
             self._effects.granted.append(ticket)
 
     def make_ahead(self, count: int) -> list[Lease]:
@@ -103,11 +118,13 @@ class Ledger:
         self._next_lease += 1
         return Lease(self._next_lease - 1, 0, self._take_slot(), segment, offset, nbytes, None, 0.0)
 
-    def publish(self, lease: Lease, readers: Readers, site: Any, now: float) -> None:
-        """Enter a lease; the readers of one that was made ahead may have opened it already."""
+    def publish(self, lease: Lease, readers: Readers, site: Any, now: float, payload: int = 0) -> None:
+        """Enter a lease of `payload` bytes; the readers of one that was made ahead may have opened it already."""
         lease.readers, lease.site, lease.since = readers, site, now
         lease.await_readers()
         self.leases[lease.number] = lease
+        self.totals.puts += 1
+        self.totals.put_bytes += payload
 
     def give_up(self, lease: Lease, now: float) -> None:
         """End a lease that was made ahead and of which no reader knows, whether or not it was published."""
@@ -177,7 +194,8 @@ class Ledger:
         lease = self.leases.get(number)
         if lease is not None and reader in self.names:
             self._finish(lease, reader)
-            self._settle(lease, now)
+            if self._settle(lease, now) and not lease.cancelled:
+                self.totals.note_release(now - lease.since)
 
     def leave(self, reader: int, now: float) -> None:
         """Note that a reader is dead, or seems so: its parts are over, and segments that it may read are retired."""
@@ -187,6 +205,7 @@ class Ledger:
             for lease in self.leases.values()
             if reader in lease.inside or reader in lease.asked or (name is not None and name in lease.awaited)
         ]
+        self.totals.deaths += bool(touched)
         for lease in touched:  # first, so that nothing is granted in a segment that the next one retires
             if lease.segment is not None:
                 lease.segment.retired = True
@@ -200,6 +219,7 @@ class Ledger:
         if lease is None or lease.cancelled:
             return []
         lease.cancelled = True
+        self.totals.cancelled += 1
         if lease.segment is None:
             lease.inside.clear()  # what travels in the handle takes no room
         else:
@@ -240,6 +260,8 @@ class Ledger:
 
     def end_all(self, now: float) -> None:
         """End all leases and close all segments: the arena closes."""
+        for ticket in self.waiting:
+            self._end_wait(ticket, now)
         self.waiting.clear()
         for lease in list(self.leases.values()):
             self._end(lease, now)
@@ -260,10 +282,13 @@ class Ledger:
         else:
             lease.awaited.discard(name or self.names.get(reader) or "")
 
-    def _settle(self, lease: Lease, now: float) -> None:
-        if not lease.is_open and not lease.inside and not lease.asked and lease.number in self.leases:
-            self._end(lease, now)
-            self._admit(now)
+    def _settle(self, lease: Lease, now: float) -> bool:
+        """End a lease for which no reader is left; return whether it has ended."""
+        if lease.is_open or lease.inside or lease.asked or lease.number not in self.leases:
+            return False
+        self._end(lease, now)
+        self._admit(now)
+        return True
 
     def _end(self, lease: Lease, now: float) -> None:
         del self.leases[lease.number]

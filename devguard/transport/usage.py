@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from devguard.errors import BudgetFull
 from devguard.transport.leases import Lease, Ticket
@@ -60,6 +61,14 @@ class Usage:
         The connected readers.
     leases : tuple of LeaseUsage
         All leases, the oldest first.
+    puts, put_bytes : int
+        The puts that had room so far, and the bytes of their payloads.
+    wait_seconds : float
+        How long puts have waited for room so far, all together; those that still wait are not in it.
+    deaths : int
+        The readers that ended, or were replaced, while a lease waited for them.
+    cancelled : int
+        The leases that were cancelled.
     """
 
     budget: int
@@ -70,6 +79,11 @@ class Usage:
     waiting: int
     readers: tuple[str, ...]
     leases: tuple[LeaseUsage, ...]
+    puts: int
+    put_bytes: int
+    wait_seconds: float
+    deaths: int
+    cancelled: int
 
 
 class Account:
@@ -85,6 +99,7 @@ class Account:
 
     def __init__(self, ledger: Ledger, channels: Mapping[int, Channel]) -> None:
         self._ledger, self._channels = ledger, channels
+        self._epoch = time.time() - time.monotonic()  # once, so that a time does not change from sample to sample
 
     def name(self, reader: int) -> str:
         """Return a reader, for a message."""
@@ -128,7 +143,7 @@ class Account:
 
     def usage(self) -> Usage:
         """Return what the arena holds now."""
-        now, ledger = time.monotonic(), self._ledger
+        now, ledger, totals = time.monotonic(), self._ledger, self._ledger.totals
         return Usage(
             ledger.budget,
             ledger.in_use,
@@ -148,4 +163,46 @@ class Account:
                 )
                 for lease in sorted(ledger.leases.values(), key=lambda lease: lease.since)
             ),
+            totals.puts,
+            totals.put_bytes,
+            totals.wait_seconds,
+            totals.deaths,
+            totals.cancelled,
         )
+
+    def sample(self) -> dict[str, Any]:
+        """Return what the arena holds, and its totals, as plain data that is equal while nothing changes.
+
+        `waiting_since` is the mean of the times at which the puts began that wait now. `oldest` is the oldest lease
+        that holds bytes of the budget, or else the oldest one. Times are seconds since 1970.
+        """
+        ledger = self._ledger
+        begun = [ticket.since for ticket in ledger.waiting]
+        return {
+            "budget": ledger.budget,
+            "in_use": ledger.in_use,
+            "peak": ledger.peak,
+            "allocated": ledger.size,
+            "leases": len(ledger.leases),
+            "waiting": len(begun),
+            "waiting_since": self._as_time(sum(begun) / len(begun)) if begun else None,
+            "waits": ledger.waits,
+            "oldest": self._describe_oldest(),
+            **ledger.totals.as_dict(),
+        }
+
+    def _describe_oldest(self) -> dict[str, Any] | None:
+        leases = self._ledger.leases.values()  # in the order of their puts
+        oldest = next((lease for lease in leases if lease.nbytes), None) or next(iter(leases), None)
+        if oldest is None:
+            return None
+        return {
+            "put_at": self._as_time(oldest.since),
+            "bytes": oldest.nbytes,
+            "site": str(oldest.site),
+            "waits_for": self.waits_for(oldest),
+        }
+
+    def _as_time(self, at: float) -> float:
+        """Return a moment of the arena's clock in seconds since 1970."""
+        return round(self._epoch + at, 3)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 from devguard.errors import DevGuardError, HandleReleased
+from devguard.reporting import sampler
 from devguard.transport import Arena, join
+from tests.helpers.simulated import ROOT
 from tests.helpers.transport_children import await_that, run
 
 MIB = 1 << 20
@@ -211,3 +215,62 @@ def test_closing_ends_a_put_that_waits(arena: Arena) -> None:
         with pytest.raises(DevGuardError, match="closed"):
             waiting.result(timeout=30)
     del held
+
+
+def test_the_log_samples_an_arena_until_it_is_closed() -> None:
+    assert sampler.take_sample().get("arenas") is None
+    with Arena(budget=1 << 20) as first, Arena(budget=1 << 21) as second:
+        found = sampler.take_sample()["arenas"]
+        assert [(each["address"], each["budget"]) for each in found] == [
+            (first.address, 1 << 20),
+            (second.address, 1 << 21),
+        ]
+        first.close()
+        assert [each["address"] for each in sampler.take_sample()["arenas"]] == [second.address]
+    assert sampler.take_sample().get("arenas") is None
+
+
+def test_a_sample_waits_for_no_put() -> None:
+    with Arena(budget=1 << 20) as arena:
+        arena.put(bytes(1 << 19)).__reduce__()
+        waiting = concurrent.futures.ThreadPoolExecutor(1)
+        put = waiting.submit(arena.put, bytes(1 << 19))
+        await_that(lambda: sampler.take_sample()["arenas"][0]["waiting"] == 1)
+        assert not put.done()
+        arena.close()
+        assert isinstance(put.exception(20), DevGuardError)
+        waiting.shutdown()
+
+
+def test_a_forked_child_does_not_sample_the_arena_of_its_parent() -> None:
+    assert (
+        run("""
+from devguard.reporting import sampler
+arena = transport.Arena(budget=1 << 20)
+child = os.fork()
+if child == 0:
+    assert "arenas" not in sampler.take_sample()
+    with transport.Arena(budget=1 << 21) as own:
+        assert [each["address"] for each in sampler.take_sample()["arenas"]] == [own.address]
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+print([each["budget"] for each in sampler.take_sample()["arenas"]])
+arena.close()
+""")
+        == "[1048576]"
+    )
+
+
+def test_only_the_process_with_the_arena_loads_what_samples_it(arena: Arena) -> None:
+    program = """
+import pickle, sys
+handle = pickle.loads(bytes.fromhex(sys.argv[1]))
+passed_on = pickle.dumps(handle)
+assert handle.get() == b"1" * 200_000
+print([name for name in ("torch", "devguard.reporting") if name in sys.modules])
+"""
+    handle = pickle.dumps(arena.put(b"1" * 200_000)).hex()
+    done = subprocess.run(
+        [sys.executable, "-c", program, handle], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")

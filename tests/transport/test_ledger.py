@@ -350,6 +350,61 @@ def test_a_lease_that_was_made_ahead_gives_its_slot_back_once() -> None:
     assert len(set(slots)) == 3
 
 
+class TestTotals:
+    def test_a_put_counts_when_it_has_its_lease(self) -> None:
+        books = Ledger(BUDGET)
+        books.request(Ticket(PAGE, 1, "a.py:1", 0.0, payload=100), 0.0)
+        (ahead,) = books.make_ahead(1)
+        assert (books.totals.puts, books.totals.put_bytes) == (1, 100)
+        books.publish(ahead, 1, "a.py:1", 0.0, 11)
+        assert (books.totals.puts, books.totals.put_bytes) == (2, 111)
+
+    def test_the_wait_of_a_put_ends_with_its_lease_its_end_or_the_arenas(self) -> None:
+        books = Ledger(BUDGET)
+        first = request(books, BUDGET, now=1.0)
+        request(books, PAGE, now=2.0)
+        given_up, last = request(books, BUDGET, now=3.0), request(books, BUDGET, now=3.0)
+        assert books.totals.wait_seconds == 0.0
+        books.withdraw(first, 12.0)
+        assert books.totals.wait_seconds == 10.0
+        books.withdraw(given_up, 13.0)
+        assert books.totals.wait_seconds == 20.0
+        books.end_all(14.0)
+        assert books.totals.wait_seconds == 31.0
+        assert last.lease is None
+        assert books.totals.puts == 2
+
+    def test_the_last_acknowledgement_is_a_release_and_nothing_else_is(self) -> None:
+        books = Ledger(BUDGET)
+        for reader, name in enumerate(NAMES):
+            books.join(reader, name)
+        acknowledged, cancelled, dies, withdrawn = (request(books, PAGE, tuple(NAMES), now=1.0) for _ in range(4))
+        for ticket in (acknowledged, cancelled, dies):
+            assert ticket.lease is not None
+            books.acknowledge(0, ticket.lease.number, 2.0)
+        assert sum(books.totals.released) == 0
+        assert acknowledged.lease is not None
+        books.acknowledge(1, acknowledged.lease.number, 4.0)
+        assert (sum(books.totals.released), books.totals.released_seconds) == (1, 3.0)
+        assert cancelled.lease is not None
+        books.open(1, cancelled.lease.number)
+        for _ in range(2):
+            books.cancel(cancelled.lease.number, 5.0)
+        books.confirm(1, cancelled.lease.number, True, 5.0)
+        books.acknowledge(1, cancelled.lease.number, 5.0)
+        books.withdraw(withdrawn, 5.0)
+        books.leave(1, 5.0)
+        assert not books.leases
+        assert (sum(books.totals.released), books.totals.cancelled, books.totals.deaths) == (1, 1, 1)
+
+    def test_a_reader_that_nothing_waits_for_leaves_in_peace(self) -> None:
+        books = Ledger(BUDGET)
+        books.join(1, "tp0")
+        request(books, PAGE, ("tp1",))
+        books.leave(1, 1.0)
+        assert books.totals.deaths == 0
+
+
 def test_the_number_of_leases_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_LEASES", 2)
     books = Ledger(BUDGET)
