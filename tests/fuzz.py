@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz``: whatever a log, an environment or a claim file holds, devguard answers without a traceback.
+"""``python -m tests.fuzz``: whatever logs, baselines, variables and claim files hold, devguard prints no traceback.
 
 Each target gets ``--count`` inputs: valid ones that are changed at random, and noise. Errors for the user
 (`DevGuardError`) are answers; any other exception is a fault, and so is a terminal escape in what is printed. Prints
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -27,14 +28,20 @@ from devguard.cli import log, variables
 from devguard.doors.contexts import gpu_claims
 from devguard.errors import DevGuardError
 from devguard.ownership.resolve import LAUNCHERS, has_local_siblings, owner_from_environment
+from devguard.reporting import actions
 
 SITE = {"file": "server.py", "line": 43, "function": "receive"}
 PROCESS = {"process": {"pid": 1, "parent": 1, "host": "node7", "command": "serve", "RANK": "3", "time": 1.5}}
+CHILD = {"child": {"pid": 1, "signal": "SIGKILL"}, "time": 2.5}
 STRAY = {
     "stray": 0, "door": "load", "action": "repaired", "source": "cuda:0", "target": "cuda:1", "count": 1, "bytes": 8,
-    "pid": 1, "site": SITE, "via": None, "note": None,
+    "pid": 1, "site": SITE, "via": None, "note": None, "owner": "cuda:1", "rank": "3",
 }  # fmt: skip
 END = {"end": {"process_owner": None, "owned": ["cuda:1"], "contexts": ["cuda:0"]}}
+KNOWN = {
+    "file": "server.py", "function": "receive", "door": "load", "action": "repaired", "owner": "cuda", "lines": [43],
+}  # fmt: skip
+BASELINE = {"devguard_baseline": 1, "strays": [KNOWN, {**KNOWN, "function": "gone", "reason": "known"}]}
 ALERT = {"alert": "devguard is off", "time": 1.5}
 CLAIM = {"pid": 1, "started": 1, "job": "", "local_rank": "0", "parent": "1 1", "index": 0, "visible": None}
 
@@ -105,16 +112,53 @@ def line(chance: random.Random, valid: tuple[Any, ...]) -> bytes:
 
 
 def fuzz_log(chance: random.Random, folder: Path) -> str:
-    """Read a folder of logs, and print it in one of three ways."""
-    lines = [line(chance, (PROCESS, STRAY, STRAY, END, ALERT)) for _ in range(chance.randrange(1, 6))]
+    """Read a folder of logs, and print it in one of its formats."""
+    write_log(chance, folder)
+    options = ["--format", chance.choice(log.FORMATS)] if chance.random() < 0.6 else []
+    options += ["--processes"] if chance.random() < 0.7 else []
+    options += ["--fail-on", chance.choice(actions.FAIL_ON)] if chance.random() < 0.4 else []
+    return print_log(folder, options)
+
+
+def fuzz_baseline(chance: random.Random, folder: Path) -> str:
+    """Judge a folder of logs by a baseline, and write the baseline again."""
+    write_log(chance, folder)
+    file = folder / "baseline.json"
+    file.write_bytes(json.dumps(BASELINE).encode() if chance.random() < 0.4 else line(chance, (BASELINE,)))
+    is_empty = not file.stat().st_size
+    found = print_log(folder, ["--baseline", str(file), "--format", chance.choice(log.FORMATS)])
+    again = print_log(folder, ["--write-baseline", str(file)])
+    assert is_empty or (found == "refused") == (again == "refused"), again
+    if again != "refused":
+        assert print_log(folder, ["--baseline", str(file)]) != f"status {log.FAILED}"
+    return found
+
+
+def write_log(chance: random.Random, folder: Path) -> None:
+    """Write the log of one process."""
+    lines = [line(chance, (PROCESS, STRAY, STRAY, CHILD, END, ALERT)) for _ in range(chance.randrange(1, 6))]
     (folder / "1.jsonl").write_bytes(chance.choice([b"\n", b"\n", b"\r\n", b"\n\n"]).join(lines))
-    options = {"json": chance.random() < 0.3, "processes": chance.random() < 0.7}
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        status = log.run(argparse.Namespace(folder=folder, **options))
-    shown = out.getvalue()
-    assert shown.replace("\n", "").isprintable(), shown
-    if options["json"]:
-        json.loads(shown)
+
+
+@functools.cache
+def log_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``devguard log``."""
+    parser = argparse.ArgumentParser()
+    log.configure(parser)
+    return parser
+
+
+def print_log(folder: Path, options: list[str]) -> str:
+    """Run ``devguard log``; return its status, or that it refused its input."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            status = log.run(log_parser().parse_args([str(folder), *options]))
+        except DevGuardError:
+            return "refused"
+    for shown in (out.getvalue(), err.getvalue()):
+        assert shown.replace("\n", "").isprintable(), shown
+    if "json" in options or "sarif" in options:
+        json.loads(out.getvalue())
     return f"status {status}"
 
 
@@ -159,6 +203,7 @@ def fuzz_claims(chance: random.Random, folder: Path) -> str:
 
 TARGETS: dict[str, Callable[[random.Random, Path], str]] = {
     "log": fuzz_log,
+    "baseline": fuzz_baseline,
     "environment": fuzz_environment,
     "claims": fuzz_claims,
 }

@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status: 0 if all is well, 1 if there is a problem, 2 for bad usage or bad configuration.
+        The exit status: 0 if all is well, 1 if there is a problem, 2 for bad usage or bad configuration, 3 where a gate
+        of ``devguard log`` fails.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from devguard.errors import ConfigError
 
-__all__ = ["Cursor", "Damage", "list_files", "read_object", "read_objects"]
+__all__ = ["Cursor", "Damage", "list_files", "parse", "read_object", "read_objects"]
 
 LONGEST_LINE = 4 << 20  # bytes; a line of devguard has some thousands
 MOST_SKIPPED = 64 << 20  # bytes of one line that is too long
@@ -182,10 +182,18 @@ def _skip_line(opened: BinaryIO) -> bool:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """Return the JSON object in a line, or None."""
     try:
-        found = json.loads(line.decode(errors="replace"), parse_int=_parse_int, parse_constant=_refuse)
-    except (ValueError, RecursionError):  # RecursionError: brackets in brackets in brackets
+        found = parse(line)
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None
+
+
+def parse(text: bytes) -> Any:
+    """Return the value of a JSON text that others wrote; raise ValueError if it is none, or has a huge number."""
+    try:
+        return json.loads(text.decode(errors="replace"), parse_int=_parse_int, parse_constant=_refuse)
+    except RecursionError:  # brackets in brackets in brackets
+        raise ValueError("it is nested too deeply") from None
 
 
 def _parse_int(digits: str) -> int:

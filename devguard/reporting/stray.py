@@ -64,9 +64,8 @@ class Stray:
     owner : str
         The owner of the scope: ``"cuda:1"`` or ``"cpu"``.
     action : str
-        ``"repaired"``, ``"observed"``, ``"warned"``, ``"refused"`` (an error was raised instead), or ``"kept"``
-        (left alone, because the program named the device itself). ``"placed"`` is a thread, or a task of a pool, that
-        was started on the owner's device; it is unknown whether it would have strayed.
+        What became of the work: ``"repaired"``, ``"refused"``, ``"observed"`` or ``"warned"``; or ``"placed"`` or
+        ``"kept"``, which are no strays. docs/log.md and ``devguard log --help`` explain each of them.
     count : int
         The number of strays at this call site.
     bytes : int

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from devguard import cli
+from devguard.reporting.actions import ACTIONS
 from tests.helpers.simulated import ROOT
 
 SITE = {"file": "/srv/server.py", "line": 43, "function": "receive"}
@@ -125,8 +126,18 @@ def plant(folder: Path) -> None:
     os.mkfifo(folder / "pipe.jsonl")
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-@pytest.mark.parametrize("options", [[], ["--processes"], ["--json"]])
+OPTIONS: list[list[str]] = [[], ["--processes"], ["--json"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "encoding"),
+    [
+        *((options, encoding) for options in OPTIONS for encoding in ("utf-8", "ascii", "latin-1")),
+        (["--format", "md"], "ascii"),
+        (["--format", "sarif"], "utf-8"),
+    ],
+    ids=str,
+)
 def test_a_hostile_folder_gives_no_traceback_and_no_escapes(tmp_path: Path, options: list[str], encoding: str) -> None:
     plant(tmp_path)
     done = subprocess.run(
@@ -142,7 +153,7 @@ def test_a_hostile_folder_gives_no_traceback_and_no_escapes(tmp_path: Path, opti
     assert "pipe.jsonl: not a regular file" in shown
     if options == ["--json"]:
         assert {process["pid"] for process in json.loads(shown)["processes"]} == {7, 8}
-    else:
+    elif not options or options == ["--processes"]:
         assert r"\x1b[2J\x1b]0;title\x07\x9b31m\r\u202eevil\n\x00\x7f" in shown
         assert "\nevil" not in shown
 
@@ -205,3 +216,134 @@ def test_a_file_that_was_cut_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "cannot be read: 8.jsonl: only its beginning is read, because line 1 does not end" in out
     assert "at /srv/server.py:43" in out
+
+
+def devguard(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run ``devguard log``; return its status, and what it printed on standard output and standard error."""
+    status = cli.main(["log", *map(str, arguments)])
+    return status, *capsys.readouterr()
+
+
+def test_placed_and_kept_records_are_not_counted_as_strays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_log(tmp_path, 7, action="placed")
+    write_log(tmp_path, 8, action="kept", count=5)
+    out = shown(capsys, tmp_path)
+    assert out.startswith(
+        "2 process(es), 0 stray(s) at 0 call site(s), 0 B\nnot counted as strays: 5 kept, 2 placed at 2 call site(s)\n"
+    )
+    assert "[placed]" in out
+    assert "[kept]" in out
+    assert devguard(capsys, tmp_path, "--fail-on", "strays")[0] == 0
+    assert devguard(capsys, tmp_path, "--fail-on", "kept")[0] == 3
+
+
+def test_records_of_single_doors_and_ranks_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for pid, door in enumerate(("load", "ipc", "native"), 1):
+        write_log(tmp_path, pid, door=door, count=pid, bytes=0)
+        text = (tmp_path / f"{pid}.jsonl").read_text()
+        (tmp_path / f"{pid}.jsonl").write_text(text.replace('"pid"', f'"RANK": "{pid}", "pid"', 1))
+    assert shown(capsys, tmp_path, "--door", "load,ipc").startswith("3 process(es), 3 stray(s) at 2 call site(s)")
+    assert shown(capsys, tmp_path, "--rank", "3").startswith("1 process(es), 3 stray(s) at 1 call site(s)")
+    out = shown(capsys, tmp_path, "--rank", "1", "--rank", "3", "--sort", "count")
+    assert out.index("native") < out.index("load")
+
+
+WRONG = {
+    "--door lod": "--door lod: there is no such door. Valid: artefacts, bare_cuda, ",
+    "--rank 4": "--rank 4: the log has no process with that rank. Valid: none.\n",
+    "--fail-on repaired,moved": "--fail-on moved: there is no such name. Valid: strays, repaired, refused, observed, ",
+    "--baseline none.json": "none.json does not exist. Write it: devguard log DIR --write-baseline FILE\n",
+}
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_a_wrong_name_is_an_error_with_the_valid_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str
+) -> None:
+    write_log(tmp_path, 7)
+    status, out, err = devguard(capsys, tmp_path, *options.split())
+    assert (status, out) == (2, "")
+    assert err.startswith(f"devguard log: {WRONG[options]}")
+
+
+def test_a_baseline_passes_until_a_new_line_strays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs, base = tmp_path / "logs", tmp_path / "base.json"
+    logs.mkdir()
+    write_log(logs, 7)
+    assert devguard(capsys, logs, "--write-baseline", base)[::2] == (0, f"{base}: 1 known (added 1, removed 0)\n")
+    status, out, _ = devguard(capsys, logs, "--baseline", base)
+    assert (status, out.splitlines()[-1].split(" (")[0]) == (
+        0,
+        f"passes: no new call site with strays, besides 1 known one in {base}",
+    )
+    write_log(logs, 8, site=SITE | {"line": 90, "function": "send"}, action="observed")
+    (logs / "7.jsonl").unlink()
+    status, out, _ = devguard(capsys, logs, "--baseline", base, "--root", "/srv")
+    assert status == 3
+    assert "\n  server.py:90 in send: load: cuda:0 -> cuda:1 [observed] 2 x\n" in out
+    assert out.splitlines()[-1] == "vanished: load [repaired], owner unknown, at /srv/server.py:43 in receive"
+    assert devguard(capsys, logs, "--baseline", base, "--fail-on", "refused")[0] == 0
+    gate = json.loads(devguard(capsys, logs, "--baseline", base, "--json")[1])["gate"]
+    assert (gate["passes"], [each["line"] for each in gate["failing"]]) == (False, [90])
+    assert devguard(capsys, logs, "--write-baseline", base)[2] == f"{base}: 1 known (added 1, removed 1)\n"
+    assert devguard(capsys, logs, "--baseline", base)[0] == 0
+
+
+def test_a_baseline_that_is_written_again_keeps_its_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs, base = tmp_path / "logs", tmp_path / "base.json"
+    logs.mkdir()
+    write_log(logs, 7)
+    devguard(capsys, logs, "--write-baseline", base)
+    base.write_text(base.read_text().replace('"lines": [43]', '"lines": [43], "reason": "ticket 7"'))
+    devguard(capsys, logs, "--write-baseline", base)
+    assert '"reason": "ticket 7"' in base.read_text()
+
+
+def test_a_gate_over_damaged_lines_does_not_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_log(tmp_path, 7)
+    (tmp_path / "8.jsonl").write_text("{\n")
+    assert devguard(capsys, tmp_path, "--fail-on", "observed")[0] == 1
+    assert devguard(capsys, tmp_path, "--fail-on", "repaired")[0] == 3
+
+
+@pytest.mark.parametrize("options", ["--baseline", "--door load", "--rank none"])
+def test_options_that_contradict_the_writing_of_a_baseline_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str
+) -> None:
+    write_log(tmp_path, 7)
+    base = tmp_path / "base.json"
+    words = options.split() if " " in options else [options, base]
+    status, out, err = devguard(capsys, tmp_path, "--write-baseline", base, *words)
+    assert (status, out) == (2, "")
+    assert options.split()[0] in err
+    assert not base.exists()
+
+
+def test_a_hostile_baseline_is_an_error_without_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_log(tmp_path, 7)
+    base = tmp_path / "\x1b[31mbase\n.json"
+    for content in (b"\x1b[31m", b'{"devguard_baseline": "\\u001b[31m"}', b"[" * 100_000, b"\xff" * 100):
+        base.write_bytes(content)
+        for option in ("--baseline", "--write-baseline"):
+            status, out, err = devguard(capsys, tmp_path, option, base)
+            assert (status, out) == (2, "")
+            assert err.startswith(f"devguard log: {tmp_path}/\\x1b[31mbase")
+            assert "\x1b" not in err
+        assert base.read_bytes() == content
+
+
+def test_the_log_is_printed_as_markdown_and_as_sarif(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_log(tmp_path, 7)
+    assert shown(capsys, tmp_path, "--format", "md").startswith("### devguard: 1 line with strays\n")
+    log = json.loads(shown(capsys, tmp_path, "--format", "sarif", "--root", "/srv"))
+    (result,) = log["runs"][0]["results"]
+    assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "server.py"
+
+
+def test_help_explains_each_action(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        cli.main(["log", "--help"])
+    out = capsys.readouterr().out
+    for action, meaning in ACTIONS.items():
+        assert f"  {action:<10}{meaning.text}\n" in out
