@@ -119,7 +119,7 @@ def _run(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    if sys.stdout is None:
+    if sys.stdout is None and parsed.command not in PROGRAMS:  # those print nothing there
         raise OSError(errno.EBADF, "it is closed")
     return status
 

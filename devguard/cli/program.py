@@ -8,15 +8,18 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 from collections.abc import Mapping, Sequence
 
 from devguard.errors import ConfigError
 from devguard.support.notices import flush
 from devguard.support.terminal import complain
 
-__all__ = ["become", "find", "name_options", "refuse_empty", "split"]
+__all__ = ["become", "find", "IGNORED_BY_PYTHON", "name_options", "refuse_empty", "report_failure", "split"]
 
 NOT_FOUND, NOT_RUNNABLE = 127, 126  # the exit statuses of a shell
+# A program inherits that; then it would not end when the reader of its output does.
+IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 def split(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -79,8 +82,17 @@ def find(command: str, program: str) -> str | None:
 def become(command: str, path: str, program: list[str], environment: Mapping[str, str]) -> int:
     """Replace this process with `program`. If that fails, print a message and return the exit status."""
     flush()
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in IGNORED_BY_PYTHON}
     try:
         os.execve(path, program, environment)
     except OSError as error:
-        complain(f"devguard {command}: {path} cannot be run: {error.strerror}")
-        return NOT_RUNNABLE
+        return report_failure(command, path, error)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def report_failure(command: str, path: str, error: OSError) -> int:
+    """Print that the program cannot be run, and return the exit status."""
+    complain(f"devguard {command}: {path} cannot be run: {error.strerror}")
+    return NOT_RUNNABLE

@@ -13,7 +13,8 @@ from devguard.ownership.resolve import owner_from_environment
 
 __all__ = ["configure", "run"]
 
-USAGE = """devguard run [--mode MODE] [--device DEVICE] [--doors DOOR=MODE,...] [--log DIR] COMMAND [ARGUMENT ...]
+USAGE = """devguard run [--mode MODE] [--device DEVICE] [--doors DOOR=MODE,...] [--log DIR] [--summary]
+                    COMMAND [ARGUMENT ...]
        devguard run --trace-contexts [--output FILE] [--json] [--mode MODE] [...] COMMAND [ARGUMENT ...]"""
 
 
@@ -21,8 +22,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``devguard run``."""
     parser.usage = USAGE
     parser.epilog = (
-        "devguard run sets DEVGUARD and related variables, then becomes the program. Every process of the program "
-        "that imports torch is guarded. On simulated GPUs: devguard sim --gpus 2 devguard run COMMAND"
+        "devguard run sets DEVGUARD and related variables, then becomes the program; with --summary it waits for the "
+        "program, as its parent. Every process of the program that imports torch is guarded. On simulated GPUs: "
+        "devguard sim --gpus 2 devguard run COMMAND"
     )
     guarding = parser.add_argument_group("guarding")
     guarding.add_argument("--mode", help="off, observe, warn, repair or error (default: DEVGUARD, or repair)")
@@ -37,6 +39,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     guarding.add_argument(
         "--log", metavar="DIR", help="record the strays of all processes in this folder, for devguard log"
     )
+    guarding.add_argument(
+        "--summary",
+        action="store_true",
+        help="at the end of the program, print what strayed on standard error, as devguard log does. The exit status "
+        "is that of the program",
+    )
     tracing = parser.add_argument_group("tracing")
     tracing.add_argument(
         "--trace-contexts",
@@ -50,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Set the environment, and replace this process with the program."""
+    """Set the environment, and become the program; or run it as a child, for a summary."""
     program.refuse_empty({**dict(_given(arguments).values()), "--output": arguments.output})
     command: list[str] = arguments.program
     if not command:
@@ -59,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--output and --json are only valid with --trace-contexts. Add it, or leave them out.")
     environment = dict(os.environ)
     guarding = (arguments.mode, arguments.device, arguments.doors, arguments.log)
-    guards = not arguments.trace_contexts or any(option is not None for option in guarding)
+    guards = not arguments.trace_contexts or arguments.summary or any(option is not None for option in guarding)
     if guards:
         try:
             _set_guard(arguments, environment)
@@ -74,6 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
         from devguard import tracing
 
         environment = tracing.environment(arguments.output, json=arguments.json, base=environment)
+    if arguments.summary:
+        from devguard.cli import run_summary
+
+        return run_summary.run(path, command, environment)
     return program.become("run", path, command, environment)
 
 

@@ -14,9 +14,10 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["locate", "VARIABLE"]
+__all__ = ["locate", "TEMPORARY", "VARIABLE"]
 
 VARIABLE = "DEVGUARD_LOG"
+TEMPORARY = ".devguard-summary-"  # how the name of a folder begins that is removed when the program has ended
 
 
 def locate() -> Path | None:

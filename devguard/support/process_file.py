@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from devguard._version import __version__
-from devguard.support import process_identity
+from devguard.support import log_folder, process_identity
 from devguard.support.append_file import AppendFile
 from devguard.support.redaction import redact_command
 
@@ -35,6 +36,8 @@ class ProcessFile(AppendFile):
     """
 
     def __init__(self, folder: Path) -> None:
+        if folder.name.startswith(log_folder.TEMPORARY) and not folder.exists():
+            raise FileNotFoundError(errno.ENOENT, "devguard run --summary has ended", str(folder))
         super().__init__(folder / f"{_begin_name(os.getpid())}{time.time_ns()}{SUFFIX}")
         self._alerts: set[str] = set()
         self.write(encode({"process": _describe()}))

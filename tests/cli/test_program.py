@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from devguard.cli import program
+from tests.helpers.simulated import ROOT
 
 
 def test_a_program_on_path_is_found() -> None:
@@ -35,6 +36,7 @@ def test_become_replaces_the_process_and_flushes_its_output() -> None:
     code = """
 import os
 from devguard.cli import program
+from tests.helpers.simulated import ROOT
 print("before", os.getpid())
 program.become("run", "/bin/sh", ["sh", "-c", "echo $WORD $$; exit 5"], {"WORD": "after"})
 """
@@ -43,3 +45,9 @@ program.become("run", "/bin/sh", ["sh", "-c", "echo $WORD $$; exit 5"], {"WORD":
     before, after = (line.split() for line in done.stdout.splitlines())
     assert (done.returncode, before[0], after[0]) == (5, "before", "after")
     assert before[1] == after[1]
+
+
+def test_the_program_ends_when_nothing_reads_its_output() -> None:
+    code = "from devguard.cli import program; program.become('run', '/bin/sh', ['sh', '-c', 'yes | head -1'], {})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "y\n", "")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from devguard.support import process_file
+import pytest
+
+from devguard.support import log_folder, process_file
 from tests.helpers.simulated import ROOT
 
 
@@ -47,3 +50,13 @@ notices.alert("the guard is off")
     assert (done.returncode, done.stderr) == (0, "the guard is off\n")
     (file,) = tmp_path.iterdir()
     assert json.loads(file.read_text().splitlines()[1])["alert"] == "the guard is off"
+
+
+def test_a_temporary_folder_that_was_removed_does_not_come_back(tmp_path: Path) -> None:
+    folder = tmp_path / f"{log_folder.TEMPORARY}x"
+    folder.mkdir()
+    assert process_file.ProcessFile(folder).path.parent == folder
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match="devguard run --summary has ended"):
+        process_file.ProcessFile(folder)
+    assert not folder.exists()
