@@ -31,10 +31,11 @@ COMMANDS = {
     "log": "show the strays that DEVGUARD_LOG or devguard run --log recorded: per call site, most bytes first",
     "run": "run any program guarded, without changing it; or report which calls open CUDA contexts (--trace-contexts)",
     "sim": "run any program on simulated GPUs, on a machine that has none",
+    "watch": "show which process is on which GPU, and which line put it there; live, or once for CI",
 }
 
 
-PROGRAMS = ("run", "sim")  # the commands that end with a program and its arguments
+PROGRAMS = ("run", "sim", "watch")  # the commands that end with a program and its arguments
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,7 +103,8 @@ def _run(arguments: list[str]) -> int:
             command.set_defaults(run=module.run)
             if name in PROGRAMS:
                 before = arguments.index(chosen) + 1
-                own, words = program.split(command, arguments[before:])
+                split = program.split_at_dashes if name == "watch" else program.split
+                own, words = split(command, arguments[before:])
                 arguments = [*arguments[:before], *own]
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:

@@ -15,7 +15,16 @@ from devguard.errors import ConfigError
 from devguard.support.notices import flush
 from devguard.support.terminal import complain
 
-__all__ = ["become", "find", "IGNORED_BY_PYTHON", "name_options", "refuse_empty", "report_failure", "split"]
+__all__ = [
+    "become",
+    "find",
+    "IGNORED_BY_PYTHON",
+    "name_options",
+    "refuse_empty",
+    "report_failure",
+    "split",
+    "split_at_dashes",
+]
 
 NOT_FOUND, NOT_RUNNABLE = 127, 126  # the exit statuses of a shell
 # A program inherits that; then it would not end when the reader of its output does.
@@ -37,6 +46,12 @@ def split(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[list[s
         known = [name] if name in takes_value else [each for each in takes_value if each.startswith(name)]
         place += 2 if not equals and any(takes_value[each] for each in known) else 1
     return list(words[:place]), list(words[place:])
+
+
+def split_at_dashes(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words before ``--``, and the program after it; for a command with words of its own."""
+    place = list(words).index("--") if "--" in words else len(words)
+    return list(words[:place]), list(words[place + 1 :])
 
 
 def name_options(message: str, given: Mapping[str, tuple[str, str | None]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from devguard import modes
 from devguard.cli import program
@@ -13,7 +14,7 @@ from devguard.ownership.resolve import owner_from_environment
 
 __all__ = ["configure", "run"]
 
-USAGE = """devguard run [--mode MODE] [--device DEVICE] [--doors DOOR=MODE,...] [--log DIR] [--summary]
+USAGE = """devguard run [--mode MODE] [--device DEVICE] [--doors DOOR=MODE,...] [--log DIR [--record]] [--summary]
                     COMMAND [ARGUMENT ...]
        devguard run --trace-contexts [--output FILE] [--json] [--mode MODE] [...] COMMAND [ARGUMENT ...]"""
 
@@ -45,6 +46,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="at the end of the program, print what strayed on standard error, as devguard log does. The exit status "
         "is that of the program",
     )
+    guarding.add_argument(
+        "--record",
+        action="store_true",
+        help="with a log folder: each process also records its GPU memory once a second, for devguard report",
+    )
     tracing = parser.add_argument_group("tracing")
     tracing.add_argument(
         "--trace-contexts",
@@ -67,7 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--output and --json are only valid with --trace-contexts. Add it, or leave them out.")
     environment = dict(os.environ)
     guarding = (arguments.mode, arguments.device, arguments.doors, arguments.log)
-    guards = not arguments.trace_contexts or arguments.summary or any(option is not None for option in guarding)
+    wishes = (arguments.summary, arguments.record, *(option is not None for option in guarding))
+    guards = not arguments.trace_contexts or any(wishes)
     if guards:
         try:
             _set_guard(arguments, environment)
@@ -115,6 +122,22 @@ def _set_guard(arguments: argparse.Namespace, environment: dict[str, str]) -> No
     folder = environment.get("DEVGUARD_LOG", "").strip()
     if folder:  # the program may change its working directory
         environment["DEVGUARD_LOG"] = os.path.abspath(folder)
+    if arguments.record:
+        _record_in(environment.get("DEVGUARD_LOG", ""))
+
+
+def _record_in(folder: str) -> None:
+    """Let the processes of a log folder record their memory, whether or not they are watched."""
+    from devguard.reporting.sampler import RECORDED
+    from devguard.support import private_folders
+
+    if not folder:
+        raise ConfigError("--record needs a log folder. Add --log DIR, or leave out --record.")
+    try:
+        private_folders.make(Path(folder))
+        (Path(folder) / RECORDED).touch()
+    except OSError as error:
+        raise ConfigError(f"--record: {folder} cannot be written: {error.strerror}. Choose another --log.") from None
 
 
 def _check_program(path: str, command: list[str], environment: dict[str, str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from devguard.support.notices import print_error
 
-__all__ = ["complain", "cut", "format_size", "printable", "show", "show_json", "width"]
+__all__ = ["columns_of", "complain", "cut", "format_size", "printable", "show", "show_json", "width"]
 
 NARROWEST = 40
 
@@ -69,12 +69,21 @@ def cut(text: str, columns: int) -> str:
     """Return a printable text, cut to a number of columns, with three dots at its end if it was longer."""
     used, fits = 0, 0
     for place, char in enumerate(text):
-        used += 0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
+        used += _columns(char)
         if used > columns:
-            return text[:fits] + "..."
+            return text[:fits] + "..."[: max(columns, 0)]
         if used <= columns - 3:
             fits = place + 1
     return text
+
+
+def columns_of(text: str) -> int:
+    """Return how many columns a printable text takes."""
+    return len(text) if text.isascii() else sum(map(_columns, text))
+
+
+def _columns(char: str) -> int:
+    return 0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
 
 
 def format_size(nbytes: int) -> str:

@@ -179,11 +179,17 @@ class Folder:
     ----------
     path : Path
         The folder that ``DEVGUARD_LOG`` named.
+
+    Attributes
+    ----------
+    journals : list of Journal
+        What the last `update` returned.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._files: dict[str, _File] = {}
+        self.journals: list[Journal] = []
 
     def update(self) -> list[Journal]:
         """Read what the processes have written since the last call, and return all journals, in the order of time.
@@ -200,7 +206,8 @@ class Folder:
             file.update()
         journals = [file.journal for file in self._files.values() if file.journal.process.pid or file.journal.rows]
         process_end.settle([journal.process for journal in journals])
-        return sorted(journals, key=lambda journal: (journal.process.time, journal.process.file))
+        self.journals = sorted(journals, key=lambda journal: (journal.process.time, journal.process.file))
+        return self.journals
 
 
 def touch(folder: Path) -> bool:

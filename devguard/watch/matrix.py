@@ -18,7 +18,7 @@ from devguard.watch.folder import Journal, Sample, State
 from devguard.watch.gpus import Gpu
 from devguard.watch.neighbours import Neighbour, describe
 
-__all__ = ["build", "Cell", "Column", "LEFT_ALONE", "Line", "Matrix", "name_of", "Row", "VERDICTS", "Verdict"]
+__all__ = ["build", "Cell", "Column", "FAULTS", "LEFT_ALONE", "Line", "Matrix", "name_of", "Row", "VERDICTS", "Verdict"]
 
 Verdict = Literal["own", "STRAY", "ctx", "ipc", "allowed", "?", "foreign"]
 
@@ -32,6 +32,7 @@ VERDICTS: dict[Verdict, str] = {
     "?": "its owner is not known: a process without devguard, or without an owner",
     "foreign": "a process of another user or job",
 }
+FAULTS: tuple[Verdict, ...] = ("STRAY", "ctx")
 LEFT_ALONE = ("observed", "warned")  # the actions that leave a stray where it is
 CONTEXT_SLACK = 20 << 20  # bytes by which contexts of one driver differ
 
@@ -110,6 +111,11 @@ class Row:
     running: bool
     cells: dict[str, Cell]
     strays: int = 0
+
+    @property
+    def has_fault(self) -> bool:
+        """Whether it holds memory or a context where it should not."""
+        return any(cell.verdict in FAULTS for cell in self.cells.values())
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,14 @@ class View:
             notes += [f"pid {journal.process.pid}: {alert}" for alert in journal.process.alerts]
         return matrix.build(journals, seen, notes=notes)
 
+    def awaits_samples(self, since: float) -> bool:
+        """Return whether a process that can report its memory has not done so since a time."""
+        journals = [] if self._folder is None else self._folder.journals
+        return any(
+            journal.process.gpus and journal.is_running() and not (journal.sample and journal.sample.time >= since)
+            for journal in journals
+        )
+
     def _find_containers(self, journals: Sequence[Journal]) -> None:
         """Find the processes of containers, which have other numbers here."""
         lost = [journal for journal in journals if journal.pid is None and not journal.process.ended]

@@ -11,6 +11,7 @@ import pytest
 
 from devguard import cli
 from devguard.cli import program
+from devguard.reporting.sampler import RECORDED
 from tests.helpers.simulated import ROOT
 
 
@@ -54,6 +55,22 @@ def test_a_relative_log_folder_of_the_environment_is_made_absolute(
     monkeypatch.setenv("DEVGUARD_LOG", "logs")
     assert cli.main(["run", "--", "true"]) == 0
     assert become == {"DEVGUARD": "repair", "DEVGUARD_LOG": f"{tmp_path}/logs"}
+
+
+def test_record_marks_the_log_folder(
+    become: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "logs"
+    assert cli.main(["run", "--log", str(folder), "--record", "--", "true"]) == 0
+    assert (folder / RECORDED).exists()
+    assert become["DEVGUARD_LOG"] == str(folder)
+    assert cli.main(["run", "--record", "--", "true"]) == 2
+    assert "--record needs a log folder" in capsys.readouterr().err
+    (folder / RECORDED).unlink()
+    (folder / RECORDED).mkdir()
+    monkeypatch.setattr(Path, "touch", Path.read_bytes)  # fails with an OSError
+    assert cli.main(["run", "--log", str(folder), "--record", "--", "true"]) == 2
+    assert "cannot be written: Is a directory. Choose another --log" in capsys.readouterr().err
 
 
 def test_without_options_the_mode_comes_from_the_environment_or_is_repair(

@@ -1,0 +1,216 @@
+"""``devguard watch``: which process is on which GPU, live, or once for CI."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from devguard.errors import ConfigError
+from devguard.support.terminal import complain, show, show_json
+from devguard.watch.gpus import INTERVAL_S, LEAST_INTERVAL_S
+from devguard.watch.matrix import VERDICTS
+
+if TYPE_CHECKING:
+    from devguard.watch.matrix import Matrix
+    from devguard.watch.programs import Program
+    from devguard.watch.view import View
+
+__all__ = ["configure", "run"]
+
+STRAYED = 3  # the exit status where a cell says STRAY
+FIRST_SAMPLES_S = 1.5  # how long `--once` waits for what the processes report
+PIPE_WIDTH = 120  # columns where standard output is no terminal
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``devguard watch``."""
+    parser.usage = (
+        "devguard watch [options] [DIR]\n       devguard watch [options] --pid PID\n"
+        "       devguard watch [options] [DIR] -- COMMAND [ARGUMENT ...]"
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    verdicts = "\n".join(f"  {verdict:8} {meaning}" for verdict, meaning in VERDICTS.items())
+    parser.epilog = (
+        f"cells:\n{verdicts}\n\n"
+        "Without DIR, --pid or COMMAND, only the driver's view is shown: all processes, without owners. With --once,\n"
+        f"the exit status is {STRAYED} if a cell says STRAY. Keys of the live screen: q, s, p, arrows and Enter."
+    )
+    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, help="the folder of DEVGUARD_LOG")
+    parser.add_argument(
+        "--pid",
+        type=int,
+        action="append",
+        default=[],
+        help="show only this process; may be repeated. DIR is found in its environment",
+    )
+    parser.add_argument(
+        "--interval",
+        type=float,
+        default=INTERVAL_S,
+        metavar="SECONDS",
+        help=f"seconds between two looks, from {LEAST_INTERVAL_S} (default: 1)",
+    )
+    parser.add_argument(
+        "--once", action="store_true", help="print one table; with COMMAND, its worst moment at its end"
+    )
+    parser.add_argument("--json", action="store_true", help="with --once, print JSON")
+    parser.set_defaults(program=[])
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Watch until the user or the program ends it."""
+    _check(arguments)
+    folder, command = arguments.folder, arguments.program
+    if folder is None and arguments.pid:
+        folder = _find_folder(arguments.pid[0])
+    if not command:
+        return _watch(arguments, folder, None)
+    from devguard.watch.programs import start
+
+    with _folder_for(folder) as place:
+        is_live = _is_live(arguments)
+        with start(command, place, is_captured=is_live) as started:
+            return _watch(arguments, place, started)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if not arguments.interval >= LEAST_INTERVAL_S:
+        raise ConfigError(
+            f"--interval {arguments.interval:g} is too short. Each look holds a lock of the driver for milliseconds, "
+            f"which slows the programs on the GPUs; use {LEAST_INTERVAL_S} or more."
+        )
+    if arguments.json and not arguments.once:
+        raise ConfigError("--json is only valid with --once. Add --once, or leave out --json.")
+
+
+def _is_live(arguments: argparse.Namespace) -> bool:
+    return not arguments.once and sys.stdout is not None and sys.stdout.isatty()
+
+
+def _find_folder(pid: int) -> Path | None:
+    """Return the log folder of a process, by its environment; None if it has none, or cannot be seen."""
+    try:
+        variables = Path("/proc", str(pid), "environ").read_bytes().split(b"\0")
+    except OSError as error:
+        raise ConfigError(f"--pid {pid}: {error.strerror}. Name a process of yours that runs.") from None
+    values = [each.partition(b"=")[2] for each in variables if each.startswith(b"DEVGUARD_LOG=")]
+    folder = os.fsdecode(values[0]) if values else ""
+    return Path(folder) if os.path.isabs(folder) else None
+
+
+@contextmanager
+def _folder_for(given: Path | None) -> Iterator[Path]:
+    """Return the log folder for a program: the one that was given, or a temporary one."""
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="devguard-watch-") as place:
+        yield Path(place)
+
+
+def _watch(arguments: argparse.Namespace, folder: Path | None, started: Program | None) -> int:
+    from devguard.watch.view import View
+
+    if started is not None and folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    view = View(folder, arguments.pid)
+    if arguments.once:
+        matrix = _look_once(view) if started is None else _worst(view, started, arguments.interval)
+        _print(matrix, as_json=arguments.json)
+        if matrix.has("STRAY"):
+            return STRAYED
+        return 0 if started is None else started.wait()
+    title = " ".join(arguments.program) or str(folder or "all processes")
+    if not _is_live(arguments):
+        return _print_changes(view, started, arguments.interval)
+    from devguard.watch.screen import Screen
+
+    output = None if started is None else started.output
+    screen = Screen(f"devguard watch  {title}", arguments.interval, output)
+    screen.run(view.look, lambda: started is None or started.is_running())
+    return 0 if started is None else _finish(started)
+
+
+def _finish(started: Program) -> int:
+    """Wait for the program after the screen was closed."""
+    if started.is_running():
+        complain(f"devguard watch: the program goes on (pid {started.pid}); Ctrl-C ends it")
+    status = started.wait()
+    started.copy_output()
+    return status
+
+
+def _look_once(view: View) -> Matrix:
+    """Return the matrix as soon as each process has reported its memory, or after a short time."""
+    begun = time.time()
+    matrix = view.look()
+    while view.awaits_samples(begun) and time.time() < begun + FIRST_SAMPLES_S:
+        time.sleep(0.05)
+        matrix = view.look()
+    return matrix
+
+
+def _worst(view: View, started: Program, interval: float) -> Matrix:
+    """Return the matrix of the moment with the most strays until the program ends."""
+    worst = view.look()
+    while started.is_running():
+        started.pause(interval)
+        matrix = view.look()
+        if _badness(matrix) >= _badness(worst):
+            worst = matrix
+    return worst
+
+
+def _badness(matrix: Matrix) -> tuple[int, int]:
+    cells = [cell for row in matrix.rows for cell in row.cells.values()]
+    return sum(cell.verdict == "STRAY" for cell in cells), len(cells)
+
+
+def _print_changes(view: View, started: Program | None, interval: float) -> int:
+    """Print the table whenever it has changed, as text."""
+    last = ""
+    while started is None or started.is_running():
+        text = _text(view.look())
+        if text != last:
+            show(f"{time.strftime('%H:%M:%S')}\n{text}\n")
+            sys.stdout.flush()
+            last = text
+        _pause(started, interval)
+    return started.wait()
+
+
+def _pause(started: Program | None, seconds: float) -> None:
+    if started is None:
+        time.sleep(seconds)
+    else:
+        started.pause(seconds)
+
+
+def _print(matrix: Matrix, *, as_json: bool) -> None:
+    if as_json:
+        show_json(matrix.as_dict())
+    elif sys.stdout is not None and sys.stdout.isatty():
+        from rich.console import Console
+
+        from devguard.watch.screen import to_text
+        from devguard.watch.table import draw
+
+        console = Console()
+        console.print(to_text(draw(matrix, console.width)))
+    else:
+        show(_text(matrix))
+
+
+def _text(matrix: Matrix) -> str:
+    from devguard.watch.table import draw
+
+    width = shutil.get_terminal_size((PIPE_WIDTH, 24)).columns
+    return "\n".join("".join(span.text for span in line).rstrip() for line in draw(matrix, width))

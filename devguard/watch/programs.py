@@ -1,0 +1,99 @@
+"""The program of ``devguard watch -- COMMAND``: it runs guarded, with a log, beside the watcher."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+__all__ = ["Program", "start"]
+
+OUTPUT = "output.txt"
+
+
+class Program:
+    """A program that was started.
+
+    Parameters
+    ----------
+    process : Popen
+        The process.
+    output : Path or None
+        Where its output goes; None: to the standard streams of this process.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], output: Path | None) -> None:
+        self._process = process
+        self.output = output
+        self.pid = process.pid
+
+    def is_running(self) -> bool:
+        """Return whether it still runs."""
+        return self._process.poll() is None
+
+    def pause(self, seconds: float) -> None:
+        """Wait for its end, at most for some seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+
+    def wait(self) -> int:
+        """Wait for its end; return its status as a shell gives it. Ctrl-C is passed on, and the program then ends."""
+        while True:
+            try:
+                status = self._process.wait()
+                return status if status >= 0 else 128 - status
+            except KeyboardInterrupt:
+                self.interrupt()
+
+    def interrupt(self) -> None:
+        """Pass Ctrl-C on, unless the terminal has done so: a program with a session of its own does not get it."""
+        if self.output is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGINT)
+
+    def copy_output(self) -> None:
+        """Write what the program has written to standard output."""
+        if self.output is not None and sys.stdout is not None:
+            sys.stdout.flush()
+            with open(self.output, "rb") as file:
+                while part := file.read(1 << 16):
+                    sys.stdout.buffer.write(part)
+            sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def start(command: Sequence[str], folder: Path, *, is_captured: bool) -> Iterator[Program]:
+    """Start a program by ``devguard run --log``, and end it at the end of the block if it still runs.
+
+    Parameters
+    ----------
+    command : sequence of str
+        The program and its arguments.
+    folder : Path
+        Its log folder.
+    is_captured : bool
+        Whether its output goes to a file in the folder, because a screen has the terminal.
+    """
+    words = [sys.executable, "-m", "devguard", "run", "--log", str(folder), "--record", "--", *command]
+    if not is_captured:
+        process = subprocess.Popen(words)
+        output = None
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        output = folder / OUTPUT
+        with open(output, "wb") as file:
+            process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+    found = Program(process, output)
+    try:
+        yield found
+    finally:
+        if found.is_running():
+            with contextlib.suppress(ProcessLookupError):
+                (os.killpg if is_captured else os.kill)(process.pid, signal.SIGTERM)
+            process.wait()

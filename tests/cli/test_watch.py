@@ -1,0 +1,178 @@
+"""``devguard watch`` as a command; tests/placement/cli/test_watch.py watches real programs on simulated GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devguard import cli
+from devguard.cli import watch
+from devguard.reporting import sampler
+from devguard.watch.gpus import Simulation
+from tests.helpers.simulated import ROOT
+from tests.watch.test_view import GPUS, Writer, use, writer
+
+__all__ = ["writer"]  # the fixture
+
+STRAYED = {"uuid": "GPU-a", "pids": {os.getpid(): 900 << 20}}
+OWN = {"uuid": "GPU-b", "pids": {os.getpid(): 300 << 20}}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "FIRST_SAMPLES_S", 0.0)
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def test_once_prints_a_table_and_exits_with_3_on_a_stray(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, STRAYED, OWN)
+    assert cli.main(["watch", "--once", str(writer.path.parent)]) == 3
+    out = capsys.readouterr().out
+    assert "STRAY 900.0 MiB" in out
+    assert "\x1b" not in out
+    use(monkeypatch, {"uuid": "GPU-a"}, OWN)
+    assert cli.main(["watch", "--once", str(writer.path.parent)]) == 0
+    assert "own 300.0 MiB" in capsys.readouterr().out
+
+
+def test_once_as_json_is_the_matrix(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, STRAYED, OWN)
+    assert cli.main(["watch", "--once", "--json", str(writer.path.parent)]) == 3
+    found = json.loads(capsys.readouterr().out)
+    (process,) = found["processes"]
+    assert process["cells"]["a"] == {"verdict": "STRAY", "bytes": 900 << 20, "whole": True}
+    assert [gpu["label"] for gpu in found["gpus"]] == ["0", "1"]
+
+
+def test_once_waits_for_what_the_processes_report(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(watch, "FIRST_SAMPLES_S", 20.0)
+    looks: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            writer.sample(1e10, 5 << 20)
+
+    monkeypatch.setattr("devguard.cli.watch.time.sleep", sleep)
+    assert cli.main(["watch", "--once", str(writer.path.parent)]) == 0
+    assert "own 5.0 MiB" in capsys.readouterr().out
+    assert len(looks) == 3
+
+
+def test_a_process_leads_to_its_log_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-S", "-c", "print(flush=True); input()"],
+        env={"DEVGUARD_LOG": str(tmp_path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert child.stdout is not None
+    child.stdout.readline()
+    try:
+        use(monkeypatch, {"uuid": "GPU-a", "pids": {child.pid: 5 << 20, 1: 5}})
+        assert cli.main(["watch", "--once", "--pid", str(child.pid)]) == 0
+        assert (tmp_path / sampler.WATCHED).exists()
+        out = capsys.readouterr().out
+        assert f"{child.pid}" in out
+        assert "foreign" not in out  # process 1 is not shown
+    finally:
+        child.communicate(b"\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--interval", "0.1"], r"0\.1 is too short.*lock of the driver.*0\.5 or more"),
+        (["--interval", "nan"], r"too short"),
+        (["--json"], r"--json is only valid with --once"),
+        (["--once", "--pid", "999999999"], r"--pid 999999999: No such"),
+        (["--once", "/no/such/folder"], r"is not a folder"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    use(monkeypatch)
+    assert cli.main(["watch", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_help_explains_each_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["watch", "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    for verdict, meaning in watch.VERDICTS.items():
+        assert f"  {verdict:8} {meaning}\n" in out
+
+
+def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("DEVGUARD")}
+    command = [sys.executable, "-m", "devguard", "watch", *words]
+    return subprocess.run(
+        command,
+        env={**environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
+
+
+def test_with_a_program_the_output_is_the_programs_and_then_the_table() -> None:
+    done = run("--once", "--", "sh", "-c", "echo said; exit 7")
+    assert done.returncode == 7
+    assert done.stdout.splitlines()[0] == "said"
+    assert "no process is on a GPU" in done.stdout
+
+
+def test_the_log_of_a_program_stays_where_a_folder_is_given(tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    done = run("--once", str(folder), "--", sys.executable, "-c", "import torch")
+    assert done.returncode == 0, done.stderr
+    assert (folder / sampler.RECORDED).exists()
+    assert len(list(folder.glob("*.jsonl"))) == 1
+
+
+def test_a_program_that_is_not_there_is_an_error() -> None:
+    done = run("--once", "--", "no-such-program")
+    assert done.returncode == 127
+    assert "no program 'no-such-program'" in done.stderr
+
+
+def test_without_a_terminal_the_table_is_printed_when_it_changes() -> None:
+    done = run("--interval", "0.5", "--", "sh", "-c", "sleep 1.2")
+    assert done.returncode == 0
+    assert done.stdout.count("no process is on a GPU") == 1
+
+
+def test_the_driver_is_not_asked_for_a_simulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from devguard.simgpu import records
+
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    records.create(tmp_path / "state", memory=1 << 30, context_bytes=0)
+    Writer(tmp_path, 1, DEVGUARD_SIM_STATE=str(tmp_path / "state")).line({"state": GPUS, "time": 1.0})
+    read: list[Any] = []
+    monkeypatch.setattr(Simulation, "read", lambda self: read.append(self) or [])
+    assert cli.main(["watch", "--once", str(tmp_path)]) == 0
+    assert read
