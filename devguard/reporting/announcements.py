@@ -212,7 +212,7 @@ def _log(stray: Stray, level: int) -> None:
     }
     notices.log_at(
         (file, line, function),
-        printable(stray),
+        printable(f"devguard: {stray}"),  # many programs, such as SGLang, do not log the name of the logger
         level,
         {f"devguard_{name}": value for name, value in fields.items()},
     )

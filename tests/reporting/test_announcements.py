@@ -123,7 +123,7 @@ class TestLogger:
         (found,) = devguard.strays()
         (record,) = lines
         assert found.site is not None
-        assert record.getMessage() == str(found)
+        assert record.getMessage() == f"devguard: {found}"
         assert (record.pathname, record.lineno, record.funcName) == (__file__, found.site.line, found.site.function)
         assert {name: value for name, value in vars(record).items() if name.startswith("devguard")} == {
             "devguard_door": "ipc",
