@@ -49,7 +49,9 @@ def format_markdown(summary: Summary) -> Iterator[str]:
         for process in summary.died
     ]
     yield from _list("Processes that died", deaths)
-    yield from _list("Not guarded as asked", [f"pid {pid}: {_code(text)}" for pid, text in summary.alerts])
+    yield from _list(
+        "Not guarded as asked, or not recorded", [f"pid {pid}: {_code(text)}" for pid, text in summary.alerts]
+    )
     yield from _list("Cannot be read", [_code(place) for place in summary.damaged])
 
 

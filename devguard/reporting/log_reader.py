@@ -71,8 +71,10 @@ class Process:
         What tells the process from others with its pid; see process_identity.py.
     children : list of ChildEnd
         Its children that failed.
-    end, signal, code : str, str or None, int or None
+    end, signal, code, end_time : str, str or None, int or None, float or None
         How the process ended; see process_end.py, which also puts it in words.
+    not_kept : int
+        The strays for which its journal had no room, at the end.
     """
 
     file: str
@@ -99,6 +101,8 @@ class Process:
     end: End = "unknown"
     signal: str | None = None
     code: int | None = None
+    end_time: float | None = None
+    not_kept: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as plain data, fit for JSON."""
@@ -224,6 +228,7 @@ def read_line(line: dict[str, Any], process: Process, newest: dict[int, Merged])
         transport = as_text_or_none(state.get("transport"))
         allowed, gpus = as_texts(state.get("allowed", [])), as_text_by_text(state.get("gpus", {}))
         mode, source = as_text_or_none(state.get("process_mode")), as_text_or_none(state.get("said_by"))
+        process.not_kept = as_number(state.get("strays_not_kept", 0))
         process.owner = as_text_or_none(state["process_owner"]) or next(iter(owned), process.owner)
         process.owned, process.contexts, process.allowed, process.gpus = owned, contexts, allowed, gpus
         process.transport, process.mode, process.source = transport, mode, source

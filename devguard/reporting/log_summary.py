@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any
 
 from devguard.reporting import actions, log_paths, process_end
@@ -50,13 +51,19 @@ class Summary:
 
     @property
     def died(self) -> list[Process]:
-        """The processes that did not come to an orderly end."""
-        return [process for process in self.processes if process_end.has_died(process)]
+        """The processes that did not come to an orderly end; first the one that died first, as far as that is known."""
+        died = [process for process in self.processes if process_end.has_died(process)]
+        return sorted(died, key=lambda process: inf if process.end_time is None else process.end_time)
 
     @property
     def alerts(self) -> list[tuple[int, str]]:
-        """Why processes are not guarded as the program asked, with their pids."""
-        return [(process.pid, text) for process in self.processes for text in process.alerts]
+        """Why processes are not guarded as the program asked, or their logs are not complete, with their pids."""
+        alerts = [(process.pid, text) for process in self.processes for text in process.alerts]
+        return alerts + [
+            (process.pid, f"{count(process.not_kept, 'stray')} at further lines: its log has no room for more lines")
+            for process in self.processes
+            if process.not_kept
+        ]
 
     def count_others(self) -> str:
         """Return how many records are no strays, such as ``"3 placed, 1 kept"``; empty if there are none."""

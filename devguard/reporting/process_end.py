@@ -43,7 +43,7 @@ class ChildEnd:
 
 
 class Mortal(Protocol):
-    """What this module reads of a process, and sets: `end`, `signal` and `code`."""
+    """What this module reads of a process, and sets: `end`, `signal`, `code`, and `end_time` if its parent tells it."""
 
     pid: int
     host: str
@@ -55,13 +55,14 @@ class Mortal(Protocol):
     end: End
     signal: str | None
     code: int | None
+    end_time: float | None
 
 
 def settle(processes: Sequence[Mortal]) -> None:
     """Set how each process ended; may be repeated when the journals have grown."""
     lives: dict[tuple[str, str, int], list[Mortal]] = {}  # all processes with one pid, the oldest first
     for process in sorted(processes, key=attrgetter("time")):
-        process.signal = process.code = None
+        process.signal = process.code = process.end_time = None
         lives.setdefault((process.host, process.pid_space, process.pid), []).append(process)
     ends: dict[int, ChildEnd] = {}  # of a process, by its identity: the first one, because the pid is free from then on
     for parent in processes:
@@ -78,7 +79,7 @@ def settle(processes: Sequence[Mortal]) -> None:
         for process in reversed(same):
             end = ends.get(id(process))
             if end is not None:
-                process.signal, process.code = end.signal, end.code
+                process.signal, process.code, process.end_time = end.signal, end.code, end.time
             process.end = _find_end(process, newer, here)
             newer = process.started
 

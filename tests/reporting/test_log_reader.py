@@ -97,6 +97,14 @@ def test_a_time_that_is_none_is_damage(tmp_path: Path, time: str) -> None:
     assert (parent.children, damaged) == ([], ["1.jsonl:2"])
 
 
+def test_strays_without_room_in_the_journal_are_known(tmp_path: Path) -> None:
+    write(tmp_path, 1, {"end": {"process_owner": None, "owned": [], "contexts": [], "strays_not_kept": 12}})
+    write(tmp_path, 2, {"end": {"process_owner": None, "owned": [], "contexts": [], "strays_not_kept": -1}})
+    processes, _, damaged = log_reader.read(tmp_path)
+    assert [process.not_kept for process in processes] == [12, 0]
+    assert damaged == ["2.jsonl:2"]
+
+
 def test_the_transport_is_that_of_the_last_state(tmp_path: Path) -> None:
     state = {"process_owner": None, "owned": [], "contexts": []}
     write(tmp_path, 1, {"state": state}, {"state": state | {"transport": "host"}})

@@ -25,6 +25,14 @@ def test_processes_that_died_and_alerts_are_named() -> None:
     found = summary(processes=[process(7, alerts=["off"]), process(8, ended=False, end="killed", signal="SIGKILL")])
     assert [each.pid for each in found.died] == [8]
     assert found.alerts == [(7, "off")]
+    (alert,) = summary(processes=[process(7, not_kept=1)]).alerts
+    assert alert == (7, "1 stray at further lines: its log has no room for more lines")
+
+
+def test_the_process_that_died_first_comes_first_because_it_is_the_cause() -> None:
+    ends: dict[int, float | None] = {7: 30.0, 8: None, 9: 10.0}
+    found = summary(processes=[process(pid, end="killed", end_time=time) for pid, time in ends.items()])
+    assert [each.pid for each in found.died] == [9, 7, 8]
 
 
 def test_it_is_plain_data() -> None:

@@ -70,6 +70,7 @@ def test_the_end_belongs_to_the_newest_process_with_the_pid_that_had_started_in_
         found = (parent, early, first, second, third)
         process_end.settle([found[at] for at in order])
         assert [each.signal for each in found] == [None, None, None, "SIGKILL", None]  # The pid was free after that.
+        assert [each.end_time for each in found] == [None, None, None, 20.0, None]
         assert [each.end for each in found[2:]] == ["lost", "killed", "lost"]
 
 
