@@ -34,10 +34,10 @@ def main() -> int:
             return 1
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], simgpu.environment(2))
 
-    from benchmarks import bookkeeping, cases, ipc, starting, threads, transport
+    from benchmarks import bookkeeping, cases, ipc, starting, threads, transport, watching
 
     groups = {**cases.GROUPS, "threads": threads.threads, "ipc": ipc.ipc, "bookkeeping": bookkeeping.bookkeeping}
-    groups |= {"starting": starting.starting, "transport": transport.transport}
+    groups |= {"starting": starting.starting, "transport": transport.transport, "watching": watching.watching}
     if arguments.group:
         print(json.dumps([dataclasses.asdict(row) for row in groups[arguments.group]()]))
         return 0
