@@ -220,7 +220,7 @@ def _process(record: tuple[Any, ...]) -> ProcessState:
 def _start_time(pid: int) -> int | None:
     """Return the start time of a process, in clock ticks since boot; None if it has ended. Matches csrc/state.c."""
     try:
-        fields = process_stat.read_fields(Path("/proc", str(pid)))
+        fields = process_stat.read_fields(f"/proc/{pid}")
     except OSError:
         return None
     return None if fields[process_stat.STATE] in process_stat.ENDED else int(fields[process_stat.STARTED])

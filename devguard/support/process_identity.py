@@ -5,6 +5,7 @@ A process is known by its pid space, its pid and its time of start. Needs neithe
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -17,6 +18,12 @@ PROC = Path("/proc")
 
 def pid_space(proc: Path = PROC) -> str:
     """Return what two processes share if a pid means the same to both; empty if the kernel does not tell."""
+    return _pid_space(proc, os.getpid())
+
+
+@functools.lru_cache(maxsize=4)
+def _pid_space(proc: Path, pid: int) -> str:
+    """Return the pid space of this process; `pid`, because a forked child may be in another one."""
     try:
         boot = (proc / "sys/kernel/random/boot_id").read_text(encoding="ascii", errors="replace").strip()
         return f"{boot} {os.readlink(proc / 'self/ns/pid')}"
@@ -27,7 +34,7 @@ def pid_space(proc: Path = PROC) -> str:
 def started(pid: int, proc: Path = PROC) -> int:
     """Return when a process started, in clock ticks since the machine started; 0 if there is none, or it has ended."""
     try:
-        fields = process_stat.read_fields(proc / str(pid))
+        fields = process_stat.read_fields(f"{proc}/{pid}")
         return 0 if fields[process_stat.STATE] in process_stat.ENDED else int(fields[process_stat.STARTED])
     except (OSError, ValueError, IndexError):
         return 0

@@ -67,6 +67,8 @@ def width() -> int:
 
 def cut(text: str, columns: int) -> str:
     """Return a printable text, cut to a number of columns, with three dots at its end if it was longer."""
+    if text.isascii() and len(text) <= columns:
+        return text
     used, fits = 0, 0
     for place, char in enumerate(text):
         used += _columns(char)

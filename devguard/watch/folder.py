@@ -102,8 +102,10 @@ class Journal:
         return self.process.pid if self.process.pid_space == process_identity.pid_space() else self.local_pid
 
     def is_running(self) -> bool:
-        """Return whether the process still runs, as far as this machine knows."""
-        return not self.process.ended and self.pid is not None and self.is_process(self.pid)
+        """Return whether the process ran at the last `Folder.update`, as far as this machine knows."""
+        if self.local_pid is not None:
+            return not self.process.ended and self.is_process(self.local_pid)
+        return self.process.end == "running"
 
     def is_process(self, pid: int) -> bool:
         """Return whether the kernel's process `pid` is this one."""
