@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from devguard.errors import ConfigError, SimulationError
 from devguard.watch import gpus, matrix, neighbours
@@ -24,6 +26,15 @@ class View:
     pids : sequence of int
         Show only these processes.
 
+    Attributes
+    ----------
+    lock : RLock
+        Held while it looks. Hold it to read `journals`, which the next look changes.
+    journals : tuple of Journal
+        The logs that the last look has read, those of ended processes too.
+    driver : str
+        Whether the last look has read the GPUs: ``"read"``, ``"absent"`` (there is no driver) or ``"failed"``.
+
     Raises
     ------
     ConfigError
@@ -36,15 +47,26 @@ class View:
         self._source: Source | None = None
         self._simulations: frozenset[str] | None = None
         self._has_no_source = ""
+        self.lock = threading.RLock()
+        self.journals: tuple[Journal, ...] = ()
+        self.driver: Literal["read", "absent", "failed"] = "absent"
         if folder is None:
             self._source = gpus.find()
 
+    def touch(self) -> bool:
+        """Let the processes report their memory for the next seconds; return whether that is possible."""
+        return self._folder is None or touch(self._folder.path)
+
     def look(self) -> matrix.Matrix:
         """Return the matrix of this moment."""
+        with self.lock:
+            return self._look()
+
+    def _look(self) -> matrix.Matrix:
         notes: list[str] = []
         journals: list[Journal] = []
         if self._folder is not None:
-            if not touch(self._folder.path):
+            if not self.touch():
                 notes.append(f"{self._folder.path} cannot be written, so the processes do not report their memory")
             journals = self._folder.update()
             self._find_containers(journals)
@@ -56,6 +78,7 @@ class View:
         if damaged:
             more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
             notes.append(f"cannot be read: {damaged[0]}{more}")
+        self.journals = tuple(journals)
         for journal in journals:
             notes += [f"pid {journal.process.pid}: {alert}" for alert in journal.process.alerts]
         return matrix.build(journals, seen, notes=notes)
@@ -87,6 +110,7 @@ class View:
                 self._source = gpus.find(simulations)
             except ConfigError as error:
                 self._source, self._has_no_source = None, str(error)
+        self.driver = "absent" if self._source is None else "failed"
         if self._source is None:
             notes.append(f"only what the processes report of themselves: {self._has_no_source}")
             return None
@@ -97,6 +121,7 @@ class View:
                 raise
             notes.append(str(error))
             return None
+        self.driver = "read"
         notes += [f"GPU {gpu.label} cannot be read: {gpu.problem}" for gpu in seen if gpu.problem]
         if self._source.name == "NVML" and neighbours.is_inside_container():
             if any(gpu.processes for gpu in seen):

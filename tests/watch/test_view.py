@@ -41,7 +41,9 @@ def test_both_views_are_joined(writer: Writer, monkeypatch: pytest.MonkeyPatch) 
     pid = os.getpid()
     use(monkeypatch, {"uuid": "GPU-a", "pids": {pid: 900 << 20}}, {"uuid": "GPU-b", "pids": {pid: 300 << 20}})
     writer.sample(7.0, 2)
-    found = View(writer.path.parent).look()
+    view = View(writer.path.parent)
+    found = view.look()
+    assert (view.driver, [journal.pid for journal in view.journals]) == ("read", [pid])
     (row,) = found.rows
     assert {uuid: (cell.verdict, cell.whole) for uuid, cell in row.cells.items()} == {
         "a": ("STRAY", True),
@@ -57,6 +59,7 @@ def test_without_a_driver_the_processes_own_numbers_are_shown(writer: Writer, mo
     writer.sample(7.0, 2)
     view = View(writer.path.parent)
     found = view.look()
+    assert view.driver == "absent"
     assert [(cell.verdict, cell.bytes) for row in found.rows for cell in row.cells.values()] == [("own", 2)]
     assert any("nvidia-ml-py" in note for note in found.notes)
     assert view.look().notes == found.notes
@@ -118,4 +121,6 @@ def test_a_simulation_that_is_gone_is_noted(tmp_path: Path, monkeypatch: pytest.
     view = View(tmp_path)
     assert view.look().notes == ()
     state.unlink()
+    assert view.driver == "read"
     assert any("cannot be read" in note for note in view.look().notes)
+    assert (view.driver, len(view.journals)) == ("failed", 1)  # also the log of a process that has ended
