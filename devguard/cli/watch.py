@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from devguard.watch.matrix import VERDICTS
 
 if TYPE_CHECKING:
     from devguard.watch.matrix import Matrix
+    from devguard.watch.metrics import Server
     from devguard.watch.programs import Program
     from devguard.watch.view import View
 
@@ -62,6 +63,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--once", action="store_true", help="print one table; with COMMAND, its worst moment at its end"
     )
     parser.add_argument("--json", action="store_true", help="with --once, print JSON")
+    parser.add_argument(
+        "--serve",
+        metavar="[ADDRESS:]PORT",
+        help="answer Prometheus at this port, on the loopback interface unless an address is named",
+    )
+    parser.add_argument(
+        "--label-pid", action="store_true", help="with --serve, give the series of processes the label pid"
+    )
     parser.set_defaults(program=[])
 
 
@@ -89,6 +98,10 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.json and not arguments.once:
         raise ConfigError("--json is only valid with --once. Add --once, or leave out --json.")
+    if arguments.serve is not None and arguments.once:
+        raise ConfigError("--serve is not valid with --once, which ends at once. Leave out one of them.")
+    if arguments.label_pid and arguments.serve is None:
+        raise ConfigError("--label-pid is only valid with --serve. Add --serve, or leave out --label-pid.")
 
 
 def _is_live(arguments: argparse.Namespace) -> bool:
@@ -129,14 +142,42 @@ def _watch(arguments: argparse.Namespace, folder: Path | None, started: Program 
             return STRAYED
         return 0 if started is None else started.wait()
     title = " ".join(arguments.program) or str(folder or "all processes")
-    if not _is_live(arguments):
-        return _print_changes(view, started, arguments.interval)
-    from devguard.watch.screen import Screen
+    with _served(view, arguments) as server:
+        if not _is_live(arguments):
+            if server is not None:
+                return _report_problems(server, started, arguments.interval)
+            return _print_changes(view, started, arguments.interval)
+        from devguard.watch.screen import Screen
 
-    output = None if started is None else started.output
-    screen = Screen(f"devguard watch  {title}", arguments.interval, output)
-    screen.run(view.look, lambda: started is None or started.is_running())
-    return 0 if started is None else _finish(started)
+        output = None if started is None else started.output
+        screen = Screen(f"devguard watch  {title}", arguments.interval, output)
+        screen.run(view.look, lambda: started is None or started.is_running())
+        return 0 if started is None else _finish(started)
+
+
+@contextmanager
+def _served(view: View, arguments: argparse.Namespace) -> Iterator[Server | None]:
+    """Serve the metrics of a view inside the block, if that was asked for."""
+    if arguments.serve is None:
+        yield None
+        return
+    from devguard.watch.metrics import serve
+
+    view.look()  # A folder that does not exist is an error now, not at the first scrape.
+    with closing(serve(view, arguments.serve, label_pid=arguments.label_pid)) as server:
+        complain(f"devguard watch: metrics at {server.url}")
+        yield server
+
+
+def _report_problems(server: Server, started: Program | None, interval: float) -> int:
+    """Say what the scrapes cannot read, whenever that has changed."""
+    problem: str | None = None
+    while started is None or started.is_running():
+        if server.problem != problem:
+            problem = server.problem
+            complain(f"devguard watch: {f'cannot be read: {problem}' if problem else 'everything can be read again'}")
+        _pause(started, interval)
+    return started.wait()
 
 
 def _finish(started: Program) -> int:

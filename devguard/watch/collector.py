@@ -106,7 +106,7 @@ class Collector:
     def _add_gpus(self, families: _Families, matrix: Matrix) -> list[str]:
         """Add the GPUs, and the processes on them; return what could not be read."""
         if self._view.driver == "failed":  # The processes' own numbers would look like less memory, on other GPUs.
-            return ["the GPUs cannot be read"]
+            return [self._view.problem]
         for column in matrix.columns:
             if self._view.driver == "read" and column.used is not None and column.total is not None:
                 labels = labels_of(column.uuid, column.label)
@@ -127,7 +127,7 @@ class Collector:
         _add(families["devguard_process_gpu_memory_bytes"], memory)
         _add(families["devguard_process_gpu_context"], contexts)
         problems = [f"GPU {column.label}: {column.problem}" for column in matrix.columns if column.problem]
-        return problems if self._view.driver == "read" else [*problems, "there is no driver to read"]
+        return [*problems, self._view.problem] if self._view.driver == "absent" else problems
 
     def _add_counters(self, families: _Families) -> None:
         for name, sums in self._counters.sums.items():

@@ -34,6 +34,8 @@ class View:
         The logs that the last look has read, those of ended processes too.
     driver : str
         Whether the last look has read the GPUs: ``"read"``, ``"absent"`` (there is no driver) or ``"failed"``.
+    problem : str
+        Why it has not; empty if it has.
 
     Raises
     ------
@@ -50,6 +52,7 @@ class View:
         self.lock = threading.RLock()
         self.journals: tuple[Journal, ...] = ()
         self.driver: Literal["read", "absent", "failed"] = "absent"
+        self.problem = ""
         if folder is None:
             self._source = gpus.find()
 
@@ -110,7 +113,7 @@ class View:
                 self._source = gpus.find(simulations)
             except ConfigError as error:
                 self._source, self._has_no_source = None, str(error)
-        self.driver = "absent" if self._source is None else "failed"
+        self.driver, self.problem = "absent" if self._source is None else "failed", self._has_no_source
         if self._source is None:
             notes.append(f"only what the processes report of themselves: {self._has_no_source}")
             return None
@@ -119,7 +122,8 @@ class View:
         except (ConfigError, SimulationError) as error:
             if self._folder is None:
                 raise
-            notes.append(str(error))
+            self.problem = str(error)
+            notes.append(self.problem)
             return None
         self.driver = "read"
         notes += [f"GPU {gpu.label} cannot be read: {gpu.problem}" for gpu in seen if gpu.problem]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import pytest
 from devguard import cli
 from devguard.cli import watch
 from devguard.reporting import sampler
+from devguard.simgpu import records
 from devguard.watch.gpus import Simulation
+from tests.helpers.scrapes import scrape
 from tests.helpers.simulated import ROOT
 from tests.watch.test_view import GPUS, Writer, use, writer
 
@@ -101,6 +105,10 @@ def test_a_process_leads_to_its_log_folder(
         (["--interval", "0.1"], r"0\.1 is too short.*lock of the driver.*0\.5 or more"),
         (["--interval", "nan"], r"too short"),
         (["--json"], r"--json is only valid with --once"),
+        (["--serve", "0", "--once"], r"--serve is not valid with --once"),
+        (["--label-pid"], r"--label-pid is only valid with --serve"),
+        (["--serve", "host"], r"--serve 'host': valid is a port"),
+        (["--serve", "0", "/no/such/folder"], r"is not a folder"),
         (["--once", "--pid", "999999999"], r"--pid 999999999: No such"),
         (["--once", "/no/such/folder"], r"is not a folder"),
     ],
@@ -167,8 +175,6 @@ def test_without_a_terminal_the_table_is_printed_when_it_changes() -> None:
 
 
 def test_the_driver_is_not_asked_for_a_simulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from devguard.simgpu import records
-
     monkeypatch.setitem(sys.modules, "pynvml", None)
     records.create(tmp_path / "state", memory=1 << 30, context_bytes=0)
     Writer(tmp_path, 1, DEVGUARD_SIM_STATE=str(tmp_path / "state")).line({"state": GPUS, "time": 1.0})
@@ -176,3 +182,41 @@ def test_the_driver_is_not_asked_for_a_simulation(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Simulation, "read", lambda self: read.append(self) or [])
     assert cli.main(["watch", "--once", str(tmp_path)]) == 0
     assert read
+
+
+def test_serve_answers_scrapes_says_what_it_cannot_read_and_ends_with_ctrl_c(tmp_path: Path) -> None:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("DEVGUARD")}
+    records.create(tmp_path / "state", memory=1 << 30, context_bytes=0)
+    log = tmp_path / "log"
+    log.mkdir()
+    Writer(log, 1, DEVGUARD_SIM_STATE=str(tmp_path / "state")).row(0, 3)
+    with subprocess.Popen(
+        [sys.executable, "-m", "devguard", "watch", log, "--serve", "0", "--interval", "0.5"],
+        env={**environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as watcher:
+        assert watcher.stderr is not None
+        try:
+            url = watcher.stderr.readline().split()[-1]
+            found = scrape(url)
+            assert [*found["devguard_strays_total"].values()] == [3]
+            assert found["devguard_scrape_success"] == {(): 1}
+            (tmp_path / "state").unlink()
+            while scrape(url)["devguard_scrape_success"] == {(): 1}:
+                time.sleep(0.05)
+            assert "devguard watch: cannot be read: " in (line := watcher.stderr.readline())
+            assert f"{tmp_path / 'state'}" in line
+            watcher.send_signal(signal.SIGINT)
+            out, err = watcher.communicate(timeout=60)
+        finally:
+            watcher.kill()
+    assert (watcher.returncode, out) == (130, "")
+    assert "Traceback" not in err
+
+
+def test_serve_ends_with_the_program(tmp_path: Path) -> None:
+    done = run("--serve", "0", str(tmp_path), "--", "sh", "-c", "exit 7")
+    assert done.returncode == 7
+    assert "metrics at http://127.0.0.1:" in done.stderr
