@@ -30,8 +30,8 @@ def test_a_start_that_is_unknown_is_no_running_process() -> None:
 
 
 def test_a_pid_space_is_one_pid_namespace_of_one_start_of_the_machine(tmp_path: Path) -> None:
+    assert process_identity.pid_space(FakeProc(tmp_path / "silent").path) == ""
     proc = FakeProc(tmp_path / "proc")
-    assert process_identity.pid_space(proc.path) == ""
     (proc.path / "sys/kernel/random").mkdir(parents=True)
     (proc.path / "sys/kernel/random/boot_id").write_text("b007-1d\n")
     assert process_identity.pid_space(proc.path) == "b007-1d pid:[1]"
