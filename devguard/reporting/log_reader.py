@@ -54,7 +54,7 @@ class Process:
     contexts : list of str
         The devices on which the process held a context then: at its end, if the end was orderly.
     allowed : list of str
-        The devices that any module of it might use.
+        The devices that all or some of its modules might use.
     gpus : dict of str to str
         The UUID of each device that it saw; empty if CUDA was not initialised.
     mode : str or None

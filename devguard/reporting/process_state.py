@@ -48,9 +48,8 @@ def owners() -> dict[str, Any]:
 
 
 def _allowed() -> list[str]:
-    """Return the devices that any module may use, and those that `unguarded` has let the program open."""
-    allowed = {tag for tag, modules in allowlist.allowances().items() if modules is None}
-    return sorted(allowed | {f"cuda:{index}" for index in unguarded_contexts})
+    """Return the devices that all or some modules may use, and those that `unguarded` has let the program open."""
+    return sorted({*allowlist.allowances(), *(f"cuda:{index}" for index in unguarded_contexts)})
 
 
 def _gpus() -> dict[str, str]:

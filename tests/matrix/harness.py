@@ -129,7 +129,26 @@ def report(case: str, mode: str) -> dict[str, Any]:
         found["error"] = f"{type(error).__name__}: {error}"
     if mode != "unguarded":
         strays += map(row, devguard.strays())
-    return {**found, "strays": strays, "opens": getattr(module, "OPENS", ())}
+    return {**found, "strays": strays, "opens": getattr(module, "OPENS", ()), "verdicts": _verdicts()}
+
+
+def _verdicts() -> dict[str, str]:
+    """Return the verdict of devguard watch on each device that this process holds something on, by its own log."""
+    from devguard.reporting import process_state, sampler
+    from devguard.reporting.journal import journal
+    from devguard.reporting.log_lines import Damage
+    from devguard.reporting.log_reader import Process
+    from devguard.watch import matrix
+    from devguard.watch.folder import Journal
+
+    log = Journal(Process("log", os.getpid()), Damage("log"))
+    log.read({"state": process_state.owners(), "time": 1.0})
+    log.read({"now": sampler.take_sample(), "time": 1.0})
+    for number, stray in enumerate(journal.strays()):
+        log.read({"stray": number, **json.loads(json.dumps(stray.as_dict()))})
+    (found,) = matrix.build([log], None, keep_ended=True).rows
+    tags = {uuid: tag for tag, uuid in log.process.gpus.items()}
+    return {tags.get(uuid, uuid): cell.verdict for uuid, cell in found.cells.items()}
 
 
 def _guarded(mode: Any, work: Any) -> Any:

@@ -3,7 +3,8 @@
 A class is *detected* if in each of its cases mode observe records a stray with the marked line as call site. It is
 *repaired* if in one case mode repair records a repair and leaves no context and no byte on a device that is not owned,
 and *refused* if mode error raises in one case. It is *allowed* if in each case mode error accepts the work once
-``devguard.allow`` names the modules. It has a *false stray* if the well-behaved twin of any case has a stray.
+``devguard.allow`` names the modules. It has a *false stray* if the well-behaved twin of any case has a stray, and a
+*false cell* if ``devguard watch`` would say STRAY of that twin, of the allowed work, or of a repaired case.
 
 The door ``native`` finds contexts afterwards. It names the guarded call during which a context appeared, not the line
 that opened it; such a class is counted as detected *around* the line.
@@ -120,6 +121,8 @@ def judge(case: str, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
         acted = any(stray["action"] in ("repaired", "placed") for stray in after["strays"])
         row["repair"] = {key: after[key] for key in ("contexts", "bytes", "error")}
         row["repaired"] = acted and not elsewhere and after["repaired"] is not False and not after["error"]
+    calm = ("behaves", "allowed", *(("repair",) if row.get("repaired") else ()))
+    row["false_cells"] = [mode for mode in calm if "STRAY" in reports.get(mode, {}).get("verdicts", {}).values()]
     if "error" in reports:
         error = reports["error"]["error"] or ""
         row |= {"error": error.partition("\n")[0] or None, "refused": "StrayDeviceError" in error.partition(":")[0]}
@@ -150,6 +153,7 @@ def count(rows: list[dict[str, Any]]) -> dict[str, int]:
         "repaired": sum(any(row.get("repaired") for row in variants) for variants in classes.values()),
         "refused": sum(any(row.get("refused") for row in variants) for variants in classes.values()),
         "allowed": sum(all(row.get("allowed") for row in variants) for variants in classes.values()),
+        "false cells": sum(bool(row.get("false_cells")) for row in rows),
         "false strays": sum(bool(row.get("false_strays") or row.get("behaves_error")) for row in rows),
     }
 

@@ -25,6 +25,7 @@ def test_classes_are_detected_at_their_lines_and_repaired_without_false_strays()
     assert counts["detected"] - counts["around"] >= DETECTED, shown
     assert counts["repaired"] >= REPAIRED, shown
     assert counts["false strays"] == 0, shown
+    assert counts["false cells"] == 0, shown
     assert counts["allowed"] == table.CLASSES, shown
 
 
