@@ -31,7 +31,7 @@ COMMANDS = {
     "log": "show the strays that DEVGUARD_LOG or devguard run --log recorded: per call site, most bytes first",
     "run": "run any program guarded, without changing it; or report which calls open CUDA contexts (--trace-contexts)",
     "sim": "run any program on simulated GPUs, on a machine that has none",
-    "watch": "show which process is on which GPU, and which line put it there; live, or once for CI",
+    "watch": "show which process is on which GPU, and which line put it there; live, once for CI, or as metrics",
 }
 
 

@@ -63,6 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--once", action="store_true", help="print one table; with COMMAND, its worst moment at its end"
     )
     parser.add_argument("--json", action="store_true", help="with --once, print JSON")
+    parser.add_argument("--svg", metavar="FILE", type=Path, help="with --once, also save the table as a picture")
     parser.add_argument(
         "--serve",
         metavar="[ADDRESS:]PORT",
@@ -96,8 +97,9 @@ def _check(arguments: argparse.Namespace) -> None:
             f"--interval {arguments.interval:g} is too short. Each look holds a lock of the driver for milliseconds, "
             f"which slows the programs on the GPUs; use {LEAST_INTERVAL_S} or more."
         )
-    if arguments.json and not arguments.once:
-        raise ConfigError("--json is only valid with --once. Add --once, or leave out --json.")
+    for name in ("json", "svg"):
+        if getattr(arguments, name) and not arguments.once:
+            raise ConfigError(f"--{name} is only valid with --once. Add --once, or leave out --{name}.")
     if arguments.serve is not None and arguments.once:
         raise ConfigError("--serve is not valid with --once, which ends at once. Leave out one of them.")
     if arguments.label_pid and arguments.serve is None:
@@ -138,6 +140,8 @@ def _watch(arguments: argparse.Namespace, folder: Path | None, started: Program 
     if arguments.once:
         matrix = _look_once(view) if started is None else _worst(view, started, arguments.interval)
         _print(matrix, as_json=arguments.json)
+        if arguments.svg is not None:
+            _save(matrix, arguments.svg)
         if matrix.has("STRAY"):
             return STRAYED
         return 0 if started is None else started.wait()
@@ -248,6 +252,23 @@ def _print(matrix: Matrix, *, as_json: bool) -> None:
         console.print(to_text(draw(matrix, console.width)))
     else:
         show(_text(matrix))
+
+
+def _save(matrix: Matrix, place: Path) -> None:
+    """Save the table as a picture."""
+    import io
+
+    from rich.console import Console
+
+    from devguard.watch.screen import to_text
+    from devguard.watch.table import draw
+
+    console = Console(record=True, width=PIPE_WIDTH, file=io.StringIO(), force_terminal=True)
+    console.print(to_text(draw(matrix, PIPE_WIDTH)))
+    try:
+        console.save_svg(str(place), title="devguard watch")
+    except OSError as error:
+        raise ConfigError(f"--svg: {place} cannot be written: {error.strerror}. Choose another file.") from None
 
 
 def _text(matrix: Matrix) -> str:

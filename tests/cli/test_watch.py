@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -99,11 +100,25 @@ def test_a_process_leads_to_its_log_folder(
         child.communicate(b"\n")
 
 
+def test_the_table_can_be_saved_as_a_picture(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, STRAYED, OWN)
+    picture = tmp_path / "watch.svg"
+    assert cli.main(["watch", "--once", "--svg", str(picture), str(writer.path.parent)]) == 3
+    assert "STRAY" in capsys.readouterr().out
+    words = "".join(ElementTree.parse(picture).getroot().itertext()).replace("\xa0", " ")
+    assert "STRAY 900.0 MiB" in words
+    assert cli.main(["watch", "--once", "--svg", str(tmp_path / "no" / "x.svg"), str(writer.path.parent)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--interval", "0.1"], r"0\.1 is too short.*lock of the driver.*0\.5 or more"),
         (["--interval", "nan"], r"too short"),
+        (["--svg", "x.svg"], r"--svg is only valid with --once"),
         (["--json"], r"--json is only valid with --once"),
         (["--serve", "0", "--once"], r"--serve is not valid with --once"),
         (["--label-pid"], r"--label-pid is only valid with --serve"),
