@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from devguard.reporting.advice import advise
 from devguard.reporting.stray import Stray
 from devguard.support.callsite import Site
 
@@ -55,20 +56,7 @@ class Finding:
         return asdict(self)
 
 
-_ADVICE = (
-    "Put the work on the owner's device. If another device is intended, declare it: "
-    "@pytest.mark.devguard(device=..., allow=[...])."
-)
-_ADVICES = {
-    "load": "Pass map_location, or send CPU tensors: the bytes name the device of the process that wrote them.",
-    "set_device": "Use `with torch.cuda.device(...)` there, or restore the device.",
-    "threads": "Decorate the thread's function with devguard.guard(...).",
-    "bare_cuda": "Name the device with its index: 'cuda' alone is GPU 0 there.",
-    "native": (
-        "Put the work on the owner's device, or allow the other: @pytest.mark.devguard(allow=[...]). To find "
-        "what opens a context that has no line here, run `devguard run --trace-contexts -- python -m pytest ...`."
-    ),
-}
+_DECLARE = "If another device is intended, declare it: @pytest.mark.devguard(device=..., allow=[...])."
 
 
 def from_stray(stray: Stray, root: Path) -> Finding:
@@ -78,7 +66,7 @@ def from_stray(stray: Stray, root: Path) -> Finding:
     via = f", via {stray.via}" if stray.via else ""
     text = f"{moved}, owner {stray.owner}: {stray.action}{via}{note}"
     where, source = _place(stray.site, root)
-    advice = _ADVICE if stray.action == "kept" else _ADVICES.get(stray.door, _ADVICE)  # kept: the program named it
+    advice = f"{advise(stray.door, stray.action)} {_DECLARE}"
     return Finding(stray.door, text, stray.action, stray.count, stray.bytes, where, source, advice)
 
 

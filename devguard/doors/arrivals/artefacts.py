@@ -23,6 +23,7 @@ from typing import Any
 from devguard.modes import DoorMode
 from devguard.ownership import in_force
 from devguard.ownership.owner import Owner
+from devguard.reporting.advice import advise
 from devguard.reporting.allowlist import is_allowed
 from devguard.reporting.journal import journal
 from devguard.reporting.verdict import judge
@@ -39,10 +40,7 @@ _INDEXED = re.compile(r"cuda:\d+", re.ASCII)
 READER = "deserialize_device"
 READERS = ("torch._export.serde.serialize", "torch.export.pt2_archive._package")
 
-_ADVICE = (
-    "The program was exported there and holds that device as a constant. Export it on the owner's index, or without "
-    "an index ('cuda')."
-)
+_ADVICE = advise(NAME)
 
 _patches = Patches()
 

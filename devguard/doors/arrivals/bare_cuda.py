@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from devguard.ownership import in_force
 from devguard.ownership.owner import Owner
+from devguard.reporting.advice import OR_REPAIR, advise
 from devguard.reporting.verdict import judge, obey
 from devguard.support.import_hooks import when_imported
 from devguard.support.patching import Patches
@@ -31,7 +32,7 @@ MODULES = ("safetensors", "safetensors.torch")
 GPU_0 = "cuda:0"  # what safetensors takes "cuda" for
 _DEVICE_POSITION = 2  # safe_open(filename, framework, device)
 
-_ADVICE = "safetensors treats 'cuda' as GPU 0. Name the device with its index, or let devguard do it (mode='repair')."
+_ADVICE = f"{advise(NAME)} {OR_REPAIR}"
 
 _patches = Patches()
 

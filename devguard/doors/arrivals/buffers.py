@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from devguard.ownership import in_force
+from devguard.reporting.advice import OR_REPAIR, advise
 from devguard.reporting.verdict import judge
 from devguard.support.patching import Patches
 
@@ -18,7 +19,7 @@ __all__ = ["install", "status", "uninstall"]
 NAME = "buffers"
 
 _patches = Patches()
-_ADVICE = "A buffer is in host memory. Let devguard copy it (mode='repair'), or move the tensor yourself."
+_ADVICE = f"{advise(NAME)} {OR_REPAIR}"
 
 
 def install() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from devguard.ownership import in_force
 from devguard.ownership.owner import Owner
+from devguard.reporting.advice import advise
 from devguard.reporting.verdict import judge, obey
 from devguard.support.patching import Patches
 
@@ -33,10 +34,7 @@ NOT_WATCHED = (
 )
 
 _patches = Patches()
-_ADVICE = (
-    "The memory is on that device. Allocate it on the owner's device, or, if this is intended, call from_dlpack inside "
-    "devguard.unguarded()."
-)
+_ADVICE = advise(NAME)
 
 
 def install() -> None:

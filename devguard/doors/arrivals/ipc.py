@@ -26,6 +26,7 @@ from devguard.ownership.owner import Owner
 from devguard.ownership.prepare import on_prepare
 from devguard.ownership.process import on_owner, process
 from devguard.ownership.stack import changing, look_for_changes
+from devguard.reporting.advice import OR_REPAIR, advise
 from devguard.reporting.verdict import judge
 from devguard.support import accelerator
 from devguard.support.installed_torch import import_torch
@@ -46,7 +47,7 @@ _KEPT_REDUCE = "_reduce_tensor_original"
 _STORAGE = ("storage_device", "storage_handle", "storage_size_bytes", "storage_offset_bytes")
 _EVENTS = ("rebuild_event", "_rebuild_event")  # torch 2.15 sends the second
 
-_ADVICE = "Share memory of this process's own GPU, send CPU tensors, or let devguard open it there (mode='repair')."
+_ADVICE = f"{advise(NAME)} {OR_REPAIR}"
 
 
 def install() -> None:

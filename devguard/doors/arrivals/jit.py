@@ -17,12 +17,14 @@ from typing import Any
 from devguard.doors.arrivals.map_locations import is_away, place
 from devguard.ownership import in_force
 from devguard.ownership.owner import names_cuda
+from devguard.reporting.advice import advise
 from devguard.reporting.verdict import judge
 from devguard.support.patching import Patches
 
 __all__ = ["install", "status", "uninstall"]
 
 NAME = "jit"
+_ADVICE = advise(NAME)
 
 _patches = Patches()
 
@@ -67,7 +69,7 @@ def install() -> None:
             repairable = owner.index < 0 or "cpu" not in tags
             target = owner.tag if repairable else None
             nbytes = sum(tags[tag] for tag in away)
-            if judge(NAME, ",".join(away), owner, nbytes, "Pass map_location to torch.jit.load.", target=target):
+            if judge(NAME, ",".join(away), owner, nbytes, _ADVICE, target=target):
                 map_location = owner.tag
         return original(f, map_location, *args, **kwargs)
 

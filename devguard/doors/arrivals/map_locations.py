@@ -17,16 +17,14 @@ from types import FrameType
 from typing import Any
 
 from devguard.ownership.owner import Owner, names_cuda
+from devguard.reporting.advice import OR_REPAIR, advise
 from devguard.reporting.verdict import judge, obey
 from devguard.support import accelerator
 
 __all__ = ["ADVICE", "is_away", "leaves_tag", "NAME", "obey_result", "place", "Restore", "restorer_by_request"]
 
 NAME = "load"
-ADVICE = (
-    "The bytes carry the sender's device. Pass map_location, send CPU tensors, or let devguard repair it "
-    "(mode='repair')."
-)
+ADVICE = f"{advise(NAME)} {OR_REPAIR}"
 _BARE = "A 'cuda' without an index means device 0 on a thread that has selected none. Name the device with its index."
 
 Restore = Callable[[Any, str], Any]

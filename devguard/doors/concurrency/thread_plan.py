@@ -17,6 +17,7 @@ from devguard.ownership import in_force
 from devguard.ownership.owner import Owner
 from devguard.ownership.process import process
 from devguard.ownership.stack import Entry, ScopePolicy, Stack, local
+from devguard.reporting.advice import OR_REPAIR, advise
 from devguard.reporting.journal import MAX_ROWS
 from devguard.reporting.verdict import count_repeat, judge, judged_here
 from devguard.support import callsite
@@ -44,10 +45,7 @@ __all__ = [
 NAME = "threads"  # the door
 
 failures = Failures(StrayDeviceError, StrayDeviceWarning)
-ADVICE = (
-    "A new thread starts on device 0. Decorate its function with devguard.guard(...), give a pool an initializer that "
-    "sets the device, or let devguard set it (mode='repair', or doors={'threads': 'repair'})."
-)
+ADVICE = f"{advise(NAME)} {OR_REPAIR}"
 
 
 class Inherited:

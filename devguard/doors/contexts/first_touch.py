@@ -30,6 +30,7 @@ from devguard.ownership.owner import Owner
 from devguard.ownership.prepare import on_prepare, prepare
 from devguard.ownership.process import process, unguarded_contexts
 from devguard.ownership.stack import local, take_first
+from devguard.reporting.advice import advise
 from devguard.reporting.allowlist import is_allowed
 from devguard.reporting.stray import Occurrence
 from devguard.reporting.verdict import judge, judge_too_late
@@ -41,10 +42,7 @@ __all__ = ["install", "status", "uninstall"]
 NAME = "first_touch"
 
 _patches = Patches()
-_ADVICE = (
-    "This process owns no GPU. Keep the work on the CPU (without pin_memory, which opens a GPU too), give it to a "
-    "process that owns a GPU, or run it inside devguard.guard('cuda:...') or devguard.unguarded()."
-)
+_ADVICE = advise(NAME)
 _NOTE = "this process owns no GPU: keep the work on the CPU, without pin_memory, or give it to a process that owns one"
 # Functions of torch that choose a device for good, and of devguard, for a guard: the owner's must not be opened before.
 _CHOOSING = frozenset({"set_device", "set_device_index", "set_stream", "move", "choose", "prepare"})

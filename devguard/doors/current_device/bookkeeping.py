@@ -20,6 +20,7 @@ from devguard.ownership import in_force
 from devguard.ownership.owner import Owner
 from devguard.ownership.process import process
 from devguard.ownership.stack import local
+from devguard.reporting.advice import advise
 from devguard.reporting.verdict import judge
 from devguard.support import accelerator
 from devguard.support.patching import Patches, original_of
@@ -50,10 +51,7 @@ COUNTING_ACCELERATOR = {
 }
 
 _patches = Patches()
-_ADVICE = (
-    "This thread has chosen no device, and device 0 holds no context yet. Name the device in the call, or run it "
-    "inside devguard.guard(...)."
-)
+_ADVICE = advise(NAME)
 
 
 def install() -> None:

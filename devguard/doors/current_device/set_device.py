@@ -21,6 +21,7 @@ from devguard.ownership import in_force
 from devguard.ownership.owner import Owner
 from devguard.ownership.process import process
 from devguard.ownership.stack import Stack, local, mark_changes, unwatch_moves, watch_moves
+from devguard.reporting.advice import advise
 from devguard.reporting.allowlist import is_allowed
 from devguard.reporting.verdict import judge
 from devguard.support import accelerator, callsite
@@ -36,10 +37,7 @@ NAME = "set_device"
 MOVERS = ("_cuda_setDevice", "_cuda_setStream", "_accelerator_setDeviceIndex", "_accelerator_setStream")
 
 _patches = Patches()
-_ADVICE = (
-    "That code changes the current device and returns without restoring it. Use torch.cuda.device(...) as a context "
-    "manager there, or restore the device after the call."
-)
+_ADVICE = advise(NAME)
 
 
 class Change(NamedTuple):

@@ -19,6 +19,7 @@ from typing import Any
 from devguard.ownership import in_force
 from devguard.ownership.process import process
 from devguard.ownership.stack import local
+from devguard.reporting.advice import advise
 from devguard.reporting.verdict import judge, obey
 from devguard.support import accelerator
 from devguard.support.patching import Patches
@@ -28,10 +29,7 @@ __all__ = ["install", "status", "uninstall"]
 NAME = "streams"
 
 _patches = Patches()
-_ADVICE = (
-    "Make the stream or event inside devguard.guard(...), or pass the owner's device. If the other device is intended, "
-    "make it inside devguard.unguarded()."
-)
+_ADVICE = advise(NAME)
 
 
 def install() -> None:
