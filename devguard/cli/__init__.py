@@ -29,6 +29,7 @@ COMMANDS = {
     "demo": "show the bug and the fix: stray tensors on GPU 0, before and after the guard",
     "doctor": "check versions, devices, doors, settings and shared memory, and suggest what to do next",
     "log": "show the strays that DEVGUARD_LOG or devguard run --log recorded: per call site, most bytes first",
+    "report": "write one page on a run: which process was on which GPU, when, by which line, and what to write there",
     "run": "run any program guarded, without changing it; or report which calls open CUDA contexts (--trace-contexts)",
     "sim": "run any program on simulated GPUs, on a machine that has none",
     "watch": "show which process is on which GPU, and which line put it there; live, once for CI, or as metrics",

@@ -12,6 +12,7 @@ from devguard.reporting import process_end
 from devguard.reporting.gate import Gate
 from devguard.reporting.log_reader import Merged
 from devguard.reporting.log_summary import Summary, count
+from devguard.support.markdown import code_span as _code
 from devguard.support.terminal import cut, format_size, printable
 
 __all__ = ["format_markdown"]
@@ -103,12 +104,3 @@ def _rank(rank: str | None) -> str:
 def _plain(text: str) -> str:
     """Return the words of a text, without any sign that Markdown or HTML might read."""
     return re.sub(r"[^\w ,]", "?", cut(printable(text), MOST_COLUMNS))
-
-
-def _code(text: object) -> str:
-    """Return a text as a code span that also stays one inside a table."""
-    shown = cut(printable(text), MOST_COLUMNS)
-    longest = max(map(len, re.findall("`+", shown)), default=0)
-    fence = "`" * (longest + 1)
-    space = " " if longest or not shown.strip() else ""
-    return f"{fence}{space}{shown}{space}{fence}".replace("|", "\\|")

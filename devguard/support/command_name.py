@@ -22,7 +22,8 @@ def shorten(words: Sequence[str]) -> str:
     rest = iter(words[1:])
     for word in rest:
         if word == "-c":
-            return "multiprocessing child" if "multiprocessing" in next(rest, "") else f"{program} -c"
+            # A command line that was written as one text has the code in several words.
+            return "multiprocessing child" if "multiprocessing" in " ".join(rest) else f"{program} -c"
         if word == "-m":
             return f"{program} -m {next(rest, '')}".rstrip()
         if word in ("-W", "-X"):

@@ -22,6 +22,7 @@ def test_a_process_has_one_file_in_a_folder_and_each_alert_once(tmp_path: Path) 
     (file,) = folder.iterdir()
     first, *rest = map(json.loads, file.read_text().splitlines())
     assert first["process"]["pid"] == os.getpid()
+    assert first["process"]["python"] == sys.version.split()[0]
     assert [line["alert"] for line in rest] == ["first", "second"]
     assert file.suffix == process_file.SUFFIX
 
@@ -49,7 +50,9 @@ notices.alert("the guard is off")
     )
     assert (done.returncode, done.stderr) == (0, "the guard is off\n")
     (file,) = tmp_path.iterdir()
-    assert json.loads(file.read_text().splitlines()[1])["alert"] == "the guard is off"
+    first, second = map(json.loads, file.read_text().splitlines())
+    assert second["alert"] == "the guard is off"
+    assert "torch" not in first["process"]
 
 
 def test_a_temporary_folder_that_was_removed_does_not_come_back(tmp_path: Path) -> None:
