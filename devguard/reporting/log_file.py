@@ -33,6 +33,8 @@ from devguard.support.process_file import SUFFIX, ProcessFile, encode, has_file,
 __all__ = ["start", "SUFFIX"]
 
 FLUSH_INTERVAL_S = 1.0
+MOST_SAMPLED = 16 << 20  # bytes of samples, some hours of changes; then the newest overwrites the one before
+SAMPLE_ROOM = 4096  # bytes, so that a longer sample fits as well
 COUNTS = b'"count": %20d, "bytes": %20d}\n'  # at the end of a line; always of the same length up to 20 digits
 
 
@@ -56,6 +58,8 @@ class _Log:
         self._rows = 0
         self._numbers: dict[Row, int] = {}  # each row that was written -> its number in the file
         self._counts_at: dict[Row, int | None] = {}  # the offsets of their counts
+        self._sampled = 0  # bytes
+        self._sample_at: tuple[int | None, int] = None, 0  # the place of the newest one and its bytes, after the most
         self._looked = 0.0
         self._state: dict[str, Any] = {}
         self._broken = False
@@ -126,10 +130,14 @@ class _Log:
     def _write_counts(self, row: Row) -> bool:
         """Overwrite the counts of a row in the file; return whether that was possible."""
         at = self._counts_at.get(row)
+        return self._overwrite(at, COUNTS % row.total())
+
+    def _overwrite(self, at: int | None, data: bytes) -> bool:
+        """Overwrite a part of the file; return whether nothing is left to write: that was possible, or nothing is."""
         if at is None or self._file is None or self._broken:
             return self._broken
         try:
-            return self._file.overwrite(at, COUNTS % row.total())
+            return self._file.overwrite(at, data)
         except Exception as error:  # noqa: BLE001 - a log must not stop the program
             self._give_up(error)
             return True
@@ -153,7 +161,15 @@ class _Log:
                 self._sampler = Sampler(self.folder, self._write_sample, self._look_at_times)
 
     def _write_sample(self, found: dict[str, Any]) -> None:
-        self._write({"now": found, "time": time.time()})
+        line = encode({"now": found, "time": time.time()})
+        if self._sampled < MOST_SAMPLED:
+            self._sampled += len(line)
+            self._write(line)
+            return
+        at, size = self._sample_at
+        if len(line) > size or not self._overwrite(at, _fill(line, size)):
+            size = -(-len(line) // SAMPLE_ROOM) * SAMPLE_ROOM
+            self._sample_at = self._write(_fill(line, size)), size
 
     def _write_state_of(self, owner: Owner | None) -> None:
         self.write_state()
@@ -239,6 +255,11 @@ def _name_signal(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal
         return f"signal {number}"
+
+
+def _fill(line: bytes, size: int) -> bytes:
+    """Return a line of JSON of `size` bytes."""
+    return line[:-1].ljust(size - 1) + b"\n"
 
 
 _logs: dict[Path, _Log] = {}  # one file a process and folder, also where the doors open and close many times

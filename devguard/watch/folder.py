@@ -143,6 +143,7 @@ class _File:
         self.journal = Journal(Process(path.name, 0), Damage(path.name))
         self._cursor = Cursor()
         self._changed: tuple[int, int] | None = None
+        self._sample_at: int | None = None  # the offset of the newest sample, which may be overwritten
         self._rows: dict[int, int] = {}  # row -> the offset of its newest line, the counts of which change in place
 
     def update(self) -> None:
@@ -154,6 +155,8 @@ class _File:
         changed = found.st_mtime_ns, found.st_size
         if changed == self._changed:
             return
+        if self._changed is not None and self._changed[1] == found.st_size:
+            self._read_sample()
         self._changed = changed
         for offset in self._rows.values():
             row = read_object(self.path, offset)
@@ -162,8 +165,17 @@ class _File:
         for number, line in read_objects(self.path, self.journal.damage, self._cursor):
             if not self._take(line):
                 self.journal.damage.add(number)
+            elif "now" in line:
+                self._sample_at = self._cursor.start
             elif "stray" in line:
                 self._rows[as_number(line["stray"])] = self._cursor.start
+
+    def _read_sample(self) -> None:
+        """Read the newest sample again: a log that has very many overwrites it."""
+        line = None if self._sample_at is None else read_object(self.path, self._sample_at)
+        newest = self.journal.sample
+        if line is not None and newest is not None and line.get("time") != newest.time:
+            self._take(line)
 
     def _take(self, line: dict[str, Any]) -> bool:
         """Take a line; return whether it is as log_file.py writes it."""

@@ -71,6 +71,8 @@ class View:
         if self._folder is not None:
             if not self.touch():
                 notes.append(f"{self._folder.path} cannot be written, so the processes do not report their memory")
+            for journal in self._folder.journals:
+                del journal.samples[:-1]  # A watcher may run for weeks.
             journals = self._folder.update()
             self._find_containers(journals)
         seen = self._read_gpus(journals, notes)

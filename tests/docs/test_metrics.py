@@ -11,6 +11,8 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+from devguard.reporting import log_file
+from devguard.watch import collector, metrics
 from devguard.watch.families import FAMILIES, Family, series_names
 from devguard.watch.matrix import VERDICTS, Verdict
 from tests.helpers.simulated import ROOT
@@ -148,6 +150,12 @@ def test_the_configurations_on_the_page_are_valid_yaml() -> None:
     targets = prometheus["scrape_configs"][0]["static_configs"]
     assert telemetry["receivers"]["prometheus"]["config"]["scrape_configs"][0]["static_configs"] == targets
     assert targets == [{"targets": ["127.0.0.1:9109"]}]
+
+
+def test_the_numbers_on_the_page_are_those_of_the_code() -> None:
+    assert f"{log_file.MOST_SAMPLED >> 20} MiB of samples" in PAGE
+    assert f"until {metrics.ASKED_S / 60:g} minutes after the last one" in PAGE
+    assert collector.LOOK_S == 1.0  # "at most once a second"
 
 
 def test_the_links_of_the_page_lead_to_files() -> None:

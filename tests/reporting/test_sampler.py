@@ -91,6 +91,29 @@ def test_a_watched_process_writes_a_sample_whenever_it_has_changed(
     assert log_reader.read(tmp_path)[2] == []  # no line is damaged
 
 
+def test_a_process_that_is_watched_for_days_overwrites_its_newest_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_file, "MOST_SAMPLED", 200)
+    log_file.start(tmp_path, last_look=lambda when: None)
+    log: Any = journal.log
+    log._sampler.stop()
+    (file,) = tmp_path.glob("*.jsonl")
+    sizes, newest = [], []
+    for step in range(20):
+        log._write_sample({"memory": {"cuda:1": [step, step, step]}, "strays": 0})
+        sizes.append(file.stat().st_size)
+        newest.append(samples(tmp_path)[-1]["memory"]["cuda:1"][0])
+    assert newest == list(range(20))
+    assert sizes[5] == sizes[-1]
+    longer = {"memory": {"cuda:1": [0, 0, 0]}, "strays": 0, "arenas": ["x" * log_file.SAMPLE_ROOM]}
+    for _ in range(2):
+        log._write_sample(longer)
+        assert samples(tmp_path)[-1] == longer
+    assert file.stat().st_size == sizes[-1] + 2 * log_file.SAMPLE_ROOM
+    assert log_reader.read(tmp_path)[2] == []  # no line is damaged
+
+
 def test_a_folder_to_record_in_needs_no_watcher(tmp_path: Path) -> None:
     (tmp_path / sampler.RECORDED).touch()
     log_file.start(tmp_path, last_look=lambda when: None)

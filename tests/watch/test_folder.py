@@ -86,6 +86,24 @@ def test_counts_that_change_in_place_are_read_again(tmp_path: Path) -> None:
         assert [(site.count, site.bytes) for site in journal.rows.values()] == [(count, 8 * count), (1, 8)]
 
 
+def test_a_sample_that_is_overwritten_is_read_again(tmp_path: Path) -> None:
+    writer, folder = Writer(tmp_path), Folder(tmp_path)
+    writer.sample(7.0, 2)
+    (journal,) = folder.update()
+    for at, number in ((8.0, 3), (9.0, 4)):
+        data = writer.path.read_bytes()
+        writer.path.write_bytes(
+            data.replace(b'"time": %.1f}' % (at - 1), b'"time": %.1f}' % at).replace(
+                b" %d, 3]" % (number - 1), b" %d, 3]" % number
+            )
+        )
+        os.utime(writer.path, ns=(time.time_ns(), time.time_ns()))
+        folder.update()
+        os.utime(writer.path, ns=(time.time_ns(), time.time_ns()))
+        folder.update()  # nothing new
+    assert [(sample.time, sample.memory["cuda:1"][1]) for sample in journal.samples] == [(7.0, 2), (8.0, 3), (9.0, 4)]
+
+
 def test_a_line_that_is_being_written_is_read_when_it_is_complete(tmp_path: Path) -> None:
     writer, folder = Writer(tmp_path), Folder(tmp_path)
     line = json.dumps({"state": STATE, "time": 6.0}).encode() + b"\n"

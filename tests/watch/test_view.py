@@ -124,3 +124,13 @@ def test_a_simulation_that_is_gone_is_noted(tmp_path: Path, monkeypatch: pytest.
     assert view.driver == "read"
     assert any("cannot be read" in note for note in view.look().notes)
     assert (view.driver, len(view.journals)) == ("failed", 1)  # also the log of a process that has ended
+
+
+def test_a_watcher_keeps_the_newest_sample_alone(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, {"uuid": "GPU-b", "pids": {os.getpid(): 300 << 20}})
+    view, kept = View(writer.path.parent), []
+    for at in (7.0, 8.0, 9.0):
+        writer.sample(at, 2)
+        view.look()
+        kept.append([sample.time for sample in view.journals[0].samples])
+    assert kept == [[7.0], [7.0, 8.0], [8.0, 9.0]]
