@@ -30,7 +30,7 @@ class Gpu:
     label : str
         Its number among the GPUs of the machine, such as ``"0"``; a MIG device is ``"0:1"``.
     uuid : str
-        Without NVML's prefix ``GPU-``.
+        Without NVML's prefix ``GPU-`` or ``MIG-``, as torch names it.
     name : str
         The product.
     used, total : int or None
@@ -145,7 +145,7 @@ class Nvml:
             processes[process.pid] = process.usedGpuMemory
         return Gpu(
             label,
-            uuid.removeprefix("GPU-") or f"unreadable-{label}",
+            uuid.removeprefix("GPU-").removeprefix("MIG-") or f"unreadable-{label}",
             name,
             None if memory is None else memory.used,
             None if memory is None else memory.total,
@@ -187,7 +187,7 @@ class Simulation:
                     if device.ipc_opens:
                         mapped.add(process.pid)
             used = sum(nbytes or 0 for nbytes in held.values())
-            uuid, name = records.uuid_of(index), f"simulated GPU {index}"
+            uuid, name = records.uuid_of(index), "simulated GPU"
             found.append(Gpu(str(index), uuid, name, used, limits.memory, held, frozenset(mapped)))
         return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ VERDICTS: dict[Verdict, str] = {
 }
 FAULTS: tuple[Verdict, ...] = ("STRAY", "ctx")
 LEFT_ALONE = ("observed", "warned")  # the actions that leave a stray where it is
+UNLISTED = 8  # characters of its UUID that name a GPU without a number
 CONTEXT_SLACK = 20 << 20  # bytes by which contexts of one driver differ
 
 
@@ -208,7 +209,7 @@ def build(
     if now is not None:
         alive = [journal for journal in alive if journal.process.time <= now]
     columns = _columns(alive, gpus)
-    least = _least_context(alive, gpus or ())
+    least = _least_contexts(alive, gpus or ())
     rows, lines, arenas = [], [], []
     for journal in alive:
         row = _row(journal, gpus or (), now, least)
@@ -247,7 +248,7 @@ def _sample_at(journal: Journal, now: float | None) -> Sample | None:
     return past[-1] if past else None
 
 
-def _row(journal: Journal, gpus: Sequence[Gpu], now: float | None, least: int) -> Row:
+def _row(journal: Journal, gpus: Sequence[Gpu], now: float | None, least: Mapping[str, int]) -> Row:
     process, state, sample = journal.process, _state_at(journal, now), _sample_at(journal, now)
     pid = journal.pid if now is None else None
     memory = sample.memory if sample else {}
@@ -264,7 +265,8 @@ def _row(journal: Journal, gpus: Sequence[Gpu], now: float | None, least: int) -
         if not (is_listed or tag in state.contexts or reserved):
             continue
         is_mapped = _maps(journal, tag) or (gpu is not None and pid in gpu.mapped)
-        verdict = _judge(tag, owned, state.allowed, reserved, whole, is_mapped, least)
+        beyond = None if gpu is None or whole is None else whole - least.get(gpu.name, whole)
+        verdict = _judge(tag, owned, state.allowed, reserved, beyond, is_mapped)
         cells[uuid] = Cell(verdict, reserved if whole is None else whole, whole is not None)
     left = sum(site.action in LEFT_ALONE for site in journal.rows.values())
     owner = ", ".join(sorted(owned)) or None
@@ -276,19 +278,17 @@ def _judge(
     owned: set[str],
     allowed: Sequence[str],
     reserved: int | None,
-    whole: int | None,
+    beyond: int | None,
     is_mapped: bool,
-    least: int,
 ) -> Verdict:
-    """Return the verdict on a GPU where a guarded process holds a context or memory."""
+    """Return the verdict on a GPU where a guarded process holds a context, or `beyond` one of its own."""
     if not owned:
         return "?"
     if tag in owned:
         return "own"
     if tag in allowed:
         return "allowed"
-    beyond = 0 if whole is None else whole - least
-    if reserved or beyond > CONTEXT_SLACK:
+    if reserved or (beyond or 0) > CONTEXT_SLACK:
         return "STRAY"
     return "ipc" if is_mapped else "ctx"
 
@@ -301,42 +301,50 @@ def _maps(journal: Journal, tag: str) -> bool:
     )
 
 
-def _least_context(journals: Iterable[Journal], gpus: Sequence[Gpu]) -> int:
-    """Return the bytes of the smallest context that can be seen: what a process holds beyond torch's allocator."""
-    found = []
+def _least_contexts(journals: Iterable[Journal], gpus: Sequence[Gpu]) -> dict[str, int]:
+    """Return for each product the bytes of its smallest context: what a process holds beyond torch's allocator.
+
+    Only guarded processes count, because the context of a program without torch is smaller.
+    """
+    found: dict[str, int] = {}
     by_pid = {journal.pid: journal for journal in journals}
     for gpu in gpus:
         for pid, whole in gpu.processes.items():
-            if whole is None:
-                continue
             journal = by_pid.get(pid)
-            tags = {} if journal is None else {uuid: tag for tag, uuid in journal.process.gpus.items()}
-            sample = None if journal is None else journal.sample
+            if whole is None or journal is None:
+                continue
+            tags = {uuid: tag for tag, uuid in journal.process.gpus.items()}
+            sample = journal.sample
             reserved = sample.memory.get(tags.get(gpu.uuid, ""), (0, 0, 0))[1] if sample else 0
-            found.append(max(whole - reserved, 0))
-    return min(found, default=0)
+            context = max(whole - reserved, 0)
+            found[gpu.name] = min(found.get(gpu.name, context), context)
+    return found
 
 
 def _columns(journals: Sequence[Journal], gpus: Sequence[Gpu] | None) -> list[Column]:
-    """Return the GPUs in the order of their numbers; without the driver's view, those that the processes name."""
+    """Return the GPUs in the order of their numbers, then those that only processes name, if they are on them."""
     used: dict[str, int] = {}
     numbers: dict[str, int] = {}
+    held = set()
     for journal in journals:
         memory = journal.sample.memory if journal.sample is not None else {}
         unnamed = {tag: tag for tag in {*journal.process.contexts, *memory} - journal.process.gpus.keys()}
         for tag, uuid in (journal.process.gpus | unnamed).items():
-            used[uuid] = used.get(uuid, 0) + memory.get(tag, (0, 0, 0))[1]
+            reserved = memory.get(tag, (0, 0, 0))[1]
+            used[uuid] = used.get(uuid, 0) + reserved
+            if reserved or tag in journal.process.contexts:
+                held.add(uuid)
             index = tag.removeprefix("cuda:")
             number = int(index) if index.isdecimal() and len(index) < 4 else 0
             numbers[uuid] = max(numbers.get(uuid, 0), number)  # where few are visible, the numbers are lower
-    if gpus is not None:
-        columns = [Column(gpu.label, gpu.uuid, gpu.name, gpu.used, gpu.total, gpu.problem) for gpu in gpus]
-        used = {uuid: held for uuid, held in used.items() if uuid.startswith("cuda:")}
-    else:
-        columns = []
     ordered = sorted(used, key=lambda uuid: (numbers[uuid], uuid))
     named = [uuid for uuid in ordered if not uuid.startswith("cuda:")]
-    columns += [Column(str(label), uuid, used=used[uuid]) for label, uuid in enumerate(named)]
+    if gpus is not None:
+        columns = [Column(gpu.label, gpu.uuid, gpu.name, gpu.used, gpu.total, gpu.problem) for gpu in gpus]
+        others = held.difference(gpu.uuid for gpu in gpus)  # the driver has lost them, or names them otherwise
+        columns += [Column(uuid[:UNLISTED], uuid, used=used[uuid]) for uuid in named if uuid in others]
+    else:
+        columns = [Column(str(label), uuid, used=used[uuid]) for label, uuid in enumerate(named)]
     return columns + [Column(uuid, uuid, used=used[uuid]) for uuid in ordered if uuid.startswith("cuda:")]
 
 

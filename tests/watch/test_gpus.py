@@ -92,7 +92,7 @@ def test_every_gpu_has_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_mig_device_is_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {0: {"uuid": "MIG-x", "pids": {7: 5}}, 3: {"uuid": "MIG-y"}}
     found = read(monkeypatch, {"uuid": "GPU-a", "mig": parts}, {"uuid": "GPU-b"})
-    assert [(gpu.label, gpu.uuid) for gpu in found] == [("0:0", "MIG-x"), ("0:3", "MIG-y"), ("1", "b")]
+    assert [(gpu.label, gpu.uuid) for gpu in found] == [("0:0", "x"), ("0:3", "y"), ("1", "b")]
     assert found[0].processes == {7: 5}
 
 

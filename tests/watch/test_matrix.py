@@ -98,6 +98,24 @@ def test_another_gpu_is_judged_by_what_the_process_holds_there(rank: Journal, gp
     assert verdicts([rank, other], gpus)[1]["0"] == expected
 
 
+def test_contexts_are_compared_with_those_of_guarded_processes_on_the_same_product() -> None:
+    """A context on a larger GPU is larger, and that of a program without torch is smaller."""
+    rank = journal(1, "cuda:0", {"cuda:0": 9 * MIB, "cuda:1": 0})
+    models = [
+        Gpu("0", UUIDS[0], "A10", processes={1: 250 * MIB + 9 * MIB}),
+        Gpu("1", UUIDS[1], "H100", processes={1: 480 * MIB}),
+    ]
+    assert verdicts([rank], models)[1] == {"0": "own", "1": "ctx"}
+    assert verdicts([rank], driver({1: CONTEXT + 9 * MIB}, {1: CONTEXT, 7: 60 * MIB}))[1] == {"0": "own", "1": "ctx"}
+
+
+def test_a_gpu_that_the_driver_does_not_list_has_a_column_where_a_process_is_on_it() -> None:
+    rank = journal(1, "cuda:0", {"cuda:0": MIB, "cuda:1": MIB}, gpus={f"cuda:{n}": f"{n}" * 12 for n in range(3)})
+    found = matrix.build([rank], [Gpu("0", "0" * 12)])
+    assert [(column.label, column.uuid) for column in found.columns] == [("0", "0" * 12), ("1" * 8, "1" * 12)]
+    assert found.has("STRAY")
+
+
 def test_a_gpu_that_nothing_touches_has_no_cell() -> None:
     assert verdicts([journal(1, "cuda:1", {"cuda:1": MIB})], driver({}, {1: CONTEXT}, {})) == {1: {"1": "own"}}
 
