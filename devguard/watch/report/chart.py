@@ -56,7 +56,7 @@ def draw(stacks: Sequence[Stack], first: float, last: float, worst: float, top: 
             axes.set_xlim(0, max((last - first) / unit, 1e-3))
             axes.set_title(f"{_title(one)}, {size_unit}", loc="left", fontsize=10, parse_math=False)
         rows[0, 0].set_ylim(0, max(top, MIB) * 1.05 / power)
-        figure.supxlabel(f"{word} since the start; the dashed line is the worst moment", fontsize=10)
+        figure.supxlabel(f"{word} since the start; the dashed line marks the moment of the table above", fontsize=10)
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None})
     peaks = "; ".join(f"{_title(one)} at most {format_size(_top(one))}" for one in stacks)

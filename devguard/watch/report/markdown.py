@@ -13,7 +13,7 @@ from devguard.watch.matrix import Cell
 from devguard.watch.report import unseen
 from devguard.watch.report.moments import Grid
 from devguard.watch.report.run import Run
-from devguard.watch.report.summary import summarize
+from devguard.watch.report.summary import count_of, summarize
 from devguard.watch.report.track import MISPLACED
 
 __all__ = ["render"]
@@ -74,8 +74,8 @@ def _matrix(run: Run) -> Iterable[str]:
             for row, place in enumerate(grid.places)
         ),
     )
-    yield from _left_out(len(run.tracks) - len(grid.places), "processes held nothing on a GPU, or are left out")
-    yield from _left_out(len(run.columns()) - len(grid.columns), "GPUs are left out")
+    yield from _left_out(len(run.tracks) - len(grid.places), "more process", "more processes")
+    yield from _left_out(len(run.columns()) - len(grid.columns), "more GPU")
 
 
 def _cell(cell: Cell | None) -> str:
@@ -104,12 +104,12 @@ def _sites(run: Run) -> Iterable[str]:
                 for site in strays[:MOST_LINES]
             ),
         )
-        yield from _left_out(len(strays) - MOST_LINES, "lines are left out")
+        yield from _left_out(len(strays) - MOST_LINES, "more line")
 
 
-def _left_out(count: int, what: str) -> Iterable[str]:
+def _left_out(count: int, one: str, many: str = "") -> Iterable[str]:
     if count > 0:
-        yield f"{count:,} more {what}."
+        yield f"Not shown: {count_of(count, one, many)}."
         yield ""
 
 

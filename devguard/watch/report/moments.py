@@ -47,6 +47,11 @@ class Grid:
         kept = set(sorted(order, key=lambda place: place not in astray)[:most_rows])
         return cls(run, [place for place in order if place in kept], run.columns()[:most_columns])
 
+    @property
+    def chosen(self) -> str:
+        """What the worst moment is called: in a run without a fault it is only the one with most memory."""
+        return "worst moment" if self.run.history.misplaced else "moment with most memory"
+
     def cells(self, time: float) -> dict[tuple[int, int], Cell]:
         """Return what was held at a moment, by row and column."""
         at = {column.uuid: number for number, column in enumerate(self.columns)}
@@ -121,7 +126,7 @@ class Grid:
 
     def label(self, time: float, worst: float) -> str:
         after = max(time - self.run.history.first, 0.0)
-        return f"{_clock(time)}, {after:.1f} s after the start{' (the worst moment)' if time == worst else ''}"
+        return f"{_clock(time)}, {after:.1f} s after the start{f' (the {self.chosen})' if time == worst else ''}"
 
 
 def show_cell(cell: Cell | None) -> Html:

@@ -17,7 +17,7 @@ from devguard.watch.report import chart, layers, tables, unseen
 from devguard.watch.report.markup import Html, element, join, moment, number, size, table
 from devguard.watch.report.moments import CLASSES, Grid
 from devguard.watch.report.run import Run
-from devguard.watch.report.summary import Summary, summarize
+from devguard.watch.report.summary import Summary, count_of, summarize
 
 __all__ = ["Limits", "MOST_BYTES", "render"]
 
@@ -197,8 +197,7 @@ def _show_matrix(part: _Part) -> Html:
         "form",
         element("label", "Moment", for_=f"{part.name}-moment"),
         element("input", type="range", id=f"{part.name}-moment", min=0, max=len(times) - 1, step=1),
-        element("output", "", for_=f"{part.name}-moment"),
-        element("button", "The worst moment", type="button"),
+        element("button", f"The {grid.chosen}", type="button"),
         hidden=True,
     )
     shown = grid.table(worst, grid.label(worst, worst))
@@ -209,10 +208,11 @@ def _show_matrix(part: _Part) -> Html:
         ]
     left = len(run.tracks) - len(grid.places)
     if left:
-        notes.append(f"{left:,} more processes held nothing on a GPU, or are left out.")
+        more = count_of(left, "more process", "more processes")
+        notes.append(f"Not shown: {more}, without memory on a GPU or to keep the page small.")
     columns = len(run.columns()) - len(grid.columns)
     if columns > 0:
-        notes.append(f"{columns:,} more GPUs are left out.")
+        notes.append(f"Not shown: {count_of(columns, 'more GPU')}.")
     legend = element(
         "dl",
         *(

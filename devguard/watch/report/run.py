@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from devguard.errors import ConfigError
 from devguard.reporting import process_end
-from devguard.reporting.log_file import SUFFIX
+from devguard.reporting.log_file import MOST_SAMPLED, SUFFIX
 from devguard.reporting.log_lines import Damage, list_files, read_objects
 from devguard.reporting.log_reader import Process
 from devguard.watch import matrix
@@ -21,11 +22,12 @@ from devguard.watch.report.history import History
 from devguard.watch.report.sites import CallSite
 from devguard.watch.report.track import Track
 
-__all__ = ["DROPPED", "MOST_MOMENTS", "Run", "read"]
+__all__ = ["DROPPED", "FULL", "MOST_MOMENTS", "read", "Run", "VARIABLES"]
 
 MOST_MOMENTS = 160
 VARIABLES = ("devguard", "torch", "python", "CUDA_VISIBLE_DEVICES", "LOCAL_RANK")  # of the first line of a log
 DROPPED = "strays_not_kept"  # of the last line
+FULL = "full"  # whether a log has all the samples that it keeps
 
 
 @dataclass(frozen=True)
@@ -157,4 +159,7 @@ def _read_file(path: Path) -> tuple[Journal, dict[str, str]]:
             known = {name: text for name in VARIABLES if isinstance(text := line["process"].get(name), str)}
         elif "end" in line:
             known[DROPPED] = str(line["end"].get("strays_not_kept", 0))
+    with contextlib.suppress(OSError):
+        if path.stat().st_size >= MOST_SAMPLED:
+            known[FULL] = "yes"
     return journal, known

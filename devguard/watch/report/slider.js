@@ -27,7 +27,6 @@
     const rows = table.tBodies[0].rows;
     const totals = table.tFoot.rows[0].cells;
     const input = part.querySelector("input");
-    const output = part.querySelector("output");
 
     const fill = (cell, value) => {
       if (value === undefined) {
@@ -58,7 +57,6 @@
       }
       const { label, all } = found.moments[moment];
       all.forEach((held, column) => totals[1 + column].replaceChildren(data(held)));
-      output.textContent = label;
       input.setAttribute("aria-valuetext", label);
       part.querySelector("caption").textContent = label;
     };

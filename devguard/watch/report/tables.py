@@ -11,8 +11,9 @@ from devguard.watch.report.arenas import ArenaUse, quantile
 from devguard.watch.report.layers import Stack
 from devguard.watch.report.markup import Html, element, join, moment, number, size, table, text
 from devguard.watch.report.moments import CLASSES
-from devguard.watch.report.run import Run
+from devguard.watch.report.run import VARIABLES, Run
 from devguard.watch.report.sites import CallSite
+from devguard.watch.report.summary import count_of
 
 __all__ = ["list_arenas", "list_contexts", "list_layers", "list_processes", "list_sites"]
 
@@ -50,7 +51,7 @@ def _sites(caption: str, sites: Sequence[CallSite], most: int) -> Html:
         names = _list(site.processes, MOST_NAMES)
         ranks = f"; rank {_fold(site.ranks)}" if site.ranks else ""
         owners = f"; owner {_list(site.owners)}" if site.owners else ""
-        action = element("td", element("b", site.action), class_="stray" if site.is_left_alone else None)
+        action = element("b", site.action, class_="pill stray" if site.is_left_alone else None)
         rows.append(
             [
                 line,
@@ -64,14 +65,14 @@ def _sites(caption: str, sites: Sequence[CallSite], most: int) -> Html:
                 moment(site.first),
             ]
         )
-    return join([table(caption, heads, rows, class_="sites"), _left_out(len(sites) - most, "lines")])
+    return join([table(caption, heads, rows, class_="sites"), _left_out(len(sites) - most, "line", "lines")])
 
 
 def list_contexts(run: Run, most: int) -> Html:
     """Return the contexts on GPUs of others, when each was first seen, and the number of the rest."""
     shown = [context for context in run.contexts if context.verdict != "own"]
     own = len(run.contexts) - len(shown)
-    rest = f"{own:,} contexts of processes on GPUs that they own are not listed."
+    rest = f"Not listed: {count_of(own, 'context')} of processes on GPUs that they own."
     if not shown:
         return element("p", f"No context on another GPU than the process's own. {rest}")
     names = {column.uuid: column.label for column in run.history.columns}
@@ -80,14 +81,14 @@ def list_contexts(run: Run, most: int) -> Html:
             moment(context.time),
             run.title(context.place),
             f"{context.device} (GPU {names.get(context.uuid, '?')})",
-            element("td", element("b", context.verdict), class_=CLASSES[context.verdict]),
+            element("b", context.verdict, class_=f"pill {CLASSES[context.verdict]}"),
             element("code", context.line) if context.line else "not known: devguard run --trace-contexts tells",
         ]
         for context in shown[:most]
     ]
     heads = ["first seen", "process", "device", "verdict", "first line that put something there"]
     listed = table("Contexts on GPUs that are not the process's own", heads, rows)
-    return join([listed, _left_out(len(shown) - most, "contexts"), element("p", rest)])
+    return join([listed, _left_out(len(shown) - most, "context", "contexts"), element("p", rest)])
 
 
 def list_arenas(run: Run, most: int) -> Html:
@@ -97,7 +98,7 @@ def list_arenas(run: Run, most: int) -> Html:
     kinds = sorted({track.journal.process.transport or "" for track in run.tracks} - {""})
     carried = [element("p", f"Tensors of the framework were carried by: {_list(kinds)}.")] if kinds else []
     listed = table("Arenas of devguard.transport, as last sampled", heads, rows)
-    return join([*carried, listed, _left_out(len(run.arenas) - most, "arenas")])
+    return join([*carried, listed, _left_out(len(run.arenas) - most, "arena", "arenas")])
 
 
 def _arena(arena: ArenaUse) -> Iterator[object]:
@@ -138,7 +139,7 @@ def list_processes(run: Run, most: int) -> Html:
     known = run.environments
     same = {
         name: known[0][name]
-        for name in ("devguard", "torch", "python", "CUDA_VISIBLE_DEVICES")
+        for name in VARIABLES
         if known and name in known[0] and all(each.get(name) == known[0][name] for each in known)
     }
     hosts = {track.journal.process.host for track in run.tracks}
@@ -150,7 +151,7 @@ def list_processes(run: Run, most: int) -> Html:
     rows = []
     for place in run.order()[:most]:
         process = run.tracks[place].journal.process
-        own = {name: value for name, value in known[place].items() if name not in same and name != "strays_not_kept"}
+        own = {name: value for name, value in known[place].items() if name not in same and name in VARIABLES}
         more = [f"{name}={value}" for name, value in own.items()]
         more += [f"on {process.host}"] if len(hosts) > 1 else []
         more += [f"owner from {process.source}"] if process.source else []
@@ -163,11 +164,11 @@ def list_processes(run: Run, most: int) -> Html:
                 process_end.describe(process),
                 f"{len(process.gpus)}" if process.gpus else "-",
                 "; ".join(more) or "-",
-                element("code", process.command),
+                element("td", element("code", process.command), class_="command"),
             ]
         )
     listed = table("Processes that wrote a log", heads, rows)
-    return join([element("p", "; ".join(facts)), listed, _left_out(len(run.tracks) - most, "processes")])
+    return join([element("p", "; ".join(facts)), listed, _left_out(len(run.tracks) - most, "process", "processes")])
 
 
 def list_layers(run: Run, stacks: Sequence[Stack]) -> Html:
@@ -189,8 +190,10 @@ def list_layers(run: Run, stacks: Sequence[Stack]) -> Html:
     return table("Memory of each GPU", heads, rows)
 
 
-def _left_out(count: int, what: str) -> Html:
-    return element("p", f"{count:,} more {what} are left out, so that the page stays small.") if count > 0 else Html("")
+def _left_out(count: int, what: str, many: str) -> Html:
+    if count <= 0:
+        return Html("")
+    return element("p", f"Not shown, so that the page stays small: {count_of(count, f'more {what}', f'more {many}')}.")
 
 
 def _fold(ranks: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from devguard.reporting import process_end
 from devguard.support.terminal import format_size
-from devguard.watch.report.run import DROPPED, Run
+from devguard.watch.report.run import DROPPED, FULL, Run
 from devguard.watch.report.summary import count_of
 
 __all__ = ["describe"]
@@ -54,6 +54,13 @@ def _memory(run: Run) -> Iterator[str]:
     elif blind:
         names = _list([run.title(place) for place in blind])
         yield f"These processes wrote no sample of their memory, so they are not in the drawing: {names}."
+    for place, known in enumerate(run.environments):
+        if FULL in known and len(run.tracks[place].samples) > 1:
+            before = run.tracks[place].samples[-2].time
+            yield (
+                f"{run.title(place)} has written more samples than its log keeps, so only the newest one is known from "
+                f"{before - run.history.first:,.0f} s after the start on."
+            )
     for place, track in enumerate(run.tracks):
         for device, (_, _, peak) in (track.samples[-1].memory if track.samples else {}).items():
             most = max(sample.memory[device][1] for sample in track.samples if device in sample.memory)

@@ -68,7 +68,7 @@ def test_the_height_of_a_layer_is_the_memory_below_it(tmp_path: Path) -> None:
 def test_text_is_text(tmp_path: Path) -> None:
     texts = [text.text for text in draw(read(make_run(tmp_path)), 400 * MIB).iter("text")]
     assert "GPU 0, MiB" in texts
-    assert "seconds since the start; the dashed line is the worst moment" in texts
+    assert "seconds since the start; the dashed line marks the moment of the table above" in texts
 
 
 @pytest.mark.parametrize(

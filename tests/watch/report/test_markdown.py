@@ -58,8 +58,8 @@ def test_long_tables_are_cut(tmp_path: Path) -> None:
         log.stray(1.0, site={"file": "/a.py", "line": pid, "function": "f"})
         log.end(2.0)
     shown = render([("", read(tmp_path))])
-    assert "17 more processes held nothing on a GPU, or are left out." in shown
-    assert "39 more lines are left out." in shown
+    assert "Not shown: 17 more processes." in shown
+    assert "Not shown: 39 more lines." in shown
     assert len(shown) < 20_000
 
 

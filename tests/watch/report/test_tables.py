@@ -33,7 +33,7 @@ def test_lines_that_are_left_out_are_counted(tmp_path: Path) -> None:
         log.stray(1.0, site={"file": "/a.py", "line": line, "function": "f"})
     page = Page(tables.list_sites(read(tmp_path), 2))
     assert len(page.tables[0]) == 3
-    assert "3 more lines are left out" in page.texts[""]
+    assert "stays small: 3 more lines." in page.texts[""]
 
 
 def test_an_arena_is_shown_with_all_that_was_sampled(tmp_path: Path) -> None:
@@ -94,10 +94,10 @@ def test_a_run_on_its_own_gpus_lists_no_context(tmp_path: Path) -> None:
     Log(tmp_path, 1).state(1.0, "cuda:1", ["cuda:1"])
     page = Page(tables.list_contexts(read(tmp_path), 10))
     assert page.tables == []
-    assert "No context on another GPU than the process's own. 1 contexts of processes" in page.texts[""]
+    assert "No context on another GPU than the process's own. Not listed: 1 context of processes" in page.texts[""]
 
 
 def test_the_end_of_each_process_is_said(tmp_path: Path) -> None:
     page = Page(tables.list_processes(read(make_run(tmp_path)), 3))
     assert [row[4] for row in page.tables[0][1:]] == ["ended", "ended", "ended"]
-    assert "1 more processes are left out" in page.texts[""]
+    assert "stays small: 1 more process." in page.texts[""]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from devguard.watch.report import unseen
 from devguard.watch.report.run import read
 from tests.helpers.journals import MIB, Log, make_run
@@ -42,6 +44,17 @@ def test_a_peak_between_two_samples_is_named(tmp_path: Path) -> None:
     log.write({"now": {"memory": {"cuda:1": [1, 5 * MIB, 9 * MIB]}, "strays": 0}, "time": 1_750_000_002.0})
     assert "used up to 9.0 MiB on cuda:1 between two samples" in notes(tmp_path)
     assert "the samples show 5.0 MiB at most." in notes(tmp_path)
+
+
+def test_a_log_that_keeps_no_more_samples_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Log(tmp_path, 1)
+    log.state(1.0, "cuda:1", ["cuda:1"])
+    for time in (2.0, 5.0, 900.0):
+        log.sample(time, {"cuda:1": int(time)})
+    assert "than its log keeps" not in notes(tmp_path)
+    monkeypatch.setattr("devguard.watch.report.run.MOST_SAMPLED", log.path.stat().st_size)
+    assert "serve.py (pid 1) has written more samples than its log keeps" in notes(tmp_path)
+    assert "known from 5 s after the start on." in notes(tmp_path)
 
 
 def test_alerts_dropped_strays_damage_and_missing_parents_are_named(tmp_path: Path) -> None:
