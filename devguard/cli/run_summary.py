@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import tempfile
 import time
@@ -119,7 +118,7 @@ def _tell_end(processes: list[Process], end: End) -> None:
     from devguard.reporting import log_reader, process_end
     from devguard.support import process_identity
 
-    signal_name = signal.Signals(-end.code).name if end.code < 0 else None
+    signal_name = process_end.name_signal(-end.code) if end.code < 0 else None
     child = process_end.ChildEnd(end.pid, signal_name, max(end.code, 0) or None, time.time())
     parent = log_reader.Process("", os.getpid(), socket.gethostname(), pid_space=process_identity.pid_space())
     parent.children.append(child)

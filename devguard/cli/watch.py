@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devguard.errors import ConfigError
+from devguard.support.log_folder import TEMPORARY
+from devguard.support.notices import flush
 from devguard.support.terminal import complain, show, show_json
 from devguard.watch.gpus import INTERVAL_S, LEAST_INTERVAL_S
 from devguard.watch.matrix import VERDICTS
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["configure", "run"]
 
+LONGEST_INTERVAL_S = 3600.0
+ENDING = (signal.SIGTERM, signal.SIGHUP)  # what ends the watcher as Ctrl-C does: in order
 STRAYED = 3  # the exit status where a cell says STRAY
 FIRST_SAMPLES_S = 1.5  # how long `--once` waits for what the processes report
 PIPE_WIDTH = 120  # columns where standard output is no terminal
@@ -82,10 +88,11 @@ def run(arguments: argparse.Namespace) -> int:
     if folder is None and arguments.pid:
         folder = _find_folder(arguments.pid[0])
     if not command:
-        return _watch(arguments, folder, None)
+        with _signals_end_in_order():
+            return _watch(arguments, folder, None)
     from devguard.watch.programs import start
 
-    with _folder_for(folder) as place:
+    with _signals_end_in_order(), _folder_for(folder) as place:
         is_live = _is_live(arguments)
         with start(command, place, is_captured=is_live) as started:
             return _watch(arguments, place, started)
@@ -97,6 +104,8 @@ def _check(arguments: argparse.Namespace) -> None:
             f"--interval {arguments.interval:g} is too short. Each look holds a lock of the driver for milliseconds, "
             f"which slows the programs on the GPUs; use {LEAST_INTERVAL_S} or more."
         )
+    if arguments.interval > LONGEST_INTERVAL_S:
+        raise ConfigError(f"--interval {arguments.interval:g} is too long. Use {LONGEST_INTERVAL_S:g} or less.")
     for name in ("json", "svg"):
         if getattr(arguments, name) and not arguments.once:
             raise ConfigError(f"--{name} is only valid with --once. Add --once, or leave out --{name}.")
@@ -107,7 +116,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _is_live(arguments: argparse.Namespace) -> bool:
-    return not arguments.once and sys.stdout is not None and sys.stdout.isatty()
+    if arguments.once or sys.stdout is None or not sys.stdout.isatty():
+        return False
+    return os.environ.get("TERM", "").lower() not in ("dumb", "unknown")  # on these rich shows no screen
 
 
 def _find_folder(pid: int) -> Path | None:
@@ -122,12 +133,38 @@ def _find_folder(pid: int) -> Path | None:
 
 
 @contextmanager
+def _signals_end_in_order() -> Iterator[None]:
+    """Leave the block at SIGTERM, and when the terminal is closed, before the signal ends this process.
+
+    So the program ends as well, the terminal is as before, and nothing stays in the temporary folder.
+    """
+    received = []
+
+    def end(number: int, frame: object) -> None:
+        received.append(number)
+        raise SystemExit(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handler
+        before = {each: signal.signal(each, end) for each in ENDING if signal.getsignal(each) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        if received:
+            flush()
+            os.kill(os.getpid(), received[0])
+
+
+@contextmanager
 def _folder_for(given: Path | None) -> Iterator[Path]:
     """Return the log folder for a program: the one that was given, or a temporary one."""
     if given is not None:
         yield given
         return
-    with tempfile.TemporaryDirectory(prefix="devguard-watch-") as place:
+    # A process that outlives the program may still write there.
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True) as place:
         yield Path(place)
 
 
@@ -211,7 +248,8 @@ def _worst(view: View, started: Program, interval: float) -> Matrix:
         matrix = view.look()
         if _badness(matrix) >= _badness(worst):
             worst = matrix
-    return worst
+    end = view.look(ended_since=started.begun)  # A process may have lived between two looks.
+    return end if _badness(end)[0] > _badness(worst)[0] or not worst.rows else worst
 
 
 def _badness(matrix: Matrix) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from devguard.ownership.owner import Owner
 from devguard.ownership.prepare import on_prepared
 from devguard.ownership.process import on_owner
 from devguard.ownership.stack import on_taken
-from devguard.reporting import child_ends, process_state
+from devguard.reporting import child_ends, process_end, process_state
 from devguard.reporting.journal import journal
 from devguard.reporting.rows import Key, Row, format_row
 from devguard.reporting.sampler import Sampler, has_subject
@@ -201,7 +200,7 @@ class _Log:
     def write_child(self, pid: int, code: int) -> None:
         """Write how a child with a log in this folder ended, also after the last line; a signal is negative."""
         if self._file is not None and self._pid == os.getpid() and has_file(self.folder, pid):
-            end = {"code": code} if code > 0 else {"signal": _name_signal(-code)}
+            end = {"code": code} if code > 0 else {"signal": process_end.name_signal(-code)}
             self._file.write(encode({"child": {"pid": pid, **end}, "time": time.time()}))
 
     def _write(self, line: dict[str, Any] | bytes | None) -> int | None:
@@ -229,13 +228,15 @@ class _Log:
         process_exit.forget(self.stop)
         if self._pid != os.getpid():
             return
-        if self._sampler is not None:
-            self._sampler.stop()
-            self._sampler = None
+        sampler, self._sampler = self._sampler, None
+        if sampler is not None:
+            sampler.stop()
         end: dict[str, Any] | None = None
         try:
             if self._last_look is not None:
                 self._last_look("at the end of the process")  # may find a last stray
+            if sampler is not None:
+                sampler.look()  # a short process may have none yet
             end = {"time": time.time(), **process_state.describe()}
         except Exception as error:  # noqa: BLE001 - the doors must close, and the process must end
             notices.warn_user(f"devguard could not look for a last stray: {type(error).__name__}: {error}")
@@ -248,13 +249,6 @@ class _Log:
             if self._file is not None:
                 self._file.close()
             self._broken = True
-
-
-def _name_signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
 
 
 def _fill(line: bytes, size: int) -> bytes:

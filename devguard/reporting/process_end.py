@@ -7,6 +7,7 @@ still runs.
 
 from __future__ import annotations
 
+import signal
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Literal, Protocol
 
 from devguard.support import process_identity
 
-__all__ = ["ChildEnd", "describe", "End", "has_died", "Mortal", "settle"]
+__all__ = ["ChildEnd", "describe", "End", "has_died", "Mortal", "name_signal", "settle"]
 
 End = Literal["running", "ended", "killed", "exited", "replaced", "lost", "unknown"]
 
@@ -56,6 +57,14 @@ class Mortal(Protocol):
     signal: str | None
     code: int | None
     end_time: float | None
+
+
+def name_signal(number: int) -> str:
+    """Return the name of a signal, also of one that has only a number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def settle(processes: Sequence[Mortal]) -> None:

@@ -37,7 +37,7 @@ class ProcessFile(AppendFile):
 
     def __init__(self, folder: Path) -> None:
         if folder.name.startswith(log_folder.TEMPORARY) and not folder.exists():
-            raise FileNotFoundError(errno.ENOENT, "devguard run --summary has ended", str(folder))
+            raise FileNotFoundError(errno.ENOENT, "the command that made it has ended", str(folder))
         super().__init__(folder / f"{_begin_name(os.getpid())}{time.time_ns()}{SUFFIX}")
         self._alerts: set[str] = set()
         self.write(encode({"process": _describe()}))

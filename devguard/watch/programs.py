@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,11 +25,14 @@ class Program:
         The process.
     output : Path or None
         Where its output goes; None: to the standard streams of this process.
+    begun : float
+        When it began, in seconds since 1970.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], output: Path | None) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], output: Path | None, begun: float) -> None:
         self._process = process
         self.output = output
+        self.begun = begun
         self.pid = process.pid
 
     def is_running(self) -> bool:
@@ -78,6 +82,7 @@ def start(command: Sequence[str], folder: Path, *, is_captured: bool) -> Iterato
     is_captured : bool
         Whether its output goes to a file in the folder, because a screen has the terminal.
     """
+    begun = time.time()
     words = [sys.executable, "-m", "devguard", "run", "--log", str(folder), "--record", "--", *command]
     if not is_captured:
         process = subprocess.Popen(words)
@@ -89,9 +94,13 @@ def start(command: Sequence[str], folder: Path, *, is_captured: bool) -> Iterato
             process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
-    found = Program(process, output)
+    found = Program(process, output, begun)
     try:
         yield found
+    except KeyboardInterrupt:  # The program has its Ctrl-C too, and time for what it does then.
+        found.interrupt()
+        found.wait()
+        raise
     finally:
         if found.is_running():
             with contextlib.suppress(ProcessLookupError):

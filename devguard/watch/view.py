@@ -60,12 +60,19 @@ class View:
         """Let the processes report their memory for the next seconds; return whether that is possible."""
         return self._folder is None or touch(self._folder.path)
 
-    def look(self) -> matrix.Matrix:
-        """Return the matrix of this moment."""
-        with self.lock:
-            return self._look()
+    def look(self, ended_since: float | None = None) -> matrix.Matrix:
+        """Return the matrix of this moment.
 
-    def _look(self) -> matrix.Matrix:
+        Parameters
+        ----------
+        ended_since : float, optional
+            Show also the processes that have ended, as they then were, if their logs began after this time, in seconds
+            since 1970.
+        """
+        with self.lock:
+            return self._look(ended_since)
+
+    def _look(self, ended_since: float | None) -> matrix.Matrix:
         notes: list[str] = []
         journals: list[Journal] = []
         if self._folder is not None:
@@ -86,7 +93,9 @@ class View:
         self.journals = tuple(journals)
         for journal in journals:
             notes += [f"pid {journal.process.pid}: {alert}" for alert in journal.process.alerts]
-        return matrix.build(journals, seen, notes=notes)
+        if ended_since is not None:
+            journals = [each for each in journals if each.is_running() or each.process.time >= ended_since]
+        return matrix.build(journals, seen, keep_ended=ended_since is not None, notes=notes)
 
     def awaits_samples(self, since: float) -> bool:
         """Return whether a process that can report its memory has not done so since a time."""

@@ -133,6 +133,9 @@ def test_a_killed_program_has_the_status_of_a_shell_and_its_end_is_named(environ
     assert status == 143
     assert err.startswith("devguard: nothing strayed in 1 process.\n\npid ")
     assert "killed by SIGTERM" in err
+    status, _, err = run(environ, *guarded("stray(); os.kill(os.getpid(), signal.SIGRTMIN + 1)"))
+    assert status == 128 + signal.SIGRTMIN + 1
+    assert f"killed by signal {signal.SIGRTMIN + 1}" in err
 
 
 def test_earlier_logs_in_the_folder_are_left_out(environ: dict[str, str], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,6 +19,7 @@ from devguard import cli
 from devguard.cli import watch
 from devguard.reporting import sampler
 from devguard.simgpu import records
+from devguard.support import process_identity
 from devguard.watch.gpus import Simulation
 from tests.helpers.scrapes import scrape
 from tests.helpers.simulated import ROOT
@@ -118,6 +120,7 @@ def test_the_table_can_be_saved_as_a_picture(
     [
         (["--interval", "0.1"], r"0\.1 is too short.*lock of the driver.*0\.5 or more"),
         (["--interval", "nan"], r"too short"),
+        (["--interval", "inf"], r"too long"),
         (["--svg", "x.svg"], r"--svg is only valid with --once"),
         (["--json"], r"--json is only valid with --once"),
         (["--serve", "0", "--once"], r"--serve is not valid with --once"),
@@ -175,6 +178,56 @@ def test_the_log_of_a_program_stays_where_a_folder_is_given(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     assert (folder / sampler.RECORDED).exists()
     assert len(list(folder.glob("*.jsonl"))) == 1
+
+
+QUICK = """
+import json, os, sys, time
+lines = [
+    {"process": {"pid": 7, "host": "here", "command": "python quick.py", "time": time.time()}},
+    {"state": STATE, "time": time.time()},
+    {"now": {"memory": {"cuda:1": [1, 1, 1], "cuda:0": [9, 9, 9]}, "strays": 0}, "time": time.time()},
+    {"end": {**STATE, "time": time.time()}},
+]
+with open(os.path.join(os.environ["DEVGUARD_LOG"], "7.jsonl"), "w") as file:
+    file.writelines(json.dumps(line) + "\\n" for line in lines)
+"""
+
+
+def test_once_sees_a_process_that_lived_between_two_looks(tmp_path: Path) -> None:
+    state = {"process_owner": "cuda:1", "owned": ["cuda:1"], "contexts": ["cuda:0", "cuda:1"]}
+    code = f"STATE = {state}\n{QUICK}"
+    folder = tmp_path / "logs"
+    done = run("--once", "--interval", "600", str(folder), "--", sys.executable, "-c", code)
+    assert done.returncode == 3, done.stderr
+    assert "STRAY 9 B" in done.stdout
+    done = run("--once", str(folder), "--", "true")  # that one has not begun now
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_program_and_leaves_nothing(tmp_path: Path, number: int) -> None:
+    place, told = tmp_path / "tmp", tmp_path / "pid"
+    place.mkdir()
+    environ = {**os.environ, "DEVGUARD": "off", "TMPDIR": str(place), "PYTHONPATH": str(ROOT)}
+    code = f"import os, time; open({str(told)!r}, 'w').write(f'{{os.getpid()}}.'); time.sleep(600)"
+    words = [sys.executable, "-m", "devguard", "watch", "--", sys.executable, "-c", code]
+    watcher = subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    end = time.monotonic() + 60
+    while not (told.exists() and told.read_text().endswith(".")):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    watcher.send_signal(number)
+    watcher.communicate(timeout=60)
+    assert watcher.returncode == -number
+    assert not process_identity.started(int(told.read_text()[:-1]))
+    assert not list(place.iterdir())
+
+
+def test_a_terminal_that_shows_no_screen_gets_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", Namespace(isatty=lambda: True))
+    for name, is_live in (("xterm", True), ("dumb", False), ("", True)):
+        monkeypatch.setenv("TERM", name)
+        assert watch._is_live(Namespace(once=False)) is is_live
 
 
 def test_a_program_that_is_not_there_is_an_error() -> None:

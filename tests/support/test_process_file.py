@@ -60,6 +60,6 @@ def test_a_temporary_folder_that_was_removed_does_not_come_back(tmp_path: Path) 
     folder.mkdir()
     assert process_file.ProcessFile(folder).path.parent == folder
     shutil.rmtree(folder)
-    with pytest.raises(FileNotFoundError, match="devguard run --summary has ended"):
+    with pytest.raises(FileNotFoundError, match="the command that made it has ended"):
         process_file.ProcessFile(folder)
     assert not folder.exists()

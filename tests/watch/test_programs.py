@@ -44,6 +44,22 @@ def test_a_program_that_still_runs_is_ended_with_the_block(tmp_path: Path) -> No
         assert not program.is_running()
 
 
+def test_ctrl_c_of_the_watcher_leaves_the_program_time_for_its_own_end(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    code = (
+        "import time\nprint('on', flush=True)\ntry: time.sleep(600)\n"
+        f"except KeyboardInterrupt: time.sleep(0.2); open({str(done)!r}, 'w').close()"
+    )
+    with pytest.raises(KeyboardInterrupt), start([sys.executable, "-c", code], tmp_path, is_captured=True) as program:
+        assert program.output is not None
+        end = time.monotonic() + 60
+        while b"on" not in program.output.read_bytes():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    assert done.exists()
+
+
 def test_ctrl_c_is_passed_on_to_a_program_with_a_session_of_its_own(tmp_path: Path) -> None:
     code = "import time\nprint('on', flush=True)\ntry: time.sleep(600)\nexcept KeyboardInterrupt: raise SystemExit(5)"
     with start([sys.executable, "-c", code], tmp_path, is_captured=True) as program:
