@@ -58,9 +58,10 @@ class Entry(NamedTuple):
 
 def _common(rows: Sequence[Row]) -> str:
     """Return what the names have in common, such as "scheduler TP*" for TP0 to TP3."""
-    names = {re.sub(r"[0-9]+", "*", row.name) if len(rows) > 1 else row.name for row in rows}
-    exact = {row.name for row in rows}
-    return (exact if len(exact) == 1 else names).pop() if len(names) == 1 else "processes"
+    names = {row.name for row in rows}
+    if len(names) > 1:
+        names = {re.sub(r"[0-9]+", "*", name) for name in names}
+    return names.pop() if len(names) == 1 else "processes"
 
 
 def fold(rows: Sequence[Row], room: int) -> list[Entry]:
@@ -70,11 +71,12 @@ def fold(rows: Sequence[Row], room: int) -> list[Entry]:
         return singles
     for by_gpu in (True, False):
         groups: dict[object, Entry] = {}
-        for entry in singles:
+        for place, entry in enumerate(singles):
             (row,) = entry.rows
             verdicts = tuple(sorted((uuid if by_gpu else "", cell.verdict) for uuid, cell in row.cells.items()))
             alike = (row.mode, row.guarded, bool(row.cells), row.owner if by_gpu else "", verdicts)
-            key: object = row.pid if entry.is_faulty or row.strays else alike
+            # By its place, because processes of several machines or containers may have the same process ID.
+            key: object = place if entry.is_faulty or row.strays else alike
             groups.setdefault(key, Entry([])).rows.append(row)
         if len(groups) <= room:
             break

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from devguard.watch.folding import fold
 from tests.watch.test_table import GIB, rank
 
@@ -34,3 +36,9 @@ def test_a_process_with_a_fault_or_a_stray_is_never_folded() -> None:
     assert [len(entry.rows) for entry in entries] == [1, 1, 18]
     assert [entry.is_faulty for entry in entries] == [True, False, False]
     assert entries[1].strays == 1
+
+
+def test_a_fault_is_not_hidden_by_a_process_of_another_container_with_the_same_pid() -> None:
+    strayed, faulty = (dataclasses.replace(row, pid=7) for row in (rank(0, strays=1), rank(1, (0, "STRAY", 1))))
+    entries = fold([strayed, faulty, *(rank(n) for n in range(2, 20))], 1)
+    assert [entry.rows for entry in entries[:2]] == [[strayed], [faulty]]
