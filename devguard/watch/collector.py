@@ -13,6 +13,7 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from devguard.errors import DevGuardError
 from devguard.support import orphans, shared_memory
 from devguard.watch.arenas import Arena
 from devguard.watch.counters import Counters
@@ -93,7 +94,7 @@ class Collector:
                 problems = self._add_gpus(families, matrix)
             _add_arenas(families, arenas)
         except Exception as error:  # noqa: BLE001 - a scrape that fails says so, and prints nothing amid the screen
-            families, problems = self._make(), [str(error) or type(error).__name__]
+            families, problems = self._make(), [_explain(error)]
         self._add_counters(families)
         try:
             families["devguard_shm_orphan_bytes"].add_metric((), self._find_orphans())
@@ -141,6 +142,11 @@ class Collector:
             self._left = sum(segment.size for segment in orphans.find().orphans)
             self._searched = self._clock()
         return self._left
+
+
+def _explain(error: Exception) -> str:
+    """Return the text of an error; with its type where that is a fault of devguard, of which the text says little."""
+    return str(error) if isinstance(error, DevGuardError) else f"{type(error).__name__}: {error}"
 
 
 def _add_arenas(families: _Families, found: Iterable[tuple[Labels, Arena]]) -> None:

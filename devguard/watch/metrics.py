@@ -82,12 +82,12 @@ def serve(view: View, address: str, *, label_pid: bool = False) -> Server:
     host, port = parse_address(address)
     try:
         from prometheus_client import CollectorRegistry, make_wsgi_app
-
-        from devguard.watch.collector import Collector
     except ImportError:
         raise ConfigError(
             "serving metrics needs prometheus_client. Install it: pip install 'torch-devguard[metrics]'"
         ) from None
+    from devguard.watch.collector import Collector  # needs prometheus_client
+
     collector, registry = Collector(view, label_pid=label_pid), CollectorRegistry()
     registry.register(collector)
     touched = time.monotonic()

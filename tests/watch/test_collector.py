@@ -204,7 +204,7 @@ def test_a_fault_of_ours_is_a_failed_scrape(monkeypatch: pytest.MonkeyPatch) -> 
     asked = collector(None)
     monkeypatch.setattr(View, "look", lambda self: [][0])
     assert series(asked)["devguard_scrape_success"] == {(): 0}
-    assert asked.problem == "list index out of range"
+    assert asked.problem == "IndexError: list index out of range"
 
 
 def test_scrapes_within_a_second_share_one_look(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
