@@ -9,9 +9,9 @@ import textwrap
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from devguard.reporting.stray import Action
+from devguard.reporting.stray import LEFT, Action
 
-__all__ = ["ACTIONS", "expand", "explain", "FAIL_ON", "is_stray", "matches", "Meaning", "STRAYS"]
+__all__ = ["ACTIONS", "expand", "explain", "FAIL_ON", "is_stray", "LEFT_ALONE", "matches", "Meaning", "STRAYS"]
 
 
 class Meaning(NamedTuple):
@@ -38,6 +38,7 @@ ACTIONS: dict[Action, Meaning] = {
     "kept": Meaning(False, "The program named the device itself, so devguard left the work there."),
 }
 STRAYS: tuple[str, ...] = tuple(action for action, meaning in ACTIONS.items() if meaning.is_stray)
+LEFT_ALONE: tuple[str, ...] = tuple(LEFT.values())  # the actions that leave a stray where it is
 FAIL_ON: tuple[str, ...] = ("strays", *ACTIONS)  # the words of devguard log --fail-on; the first stands for all strays
 
 

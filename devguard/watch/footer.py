@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
+from devguard.reporting.actions import LEFT_ALONE
 from devguard.support.terminal import cut, format_size, printable
-from devguard.watch.matrix import LEFT_ALONE, Line, Matrix
+from devguard.watch.matrix import Line, Matrix
 from devguard.watch.spans import Span, cut_line
 
 __all__ = ["draw_footer"]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from devguard.reporting.actions import LEFT_ALONE
 from devguard.reporting.log_reader import Merged, Process
 from devguard.support import command_name
 from devguard.watch.folder import Journal, Sample, State
@@ -33,7 +34,6 @@ VERDICTS: dict[Verdict, str] = {
     "foreign": "a process of another user or job",
 }
 FAULTS: tuple[Verdict, ...] = ("STRAY", "ctx")
-LEFT_ALONE = ("observed", "warned")  # the actions that leave a stray where it is
 UNLISTED = 8  # characters of its UUID that name a GPU without a number
 CONTEXT_SLACK = 20 << 20  # bytes by which contexts of one driver differ
 
@@ -173,7 +173,7 @@ class Matrix:
             "gpus": [asdict(column) for column in self.columns],
             "processes": [asdict(row) for row in self.rows],
             "strays": [{"pid": line.row.pid, **line.site.as_dict()} for line in self.lines],
-            "arenas": [{"pid": row.pid, **arena} for row, arena in self.arenas],
+            "arenas": [{**arena, "pid": row.pid} for row, arena in self.arenas],
             "notes": list(self.notes),
         }
 

@@ -19,6 +19,11 @@ def test_work_that_was_placed_or_that_the_program_named_is_no_stray() -> None:
     assert sorted(actions.STRAYS) == ["observed", "refused", "repaired", "warned"]
 
 
+def test_only_observed_and_warned_strays_are_left_where_they_are() -> None:
+    assert sorted(actions.LEFT_ALONE) == ["observed", "warned"]
+    assert set(actions.LEFT_ALONE) <= set(actions.STRAYS)
+
+
 def test_an_action_of_another_release_counts_as_a_stray() -> None:
     assert actions.is_stray("moved")
     assert actions.matches("moved", actions.STRAYS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -195,3 +196,10 @@ def test_all_of_it_is_plain_data() -> None:
     found = matrix.build([rank], None, notes=["no driver"]).as_dict()
     assert found["processes"][0]["cells"][UUIDS[0]] == {"verdict": "STRAY", "bytes": MIB, "whole": False}
     assert (found["strays"][0]["pid"], found["strays"][0]["file"], found["notes"]) == (1, "train.py", ["no driver"])
+
+
+def test_no_value_of_a_log_takes_the_place_of_the_pid_of_an_arena() -> None:
+    rank = journal(1, "cuda:1", {"cuda:1": MIB})
+    (sample,) = rank.samples
+    rank.samples = [dataclasses.replace(sample, arenas=({"pid": 7, "budget": 5},))]
+    assert matrix.build([rank], None).as_dict()["arenas"] == [{"pid": 1, "budget": 5}]
