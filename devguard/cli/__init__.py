@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         The exit status: 0 if all is well, 1 if there is a problem, 2 for bad usage or bad configuration, 3 where a gate
-        of ``devguard log`` fails.
+        of ``devguard log`` fails, or ``devguard watch --once`` shows a stray.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -104,8 +104,8 @@ def _run(arguments: list[str]) -> int:
             command.set_defaults(run=module.run)
             if name in PROGRAMS:
                 before = arguments.index(chosen) + 1
-                split = program.split_at_dashes if name == "watch" else program.split
-                own, words = split(command, arguments[before:])
+                rest = arguments[before:]
+                own, words = program.split_at_dashes(rest) if name == "watch" else program.split(command, rest)
                 arguments = [*arguments[:before], *own]
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:

@@ -1,6 +1,7 @@
-"""The program of ``devguard sim`` and ``devguard run``: separate it from their options, find it, and become it.
+"""The program of a command such as ``devguard run``: separate it from the options, find it, and become it.
 
-The program begins at the first word that is no option of devguard, or after ``--``; all that follows belongs to it.
+The program begins at the first word that is no option of devguard, or after ``--``; all that follows belongs to it. In
+``devguard watch``, which has a word of its own, it begins after ``--`` only.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = [
     "find",
     "IGNORED_BY_PYTHON",
     "name_options",
+    "NOT_FOUND",
     "refuse_empty",
     "report_failure",
     "split",
@@ -48,7 +50,7 @@ def split(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[list[s
     return list(words[:place]), list(words[place:])
 
 
-def split_at_dashes(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_at_dashes(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the words before ``--``, and the program after it; for a command with words of its own."""
     place = list(words).index("--") if "--" in words else len(words)
     return list(words[:place]), list(words[place + 1 :])

@@ -18,7 +18,7 @@ from types import FrameType, TracebackType
 
 from devguard.errors import ConfigError
 from devguard.reporting.rows import Row, format_row
-from devguard.reporting.stray import Stray
+from devguard.reporting.stray import Action, Stray
 from devguard.support import callsite, notices
 from devguard.support.notices import DEBUG, ERROR, INFO, WARNING
 
@@ -26,7 +26,7 @@ __all__ = ["announce", "LEVELS", "on_stray", "Registration"]
 
 # The level of the log record, by what was done: the harm that is left. What mode `warn` has warned of, and what is no
 # stray, is not told a second time.
-LEVELS: dict[str, int] = {
+LEVELS: dict[Action, int] = {
     "refused": ERROR,
     "observed": WARNING,
     "repaired": INFO,

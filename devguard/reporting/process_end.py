@@ -34,7 +34,7 @@ class ChildEnd:
     code : int or None
         Its status otherwise.
     time : float
-        When the parent collected it, in seconds since the epoch.
+        When the parent collected it, in seconds since 1970.
     """
 
     pid: int

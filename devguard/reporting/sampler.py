@@ -18,7 +18,17 @@ from typing import Any
 from devguard.reporting.journal import journal
 from devguard.support import accelerator, allocator
 
-__all__ = ["add_source", "INTERVAL_S", "RECORDED", "remove_source", "Sampler", "take_sample", "WATCHED", "WATCHED_S"]
+__all__ = [
+    "add_source",
+    "has_subject",
+    "INTERVAL_S",
+    "RECORDED",
+    "remove_source",
+    "Sampler",
+    "take_sample",
+    "WATCHED",
+    "WATCHED_S",
+]
 
 WATCHED = ".watched"
 RECORDED = ".recorded"

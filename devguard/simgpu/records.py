@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from devguard.errors import SimulationError
 from devguard.support import command_name, process_stat
 
-__all__ = ["DeviceState", "Limits", "limits", "ProcessState", "state", "uuid_of"]
+__all__ = ["create", "DEVICES", "DeviceState", "Limits", "limits", "ProcessState", "state", "uuid_of"]
 
 # struct sim_state and struct sim_process of csrc/sim.h, version 1
 MAGIC = b"DGSIMGPU"

@@ -17,8 +17,11 @@ from typing import Any
 __all__ = [
     "alert",
     "alerts",
+    "DEBUG",
+    "ERROR",
     "Failures",
     "flush",
+    "INFO",
     "is_logged",
     "log",
     "log_at",
@@ -26,6 +29,7 @@ __all__ = [
     "print_error",
     "stop_on_alert",
     "warn_user",
+    "WARNING",
 ]
 
 MAX_FAILURES = 16

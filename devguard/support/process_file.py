@@ -80,12 +80,12 @@ def _describe() -> dict[str, Any]:
     process = {"pid": pid, "parent": os.getppid(), "host": socket.gethostname(), "command": _command()}
     identity = {"started": process_identity.started(pid), "pid_space": process_identity.pid_space()}
     names = ("RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "DEVGUARD_SIM_STATE")
-    ranks = {name: os.environ[name] for name in names if name in os.environ}
+    variables = {name: os.environ[name] for name in names if name in os.environ}
     versions = {"devguard": __version__, "python": sys.version.split()[0]}
     torch = getattr(sys.modules.get("torch"), "__version__", None)  # not imported here: the guard may be off
     if torch is not None:
         versions["torch"] = str(torch)
-    return {**process, **identity, **ranks, "time": time.time(), **versions}
+    return {**process, **identity, **variables, "time": time.time(), **versions}
 
 
 def _command() -> str:

@@ -48,7 +48,7 @@ class View:
         self._pids = frozenset(pids)
         self._source: Source | None = None
         self._simulations: frozenset[str] | None = None
-        self._has_no_source = ""
+        self._why_absent = ""
         self.lock = threading.RLock()
         self.journals: tuple[Journal, ...] = ()
         self.driver: Literal["read", "absent", "failed"] = "absent"
@@ -119,14 +119,14 @@ class View:
         """Return the driver's view; None, with a note, if there is none."""
         simulations = frozenset(each.process.simulation for each in journals if each.process.simulation)
         if self._folder is not None and (self._simulations is None or simulations - self._simulations):
-            self._simulations, self._has_no_source = simulations, ""
+            self._simulations, self._why_absent = simulations, ""
             try:
                 self._source = gpus.find(simulations)
             except ConfigError as error:
-                self._source, self._has_no_source = None, str(error)
-        self.driver, self.problem = "absent" if self._source is None else "failed", self._has_no_source
+                self._source, self._why_absent = None, str(error)
+        self.driver, self.problem = "absent" if self._source is None else "failed", self._why_absent
         if self._source is None:
-            notes.append(f"only what the processes report of themselves: {self._has_no_source}")
+            notes.append(f"only what the processes report of themselves: {self._why_absent}")
             return None
         try:
             seen = self._source.read()
