@@ -10,6 +10,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import inspect
+import os
 import sys
 import threading
 from collections import deque
@@ -85,6 +86,16 @@ class _Thread(threading.local):
 
 
 _here = _Thread()
+
+
+def _forget_turn() -> None:
+    """Let a child that a callback has forked announce its own strays: it may never return to the callback."""
+    if _here.waiting is not None:
+        _here.waiting.clear()  # the parent's
+        _here.waiting = None
+
+
+os.register_at_fork(after_in_child=_forget_turn)
 
 
 def on_stray(callback: Callable[[Stray], object]) -> Registration:

@@ -49,7 +49,7 @@ class Damage:
             self._more += 1
 
     def stop(self, reason: str) -> None:
-        """Say why the rest of the file, or the whole file, is not read."""
+        """Say why the rest of the file, or the whole file, is not read; empty if it is read after all."""
         self._reason = reason
 
     def places(self) -> list[str]:
@@ -99,13 +99,16 @@ class Cursor:
     start : int
         Where the line begins that was read last.
     is_done : bool
-        Whether no more of the file is read, because it is too long or no file of devguard.
+        Whether no more of the file is read, because it is too long for one of devguard.
+    has_failed : bool
+        Whether it could not be read the last time.
     """
 
     offset: int = 0
     line: int = 0
     start: int = 0
     is_done: bool = False
+    has_failed: bool = False
 
 
 def read_objects(file: Path, damage: Damage, cursor: Cursor | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -121,6 +124,9 @@ def read_objects(file: Path, damage: Damage, cursor: Cursor | None = None) -> It
         Where to go on, which is changed; a last line that has no end yet is then left for the next call.
     """
     at = Cursor() if cursor is None else cursor
+    if at.has_failed:
+        at.has_failed = False
+        damage.stop("")
     try:
         with _open(file) as opened:
             opened.seek(at.offset)
@@ -144,7 +150,7 @@ def read_objects(file: Path, damage: Damage, cursor: Cursor | None = None) -> It
                     else:
                         yield at.line, found
     except OSError as error:
-        at.is_done = True
+        at.has_failed = True
         damage.stop(error.strerror or str(error))
 
 

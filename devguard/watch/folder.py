@@ -140,8 +140,12 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.journal = Journal(Process(path.name, 0), Damage(path.name))
+        self._begin()
+
+    def _begin(self) -> None:
+        self.journal = Journal(Process(self.path.name, 0), Damage(self.path.name))
         self._cursor = Cursor()
+        self._identity: tuple[int, int] | None = None
         self._changed: tuple[int, int] | None = None
         self._sample_at: int | None = None  # the offset of the newest sample, which may be overwritten
         self._rows: dict[int, int] = {}  # row -> the offset of its newest line, the counts of which change in place
@@ -152,9 +156,12 @@ class _File:
             found = os.stat(self.path, follow_symlinks=False)
         except OSError:
             return  # It was removed: what has been read stays.
-        changed = found.st_mtime_ns, found.st_size
-        if changed == self._changed:
+        changed, identity = (found.st_mtime_ns, found.st_size), (found.st_dev, found.st_ino)
+        if changed == self._changed and identity == self._identity and not self._cursor.has_failed:
             return
+        if self._identity not in (None, identity) or found.st_size < self._cursor.offset:
+            self._begin()  # It was copied here again, or has another content.
+        self._identity = identity
         if self._changed is not None and self._changed[1] == found.st_size:
             self._read_sample()
         self._changed = changed

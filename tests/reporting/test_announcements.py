@@ -418,6 +418,26 @@ class TestCallbacks:
         assert os.read(receiver, 1000) == b"load;jit;"
         os.close(receiver)
 
+    def test_a_child_that_never_returns_to_the_callback_announces_its_strays(self) -> None:
+        receiver, sender = os.pipe()
+
+        def report(one: Stray) -> None:
+            os.write(sender, f"{one.door};".encode())
+            if one.door == "load":
+                stray("threads")  # waits for its turn, which is the parent's
+                pid = os.fork()
+                if not pid:
+                    with devguard.guard("cpu"):
+                        stray("jit")
+                    os._exit(0)
+                os.waitpid(pid, 0)
+
+        with devguard.on_stray(report), devguard.guard("cpu"):
+            stray("load")
+        os.close(sender)
+        assert os.read(receiver, 1000) == b"load;jit;threads;"
+        os.close(receiver)
+
 
 class TestLocks:
     def test_the_journal_is_not_locked_during_a_callback(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from devguard import ConfigError
-from devguard.reporting import sampler
+from devguard.reporting import log_lines, sampler
 from devguard.reporting.log_file import COUNTS
 from devguard.support import process_identity
 from devguard.watch.folder import Folder, touch
@@ -102,6 +102,42 @@ def test_a_sample_that_is_overwritten_is_read_again(tmp_path: Path) -> None:
         os.utime(writer.path, ns=(time.time_ns(), time.time_ns()))
         folder.update()  # nothing new
     assert [(sample.time, sample.memory["cuda:1"][1]) for sample in journal.samples] == [(7.0, 2), (8.0, 3), (9.0, 4)]
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_file_in_the_place_of_another_is_read_from_its_beginning(tmp_path: Path, is_new: bool) -> None:
+    writer, folder = Writer(tmp_path), Folder(tmp_path)
+    writer.sample(7.0, 2)
+    writer.row(0, 1)
+    folder.update()
+    if is_new:
+        writer.path.rename(tmp_path / "old")  # so that the new file has another number
+    other = Writer(tmp_path, parent=3)
+    if is_new:
+        other.path.rename(tmp_path / "1.jsonl")
+        other.add(b'{"alert": "a"}\n' * 40)
+    (journal,) = folder.update()
+    assert (journal.process.parent, journal.samples, journal.rows) == (3, [], {})
+    other.sample(8.0, 2)
+    (same,) = folder.update()
+    assert same is journal
+    assert len(journal.samples) == 1
+
+
+def test_a_file_that_cannot_be_read_for_a_while_is_read_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, folder = Writer(tmp_path), Folder(tmp_path)
+    (journal,) = folder.update()
+    writer.sample(7.0, 2)
+    with monkeypatch.context() as busy:
+
+        def fail(file: Path) -> None:
+            raise OSError(24, "Too many open files")
+
+        busy.setattr(log_lines, "_open", fail)
+        folder.update()
+    assert (journal.samples, journal.damage.places()) == ([], ["1.jsonl: Too many open files"])
+    folder.update()  # the file has not changed since
+    assert (len(journal.samples), journal.damage.places()) == (1, [])
 
 
 def test_a_line_that_is_being_written_is_read_when_it_is_complete(tmp_path: Path) -> None:
