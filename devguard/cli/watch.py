@@ -249,12 +249,14 @@ def _worst(view: View, started: Program, interval: float) -> Matrix:
         if _badness(matrix) >= _badness(worst):
             worst = matrix
     end = view.look(ended_since=started.begun)  # A process may have lived between two looks.
-    return end if _badness(end)[0] > _badness(worst)[0] or not worst.rows else worst
+    return end if _badness(end)[0] > _badness(worst)[0] or not any(row.guarded for row in worst.rows) else worst
 
 
-def _badness(matrix: Matrix) -> tuple[int, int]:
+def _badness(matrix: Matrix) -> tuple[int, int, int]:
+    """Return the strays, then the cells with owners: a process that is about to end has closed its log already."""
     cells = [cell for row in matrix.rows for cell in row.cells.values()]
-    return sum(cell.verdict == "STRAY" for cell in cells), len(cells)
+    known = sum(len(row.cells) for row in matrix.rows if row.guarded)
+    return sum(cell.verdict == "STRAY" for cell in cells), known, len(cells)
 
 
 def _print_changes(view: View, started: Program | None, interval: float) -> int:

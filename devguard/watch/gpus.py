@@ -174,10 +174,11 @@ class Simulation:
 
     def read(self) -> list[Gpu]:
         """Return all simulated GPUs that some process has seen; raises SimulationError if the file cannot be read."""
-        processes = [process for process in records.state(self._path) if process.alive]
+        seen = records.state(self._path)
+        processes = [process for process in seen if process.alive]
         limits = records.limits(self._path)
         found = []
-        for index in range(max((len(process.devices) for process in processes), default=0)):
+        for index in range(max((len(process.devices) for process in seen), default=0)):
             held: dict[int, int | None] = {}
             mapped = set()
             for process in processes:

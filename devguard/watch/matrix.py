@@ -34,7 +34,7 @@ VERDICTS: dict[Verdict, str] = {
     "foreign": "a process of another user or job",
 }
 FAULTS: tuple[Verdict, ...] = ("STRAY", "ctx")
-UNLISTED = 8  # characters of its UUID that name a GPU without a number
+UNLISTED = 8  # last characters of its UUID that name a GPU without a number
 CONTEXT_SLACK = 20 << 20  # bytes by which contexts of one driver differ
 
 
@@ -342,7 +342,7 @@ def _columns(journals: Sequence[Journal], gpus: Sequence[Gpu] | None) -> list[Co
     if gpus is not None:
         columns = [Column(gpu.label, gpu.uuid, gpu.name, gpu.used, gpu.total, gpu.problem) for gpu in gpus]
         others = held.difference(gpu.uuid for gpu in gpus)  # the driver has lost them, or names them otherwise
-        columns += [Column(uuid[:UNLISTED], uuid, used=used[uuid]) for uuid in named if uuid in others]
+        columns += [Column(uuid[-UNLISTED:], uuid, used=used[uuid]) for uuid in named if uuid in others]
     else:
         columns = [Column(str(label), uuid, used=used[uuid]) for label, uuid in enumerate(named)]
     return columns + [Column(uuid, uuid, used=used[uuid]) for uuid in ordered if uuid.startswith("cuda:")]

@@ -21,6 +21,7 @@ from devguard.reporting import sampler
 from devguard.simgpu import records
 from devguard.support import process_identity
 from devguard.watch.gpus import Simulation
+from devguard.watch.matrix import Cell, Matrix, Row
 from tests.helpers.scrapes import scrape
 from tests.helpers.simulated import ROOT
 from tests.watch.test_view import GPUS, Writer, use, writer
@@ -202,6 +203,19 @@ def test_once_sees_a_process_that_lived_between_two_looks(tmp_path: Path) -> Non
     assert "STRAY 9 B" in done.stdout
     done = run("--once", str(folder), "--", "true")  # that one has not begun now
     assert done.returncode == 0, done.stdout
+
+
+def test_the_worst_moment_is_not_that_in_which_a_process_has_closed_its_log_already() -> None:
+    def seen(owner: str | None, verdict: Any) -> Matrix:
+        cells = {uuid: Cell(verdict, 1, True) for uuid in "ab"}
+        return Matrix(1.0, (), (Row(7, "train.py", owner, None, owner is not None, True, cells),))
+
+    looks = [seen("cuda:0", "own"), seen(None, "?"), Matrix(2.0, (), ()), seen("cuda:0", "own")]
+    running = iter([True, True, False])
+    started: Any = Namespace(begun=0.0, is_running=lambda: next(running), pause=lambda seconds: None)
+    view: Any = Namespace(look=lambda ended_since=None: looks.pop(0))
+    assert watch._worst(view, started, 1.0).rows[0].owner == "cuda:0"
+    assert looks == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

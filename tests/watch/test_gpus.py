@@ -128,3 +128,14 @@ def test_a_simulation_that_the_processes_name_comes_first(monkeypatch: pytest.Mo
     assert gpus.find().name == "simulation"
     with pytest.raises(ConfigError, match="2 simulations"):
         gpus.find([str(state), "/other"])
+
+
+def test_simulated_gpus_stay_when_the_processes_on_them_have_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    device = types.SimpleNamespace(context=True, bytes=5, ipc_opens=0)
+    processes = [types.SimpleNamespace(pid=7, alive=False, devices=[device, device])]
+    monkeypatch.setattr(records, "state", lambda path: processes)
+    monkeypatch.setattr(records, "limits", lambda path: types.SimpleNamespace(memory=80, context_bytes=1))
+    found = gpus.Simulation(str(tmp_path / "state")).read()
+    assert [(gpu.label, gpu.used, gpu.processes) for gpu in found] == [("0", 0, {}), ("1", 0, {})]
