@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -16,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devguard.errors import ConfigError
-from devguard.support.log_folder import TEMPORARY
+from devguard.support import private_folders
+from devguard.support.log_folder import TEMPORARY, VARIABLE
 from devguard.support.notices import flush
-from devguard.support.terminal import complain, show, show_json
+from devguard.support.terminal import complain, show
 from devguard.watch.gpus import INTERVAL_S, LEAST_INTERVAL_S
 from devguard.watch.matrix import VERDICTS
 
@@ -34,7 +34,6 @@ LONGEST_INTERVAL_S = 3600.0
 ENDING = (signal.SIGTERM, signal.SIGHUP)  # what ends the watcher as Ctrl-C does: in order
 STRAYED = 3  # the exit status where a cell says STRAY
 FIRST_SAMPLES_S = 1.5  # how long `--once` waits for what the processes report
-PIPE_WIDTH = 120  # columns where standard output is no terminal
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +112,18 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("--serve is not valid with --once, which ends at once. Leave out one of them.")
     if arguments.label_pid and arguments.serve is None:
         raise ConfigError("--label-pid is only valid with --serve. Add --serve, or leave out --label-pid.")
+    if arguments.pid and arguments.program:
+        raise ConfigError("--pid is not valid with a program, all processes of which are shown. Leave out one of them.")
+    _check_for_rich(arguments)
+
+
+def _check_for_rich(arguments: argparse.Namespace) -> None:
+    from devguard.cli.watch_output import require_rich
+
+    if arguments.svg is not None:
+        require_rich("--svg", "leave out --svg")
+    if _is_live(arguments):
+        require_rich("the live screen", "print one table with --once")
 
 
 def _is_live(arguments: argparse.Namespace) -> bool:
@@ -127,7 +138,7 @@ def _find_folder(pid: int) -> Path | None:
         variables = Path("/proc", str(pid), "environ").read_bytes().split(b"\0")
     except OSError as error:
         raise ConfigError(f"--pid {pid}: {error.strerror}. Name a process of yours that runs.") from None
-    values = [each.partition(b"=")[2] for each in variables if each.startswith(b"DEVGUARD_LOG=")]
+    values = [each.partition(b"=")[2] for each in variables if each.startswith(os.fsencode(f"{VARIABLE}="))]
     folder = os.fsdecode(values[0]) if values else ""
     return Path(folder) if os.path.isabs(folder) else None
 
@@ -159,8 +170,9 @@ def _signals_end_in_order() -> Iterator[None]:
 
 @contextmanager
 def _folder_for(given: Path | None) -> Iterator[Path]:
-    """Return the log folder for a program: the one that was given, or a temporary one."""
+    """Make the log folder for a program, for this user alone: the one that was given, or a temporary one."""
     if given is not None:
+        private_folders.make(given)
         yield given
         return
     # A process that outlives the program may still write there.
@@ -169,16 +181,15 @@ def _folder_for(given: Path | None) -> Iterator[Path]:
 
 
 def _watch(arguments: argparse.Namespace, folder: Path | None, started: Program | None) -> int:
+    from devguard.cli import watch_output
     from devguard.watch.view import View
 
-    if started is not None and folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
     view = View(folder, arguments.pid)
     if arguments.once:
         matrix = _look_once(view) if started is None else _worst(view, started, arguments.interval)
-        _print(matrix, as_json=arguments.json)
+        watch_output.show_matrix(matrix, as_json=arguments.json)
         if arguments.svg is not None:
-            _save(matrix, arguments.svg)
+            watch_output.save_picture(matrix, arguments.svg)
         if matrix.has("STRAY"):
             return STRAYED
         return 0 if started is None else started.wait()
@@ -261,9 +272,11 @@ def _badness(matrix: Matrix) -> tuple[int, int, int]:
 
 def _print_changes(view: View, started: Program | None, interval: float) -> int:
     """Print the table whenever it has changed, as text."""
+    from devguard.cli.watch_output import as_text
+
     last = ""
     while started is None or started.is_running():
-        text = _text(view.look())
+        text = as_text(view.look())
         if text != last:
             show(f"{time.strftime('%H:%M:%S')}\n{text}\n")
             sys.stdout.flush()
@@ -277,42 +290,3 @@ def _pause(started: Program | None, seconds: float) -> None:
         time.sleep(seconds)
     else:
         started.pause(seconds)
-
-
-def _print(matrix: Matrix, *, as_json: bool) -> None:
-    if as_json:
-        show_json(matrix.as_dict())
-    elif sys.stdout is not None and sys.stdout.isatty():
-        from rich.console import Console
-
-        from devguard.watch.screen import to_text
-        from devguard.watch.table import draw
-
-        console = Console()
-        console.print(to_text(draw(matrix, console.width)))
-    else:
-        show(_text(matrix))
-
-
-def _save(matrix: Matrix, place: Path) -> None:
-    """Save the table as a picture."""
-    import io
-
-    from rich.console import Console
-
-    from devguard.watch.screen import to_text
-    from devguard.watch.table import draw
-
-    console = Console(record=True, width=PIPE_WIDTH, file=io.StringIO(), force_terminal=True)
-    console.print(to_text(draw(matrix, PIPE_WIDTH)))
-    try:
-        console.save_svg(str(place), title="devguard watch")
-    except OSError as error:
-        raise ConfigError(f"--svg: {place} cannot be written: {error.strerror}. Choose another file.") from None
-
-
-def _text(matrix: Matrix) -> str:
-    from devguard.watch.table import draw
-
-    width = shutil.get_terminal_size((PIPE_WIDTH, 24)).columns
-    return "\n".join("".join(span.text for span in line).rstrip() for line in draw(matrix, width))

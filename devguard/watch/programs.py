@@ -78,7 +78,7 @@ def start(command: Sequence[str], folder: Path, *, is_captured: bool) -> Iterato
     command : sequence of str
         The program and its arguments.
     folder : Path
-        Its log folder.
+        Its log folder, which exists.
     is_captured : bool
         Whether its output goes to a file in the folder, because a screen has the terminal.
     """
@@ -88,7 +88,6 @@ def start(command: Sequence[str], folder: Path, *, is_captured: bool) -> Iterato
         process = subprocess.Popen(words)
         output = None
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         output = folder / OUTPUT
         with open(output, "wb") as file:
             process = subprocess.Popen(

@@ -116,6 +116,21 @@ def test_the_table_can_be_saved_as_a_picture(
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_without_rich_nothing_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    ran = tmp_path / "ran"
+    assert cli.main(["watch", "--once", "--svg", "x.svg", "--", "touch", str(ran)]) == 2
+    assert "--svg needs rich" in capsys.readouterr().err
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    assert cli.main(["watch", "--", "touch", str(ran)]) == 2
+    assert "the live screen needs rich" in capsys.readouterr().err
+    assert not ran.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -126,6 +141,7 @@ def test_the_table_can_be_saved_as_a_picture(
         (["--json"], r"--json is only valid with --once"),
         (["--serve", "0", "--once"], r"--serve is not valid with --once"),
         (["--label-pid"], r"--label-pid is only valid with --serve"),
+        (["--pid", "1", "--", "true"], r"--pid is not valid with a program"),
         (["--serve", "host"], r"--serve 'host': valid is a port"),
         (["--serve", "0", "/no/such/folder"], r"is not a folder"),
         (["--once", "--pid", "999999999"], r"--pid 999999999: No such"),
@@ -178,6 +194,7 @@ def test_the_log_of_a_program_stays_where_a_folder_is_given(tmp_path: Path) -> N
     done = run("--once", str(folder), "--", sys.executable, "-c", "import torch")
     assert done.returncode == 0, done.stderr
     assert (folder / sampler.RECORDED).exists()
+    assert folder.stat().st_mode & 0o777 == 0o700
     assert len(list(folder.glob("*.jsonl"))) == 1
 
 
