@@ -109,7 +109,8 @@ def _run(arguments: list[str]) -> int:
                 arguments = [*arguments[:before], *own]
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
-        usage.error(f"unrecognized arguments: {' '.join(unknown)}")
+        advice = ". A program is written after --" if chosen == "watch" else ""
+        usage.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
     if words is not None:
         parsed.program = words
     if parsed.command is None:

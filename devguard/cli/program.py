@@ -92,8 +92,14 @@ def find(command: str, program: str) -> str | None:
     """Return the path of `program`, or None after a message from ``devguard <command>`` if it is not on PATH."""
     path = shutil.which(program)
     if path is None:
-        complain(f"devguard {command}: there is no program {program!r} on PATH")
+        complain(f"devguard {command}: there is no program {program!r} on PATH{_advise(program)}")
     return path
+
+
+def _advise(program: str) -> str:
+    if program == "torchrun":  # it comes with torch, which on simulated GPUs may be in no environment
+        return ". Write python -m torch.distributed.run in its place, or install torch."
+    return ""
 
 
 def become(command: str, path: str, program: list[str], environment: Mapping[str, str]) -> int:

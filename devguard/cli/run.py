@@ -49,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     guarding.add_argument(
         "--record",
         action="store_true",
-        help="with a log folder: each process also records its GPU memory once a second, for devguard report",
+        help="with --log: each process also records its GPU memory once a second, for devguard report",
     )
     tracing = parser.add_argument_group("tracing")
     tracing.add_argument(

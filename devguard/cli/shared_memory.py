@@ -139,6 +139,7 @@ def _list(*, as_json: bool) -> int:
         show(_describe(segment, f"open in {_join(pids)}" if pids else "not open"))
     show(f"{_count(len(segments))} in {FOLDER}, {format_size(sum(segment.nbytes for segment in segments))}")
     show("A file that is not open may still be in use: a sender can close it before its reader opens it.")
+    show("What can be removed: devguard doctor --reap (it only lists).")
     _show_obstacles(holders.obstacles, "A process may have a file open that is listed as not open:")
     return 0
 

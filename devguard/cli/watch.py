@@ -47,9 +47,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         f"cells:\n{verdicts}\n\n"
         "Without DIR, --pid or COMMAND, only the driver's view is shown: all processes, without owners. With --once,\n"
-        f"the exit status is {STRAYED} if a cell says STRAY. Keys of the live screen: q, s, p, arrows and Enter."
+        f"the exit status is {STRAYED} if a cell says STRAY. COMMAND is run as by devguard run, so its strays are\n"
+        "repaired; DEVGUARD=observe only watches. The live screen ends with q; its last line names the other keys."
     )
-    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, help="the folder of DEVGUARD_LOG")
+    parser.add_argument(
+        "folder", metavar="DIR", nargs="?", type=Path, help="the folder given to DEVGUARD_LOG or devguard run --log"
+    )
     parser.add_argument(
         "--pid",
         type=int,

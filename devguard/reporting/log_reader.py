@@ -181,7 +181,7 @@ def read(
     names = list_files(folder, SUFFIX)
     if not names:
         raise ConfigError(
-            f"{folder} holds no journal (*{SUFFIX}). Each guarded process writes one: run the program with "
+            f"{folder} holds no log (*{SUFFIX}). Each guarded process writes one: run the program with "
             f"devguard run --log {folder} -- ..."
         )
     processes: list[Process] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 
 from devguard.reporting.actions import LEFT_ALONE
 from devguard.support.terminal import cut, format_size, printable
@@ -98,4 +99,6 @@ def _number(value: object) -> float:
 
 
 def _notes(matrix: Matrix, width: int) -> list[list[Span]]:
-    return [[], *([Span(cut(printable(note), width), "yellow")] for note in matrix.notes)] if matrix.notes else []
+    """Return what cannot be seen, in full: the end of a note says what to do."""
+    lines = [line for note in matrix.notes for line in textwrap.wrap(printable(note), max(width, 1))]
+    return [[], *([Span(cut(line, width), "yellow")] for line in lines)] if lines else []

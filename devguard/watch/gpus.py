@@ -84,9 +84,7 @@ class Nvml:
         try:
             pynvml: Any = importlib.import_module("pynvml")  # nvidia-ml-py has no types
         except ImportError:
-            raise ConfigError(
-                "reading the GPUs needs nvidia-ml-py. Install it: pip install 'torch-devguard[watch]'"
-            ) from None
+            raise ConfigError("reading the GPUs needs nvidia-ml-py: pip install 'torch-devguard[watch]'.") from None
         self._nvml = pynvml
         try:
             pynvml.nvmlInit()

@@ -205,7 +205,8 @@ def build(
         Added to the notes.
     """
     moment = time.time() if now is None else now
-    alive = [journal for journal in journals if keep_ended or journal.is_running()]
+    pids = {pid for gpu in gpus or () for pid in gpu.processes}
+    alive = [journal for journal in journals if keep_ended or journal.is_running() or _is_leaving(journal, pids)]
     if now is not None:
         alive = [journal for journal in alive if journal.process.time <= now]
     columns = _columns(alive, gpus)
@@ -223,6 +224,12 @@ def build(
     rows.sort(key=lambda row: _order(row, columns))
     lines.sort(key=lambda line: (line.site.action not in LEFT_ALONE, -line.site.bytes, -line.site.count))
     return Matrix(moment, tuple(columns), tuple(rows), tuple(lines), tuple(arenas), tuple(notes))
+
+
+def _is_leaving(journal: Journal, pids: set[int]) -> bool:
+    """Return whether a process has written its last line, and the driver still counts it on a GPU."""
+    pid = journal.pid
+    return journal.process.ended and pid is not None and pid in pids and journal.is_process(pid)
 
 
 def name_of(process: Process) -> str:

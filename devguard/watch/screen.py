@@ -95,7 +95,7 @@ class Screen:
         if matrix is None:
             return [[Span("looking ...", "dim")]]
         clock = time.strftime("%H:%M:%S", time.localtime(matrix.time))
-        state = "PAUSED" if self.is_paused else f"+{self._interval:g} s"
+        state = "PAUSED" if self.is_paused else f"every {self._interval:g} s"
         running = sum(row.guarded for row in matrix.rows)
         head = (
             f"{printable(self._title)}   {running} guarded of {len(matrix.rows)} processes, {len(matrix.columns)} GPUs"

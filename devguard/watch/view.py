@@ -54,7 +54,13 @@ class View:
         self.driver: Literal["read", "absent", "failed"] = "absent"
         self.problem = ""
         if folder is None:
-            self._source = gpus.find()
+            try:
+                self._source = gpus.find()
+            except ConfigError as error:
+                raise ConfigError(
+                    f"{error} Or name a log folder, which needs no driver: devguard watch DIR shows what its processes "
+                    "report of themselves."
+                ) from None
 
     def touch(self) -> bool:
         """Let the processes report their memory for the next seconds; return whether that is possible."""
@@ -117,8 +123,8 @@ class View:
 
     def _read_gpus(self, journals: Sequence[Journal], notes: list[str]) -> list[Gpu] | None:
         """Return the driver's view; None, with a note, if there is none."""
-        simulations = frozenset(each.process.simulation for each in journals if each.process.simulation)
-        if self._folder is not None and (self._simulations is None or simulations - self._simulations):
+        simulations = _find_simulations(journals)
+        if self._folder is not None and simulations != self._simulations:
             self._simulations, self._why_absent = simulations, ""
             try:
                 self._source = gpus.find(simulations)
@@ -133,7 +139,8 @@ class View:
         except (ConfigError, SimulationError) as error:
             if self._folder is None:
                 raise
-            self.problem = str(error)
+            has_ended = isinstance(error, SimulationError) and not any(journal.is_running() for journal in journals)
+            self.problem = "the program has ended, and its simulated GPUs with it" if has_ended else str(error)
             notes.append(self.problem)
             return None
         self.driver = "read"
@@ -143,6 +150,15 @@ class View:
                 notes.append("NVML names processes by their numbers on the host, which mean nothing in this container")
             seen = [dataclasses.replace(gpu, processes={}) for gpu in seen]
         return seen
+
+
+def _find_simulations(journals: Sequence[Journal]) -> frozenset[str]:
+    """Return the simulations of the processes that run; if none runs, that of the newest one.
+
+    A folder keeps the logs of earlier programs, the simulations of which are gone.
+    """
+    chosen = [journal for journal in journals if journal.is_running()] or journals[-1:]
+    return frozenset(journal.process.simulation for journal in chosen if journal.process.simulation)
 
 
 def _only(gpu: Gpu, pids: frozenset[int]) -> Gpu:

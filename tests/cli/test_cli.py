@@ -121,6 +121,7 @@ def test_an_error_of_the_system_is_a_message(
         (["doctor", "--jsn"], "usage: devguard doctor "),
         (["sim", "--gpu-count=2", "python"], "usage: devguard sim "),
         (["log", "a", "b"], "usage: devguard log "),
+        (["watch", "logs", "python"], "usage: devguard watch "),
         (["--nonsense"], "usage: devguard [-h]"),
     ],
 )
@@ -133,3 +134,4 @@ def test_bad_usage_shows_the_usage_of_the_command(
     err = capsys.readouterr().err
     assert err.startswith(usage)
     assert "unrecognized arguments: " in err
+    assert ("A program is written after --" in err) == (words[0] == "watch")

@@ -18,9 +18,14 @@ def test_a_program_on_path_is_found() -> None:
     assert program.find("run", "sh") == shutil.which("sh")
 
 
-def test_a_missing_program_is_reported_under_the_name_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_program_is_reported_under_the_name_of_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert program.find("sim", "no-such-program") is None
     assert capsys.readouterr().err == "devguard sim: there is no program 'no-such-program' on PATH\n"
+    monkeypatch.setenv("PATH", "")
+    assert program.find("sim", "torchrun") is None
+    assert "python -m torch.distributed.run" in capsys.readouterr().err
 
 
 def test_a_program_that_cannot_be_run_has_the_exit_status_of_a_shell(

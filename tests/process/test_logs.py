@@ -152,7 +152,7 @@ def test_damaged_lines_are_named_and_all_others_are_read(tmp_path: Path, capsys:
 
 
 def test_a_missing_or_empty_folder_is_an_error_with_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for folder, problem in ((tmp_path / "none", "is not a folder"), (tmp_path, "holds no journal")):
+    for folder, problem in ((tmp_path / "none", "is not a folder"), (tmp_path, "holds no log")):
         assert cli.main(["log", str(folder)]) == 2
         out, err = capsys.readouterr()
         assert out == ""

@@ -125,7 +125,7 @@ def test_damaged_lines_are_named_and_the_others_are_read(tmp_path: Path) -> None
 def test_a_folder_without_logs_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a folder"):
         log_reader.read(tmp_path / "none")
-    with pytest.raises(ConfigError, match=r"holds no journal.*devguard run --log"):
+    with pytest.raises(ConfigError, match=r"holds no log.*devguard run --log"):
         log_reader.read(tmp_path)
 
 

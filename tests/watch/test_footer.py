@@ -60,3 +60,10 @@ def test_what_is_no_arena_is_left_out_and_nothing_is_wider_than_the_terminal() -
     assert text(arenas=((rank(0), {"in_use": "x"}), (rank(0), {}))) == []
     shown = text(40, lines=(Line(rank(0), site()),), notes=("\x1b[2J" + "x" * 100,))
     assert all(len(line) <= 40 and line.isprintable() for line in shown)
+
+
+def test_a_note_is_shown_in_full() -> None:
+    note = "NVML cannot be used: no library. Is there an NVIDIA driver on this machine?"
+    shown = text(40, notes=(note,))
+    assert " ".join(shown) == note
+    assert max(map(len, shown)) <= 40

@@ -10,6 +10,7 @@ import pytest
 
 from devguard.reporting.log_lines import Damage
 from devguard.reporting.log_reader import Merged, Process
+from devguard.support import process_identity
 from devguard.watch import matrix
 from devguard.watch.folder import Journal, Sample, State
 from devguard.watch.gpus import Gpu
@@ -150,6 +151,15 @@ def test_ended_processes_are_shown_only_afterwards() -> None:
     assert matrix.build([ended], None).rows == ()
     (row,) = matrix.build([ended], None, keep_ended=True).rows
     assert not row.running
+
+
+def test_a_process_after_its_last_line_keeps_its_owner_while_it_is_on_a_gpu() -> None:
+    this = process_identity.started(os.getpid())
+    leaving = journal(os.getpid(), "cuda:1", {"cuda:1": MIB}, ended=True, started=this)
+    assert verdicts([leaving], driver({}, {os.getpid(): CONTEXT})) == {os.getpid(): {"1": "own"}}
+    assert verdicts([leaving], driver({}, {})) == {}
+    reused = journal(os.getpid(), "cuda:1", {"cuda:1": MIB}, ended=True, started=this - 1)
+    assert verdicts([reused], driver({}, {os.getpid(): CONTEXT})) == {os.getpid(): {"1": "?"}}
 
 
 def test_an_earlier_moment_has_the_states_and_samples_of_then() -> None:

@@ -99,7 +99,7 @@ def test_without_a_folder_the_driver_alone_is_shown(monkeypatch: pytest.MonkeyPa
     (row,) = View(None).look().rows
     assert (row.pid, row.guarded, row.cells["a"].verdict) == (os.getpid(), False, "?")
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    with pytest.raises(ConfigError, match="nvidia-ml-py"):
+    with pytest.raises(ConfigError, match=r"nvidia-ml-py.*\. Or name a log folder.*devguard watch DIR"):
         View(None)
 
 
@@ -122,8 +122,25 @@ def test_a_simulation_that_is_gone_is_noted(tmp_path: Path, monkeypatch: pytest.
     assert view.look().notes == ()
     state.unlink()
     assert view.driver == "read"
-    assert any("cannot be read" in note for note in view.look().notes)
+    assert "the program has ended, and its simulated GPUs with it" in view.look().notes
     assert (view.driver, len(view.journals)) == ("failed", 1)  # also the log of a process that has ended
+
+
+def test_the_simulations_of_earlier_programs_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch)
+    Writer(tmp_path, 1, DEVGUARD_SIM_STATE="/gone")
+    view = View(tmp_path)
+    assert "ended, and its simulated GPUs" in view.look().notes[0]
+    state = tmp_path / "state"
+    records.create(state, memory=1 << 30, context_bytes=0)
+    pid = os.getpid()
+    identity = {"started": process_identity.started(pid), "pid_space": process_identity.pid_space()}
+    Writer(tmp_path, pid, **identity, DEVGUARD_SIM_STATE=str(state))
+    for each in (view, View(tmp_path)):
+        assert each.look().notes == ()
+        assert each.driver == "read"
+    state.unlink()
+    assert "cannot be read" in view.look().notes[0]  # its process runs
 
 
 def test_a_watcher_keeps_the_newest_sample_alone(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:

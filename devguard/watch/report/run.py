@@ -124,7 +124,7 @@ def read(folder: Path, most_moments: int = MOST_MOMENTS) -> Run:
     names = list_files(folder, SUFFIX)
     if not names:
         raise ConfigError(
-            f"{folder} holds no journal (*{SUFFIX}). Each guarded process writes one: run the program with "
+            f"{folder} holds no log (*{SUFFIX}). Each guarded process writes one: run the program with "
             f"devguard run --log {folder} --record -- ..."
         )
     found = [_read_file(folder / name) for name in names]

@@ -36,7 +36,7 @@ def test_damaged_lines_are_those_that_devguard_log_names(tmp_path: Path) -> None
     assert len(found.tracks) == 4
 
 
-@pytest.mark.parametrize(("make", "message"), [(False, "is not a folder"), (True, "holds no journal")])
+@pytest.mark.parametrize(("make", "message"), [(False, "is not a folder"), (True, "holds no log")])
 def test_a_folder_without_a_log_is_an_error_with_what_to_do(tmp_path: Path, make: bool, message: str) -> None:
     folder = tmp_path / "logs"
     if make:
