@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,8 +142,17 @@ def _find_folder(pid: int) -> Path | None:
     except OSError as error:
         raise ConfigError(f"--pid {pid}: {error.strerror}. Name a process of yours that runs.") from None
     values = [each.partition(b"=")[2] for each in variables if each.startswith(os.fsencode(f"{VARIABLE}="))]
-    folder = os.fsdecode(values[0]) if values else ""
-    return Path(folder) if os.path.isabs(folder) else None
+    named = os.fsdecode(values[0]).strip() if values else ""
+    if not named or os.path.isabs(named):
+        return Path(named) if named else None
+    with suppress(OSError):
+        folder = Path(os.readlink(f"/proc/{pid}/cwd"), named)
+        if folder.is_dir():
+            return folder
+    raise ConfigError(
+        f"--pid {pid}: its {VARIABLE} is {named!r}, and its working directory has no such folder. Name the folder "
+        "as DIR."
+    )
 
 
 @contextmanager

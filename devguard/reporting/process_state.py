@@ -54,7 +54,9 @@ def _allowed() -> list[str]:
 
 def _gpus() -> dict[str, str]:
     """Return the UUID of each visible device; they are read once, because a process never sees others."""
-    if not _uuids and accelerator.is_initialized() and not accelerator.is_in_bad_fork():
+    if not accelerator.is_initialized() or accelerator.is_in_bad_fork():
+        return {}  # A child that was forked after CUDA was initialised has those of its parent, which it cannot use.
+    if not _uuids:
         _uuids.update({f"cuda:{index}": accelerator.uuid_of(index) for index in range(accelerator.device_count())})
     return dict(_uuids)
 

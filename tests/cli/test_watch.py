@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from devguard import cli
+from devguard import ConfigError, cli
 from devguard.cli import watch
 from devguard.reporting import sampler
 from devguard.simgpu import records
@@ -101,6 +101,24 @@ def test_a_process_leads_to_its_log_folder(
         assert "foreign" not in out  # process 1 is not shown
     finally:
         child.communicate(b"\n")
+
+
+def test_a_relative_log_folder_counts_from_the_working_directory_of_the_process(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", "print(flush=True); input()"],
+        env={"DEVGUARD_LOG": "logs"},
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        with pytest.raises(ConfigError, match=r"its DEVGUARD_LOG is 'logs'.*Name the folder"):
+            watch._find_folder(child.pid)
+        (tmp_path / "logs").mkdir()
+        assert watch._find_folder(child.pid) == tmp_path / "logs"
+        child.communicate(b"\n", timeout=60)
 
 
 def test_the_table_can_be_saved_as_a_picture(

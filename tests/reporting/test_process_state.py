@@ -8,6 +8,7 @@ import devguard
 from devguard.reporting import process_state
 from devguard.reporting.journal import journal
 from devguard.reporting.stray import Occurrence
+from devguard.support import accelerator
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -45,3 +46,14 @@ def test_the_transport_is_part_of_the_status_until_it_is_undone() -> None:
     finally:
         process_state.note_transport(None)
     assert devguard.status()["transport"] is None
+
+
+def test_a_child_forked_after_cuda_was_initialised_names_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watcher would wait for its memory, which it cannot report."""
+    monkeypatch.setattr(process_state, "_uuids", {})
+    for name, result in {"is_initialized": True, "is_in_bad_fork": False, "device_count": 1}.items():
+        monkeypatch.setattr(accelerator, name, lambda result=result: result)
+    monkeypatch.setattr(accelerator, "uuid_of", lambda index: "a")
+    assert process_state._gpus() == {"cuda:0": "a"}
+    monkeypatch.setattr(accelerator, "is_in_bad_fork", lambda: True)
+    assert process_state._gpus() == {}
