@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
+import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +24,9 @@ __all__ = ["Screen", "to_text"]
 
 KEPT = 60  # looks that the sparklines show
 TAIL = 3  # lines of the program's output
+UP, DOWN = ("\x1b[A", "\x1bOA", "k"), ("\x1b[B", "\x1bOB", "j")
+_KEY = re.compile(r"\x1b[\[O][0-9;]*[A-Za-z~]|.", re.DOTALL)  # several may come at once
+LEAVE, ENTER = b"\x1b[?25h\x1b[?1049l", b"\x1b[?1049h\x1b[?25l"  # the screen, as rich enters it
 KEYS = "q quit   s sort   p pause   up/down and Enter: the lines of one process"
 
 # How the processes are sorted, by turns; the first one is that of the matrix.
@@ -71,8 +77,8 @@ class Screen:
             self.is_paused = not self.is_paused
         elif key == "s":
             self._orders.rotate(-1)
-        elif key in ("\x1b[A", "k", "\x1b[B", "j"):
-            self._move(-1 if key in ("\x1b[A", "k") else 1)
+        elif key in UP + DOWN:
+            self._move(-1 if key in UP else 1)
         elif key in ("\r", "\n") and self._chosen is not None:
             self._is_open = not self._is_open
 
@@ -95,7 +101,7 @@ class Screen:
         if matrix is None:
             return [[Span("looking ...", "dim")]]
         clock = time.strftime("%H:%M:%S", time.localtime(matrix.time))
-        state = "PAUSED" if self.is_paused else f"every {self._interval:g} s"
+        state = "PAUSED" if self.is_paused else f"+{self._interval:g} s"
         running = sum(row.guarded for row in matrix.rows)
         head = (
             f"{printable(self._title)}   {running} guarded of {len(matrix.rows)} processes, {len(matrix.columns)} GPUs"
@@ -144,9 +150,10 @@ class Screen:
                 self.take(look())
                 live.update(to_text(self.lines(*console.size)), refresh=True)
                 while not self.is_done and (left := due - time.monotonic()) > 0:
-                    key = read_key(left)
-                    if key:
+                    keys = _KEY.findall(read_key(left))
+                    for key in keys:
                         self.press(key)
+                    if keys:
                         live.update(to_text(self.lines(*console.size)), refresh=True)
 
 
@@ -185,8 +192,44 @@ def _keys() -> Iterator[Callable[[float], str]]:
         return os.read(descriptor, 16).decode(errors="replace") or "q"  # the terminal is gone
 
     before = termios.tcgetattr(descriptor)
+
+    def give_back() -> None:
+        _write(LEAVE)
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+    def take_again() -> None:
+        tty.setcbreak(descriptor)
+        _write(ENTER)
+
     try:
         tty.setcbreak(descriptor)
-        yield read_key
+        with _stops(give_back, take_again):
+            yield read_key
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def _write(sequence: bytes) -> None:
+    with contextlib.suppress(OSError):  # A handler of signals must not use a stream that it may have interrupted.
+        os.write(sys.__stdout__.fileno(), sequence)  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def _stops(before: Callable[[], None], after: Callable[[], None]) -> Iterator[None]:
+    """Call functions before and after Ctrl-Z stops this process; the shell does not restore the modes of a terminal."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTSTP) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        before()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)  # The kernel ignores it where no shell could continue this process.
+        signal.signal(number, stop)
+        after()
+
+    signal.signal(signal.SIGTSTP, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)

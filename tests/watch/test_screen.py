@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from devguard.watch.matrix import Line, Matrix
 from devguard.watch.screen import Screen, to_text
 from devguard.watch.spans import Span
+from tests.helpers.terminal_job import Terminal
 from tests.watch.test_matrix import site
 from tests.watch.test_table import gpus, rank
 
@@ -136,3 +138,15 @@ def test_on_a_terminal_it_runs_until_q_and_restores_the_terminal() -> None:
     assert process.wait(30) == 0
     assert b"\x1b[?1049l" in seen  # the other screen is back
     os.close(controller)
+
+
+def test_ctrl_z_gives_the_terminal_back_until_the_program_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with Terminal([sys.executable, "-m", "devguard", "watch", str(tmp_path / "empty")], TERM="xterm") as terminal:
+        terminal.wait_for("q quit")
+        terminal.type(b"\x1a")
+        before = terminal.wait_for(f"[stopped {int(signal.SIGTSTP)}]")
+        assert before.rindex("\x1b[?1049l") > before.rfind("\x1b[?1049h")
+        terminal.wait_for("\x1b[?1049h")
+        terminal.type(b"sj\x1bOAq")  # at once, as over a slow line
+        terminal.wait_for("[ended 0]")
