@@ -26,7 +26,7 @@ from devguard.reporting import log_file, sampler
 from devguard.reporting.journal import journal
 from devguard.simgpu import records
 from devguard.support import process_identity
-from devguard.watch.screen import Screen, to_text
+from devguard.watch.screen.live import Screen, to_text
 from devguard.watch.view import View
 
 PROCESSES, GPUS = 64, 8

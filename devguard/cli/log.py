@@ -11,10 +11,10 @@ from devguard.errors import ConfigError
 from devguard.support.terminal import complain, show, show_json, width
 
 if TYPE_CHECKING:
-    from devguard.reporting.gate import Gate
-    from devguard.reporting.log_reader import Merged
-    from devguard.reporting.log_selection import Selection
-    from devguard.reporting.log_summary import Summary
+    from devguard.logs.gate import Gate
+    from devguard.logs.reader import Merged
+    from devguard.logs.selection import Selection
+    from devguard.logs.summary import Summary
 
 __all__ = ["configure", "run"]
 
@@ -24,7 +24,8 @@ FAILED = 3  # the exit status where the gate fails
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``devguard log``."""
-    from devguard.reporting import actions, log_selection
+    from devguard.logs import selection as log_selection
+    from devguard.reporting import actions
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = actions.explain(width() - 2)
@@ -77,9 +78,10 @@ def run(arguments: argparse.Namespace) -> int:
         0; 1 if a file holds lines that cannot be read; 3 if the gate fails.
     """
     from devguard.doors import table
-    from devguard.reporting import actions, log_reader
-    from devguard.reporting.log_selection import Selection, split_names
-    from devguard.reporting.log_summary import Summary
+    from devguard.logs import reader as log_reader
+    from devguard.logs.selection import Selection, split_names
+    from devguard.logs.summary import Summary
+    from devguard.reporting import actions
 
     selection = Selection(
         doors=split_names("--door", arguments.door) if arguments.door else (),
@@ -113,7 +115,7 @@ def _check_baseline_options(arguments: argparse.Namespace) -> None:
 
 
 def _judge(arguments: argparse.Namespace, sites: list[Merged], fail_on: tuple[str, ...], selection: Selection) -> Gate:
-    from devguard.reporting import baseline_file, gate
+    from devguard.logs import baseline_file, gate
 
     file = arguments.baseline
     known = None if file is None else baseline_file.read(Path(file))
@@ -122,8 +124,9 @@ def _judge(arguments: argparse.Namespace, sites: list[Merged], fail_on: tuple[st
 
 def _write_baseline(arguments: argparse.Namespace, sites: list[Merged], fail_on: tuple[str, ...]) -> None:
     """Write the strays that would fail as a baseline, and say so on standard error."""
-    from devguard.reporting import actions, baseline_file
-    from devguard.reporting.baseline import Baseline
+    from devguard.logs import baseline_file
+    from devguard.logs.baseline import Baseline
+    from devguard.reporting import actions
 
     file = Path(arguments.write_baseline)
     before = baseline_file.read_reasons(file)
@@ -138,16 +141,16 @@ def _show(found: Summary, arguments: argparse.Namespace) -> None:
     if arguments.format == "json":
         show_json(found.as_dict())
     elif arguments.format == "sarif":
-        from devguard.reporting import sarif
+        from devguard.logs import sarif
 
         show_json(sarif.as_sarif(found))
     elif arguments.format == "md":
-        from devguard.reporting.log_markdown import format_markdown
+        from devguard.logs.markdown import format_markdown
 
         for line in format_markdown(found):
             show(line)
     else:
-        from devguard.reporting.log_text import format_text
+        from devguard.logs.text import format_text
 
         for line in format_text(found, list_processes=arguments.processes):
             show(line)

@@ -21,10 +21,11 @@ from devguard.cli import program, supervisor
 from devguard.cli.supervisor import End
 from devguard.errors import ConfigError
 from devguard.support.log_folder import TEMPORARY, VARIABLE
+from devguard.support.signal_names import name_signal
 from devguard.support.terminal import complain
 
 if TYPE_CHECKING:
-    from devguard.reporting.log_reader import Process
+    from devguard.logs.reader import Process
 
 __all__ = ["run"]
 
@@ -90,9 +91,9 @@ def _describe(folder: Path, earlier: set[str], end: End, *, is_kept: bool) -> li
 
 
 def _summarize(folder: Path, earlier: set[str], end: End, *, is_kept: bool) -> Iterator[str]:
-    from devguard.reporting import log_reader
-    from devguard.reporting.log_summary import Summary, count
-    from devguard.reporting.log_text import format_text
+    from devguard.logs import reader as log_reader
+    from devguard.logs.summary import Summary, count
+    from devguard.logs.text import format_text
 
     processes, sites, damaged = log_reader.read(folder, lambda process: process.file not in earlier)
     processes = [process for process in processes if process.file not in earlier]
@@ -115,10 +116,11 @@ def _summarize(folder: Path, earlier: set[str], end: End, *, is_kept: bool) -> I
 
 def _tell_end(processes: list[Process], end: End) -> None:
     """Tell how the program ended, which its own log cannot say and no guarded parent has seen."""
-    from devguard.reporting import log_reader, process_end
+    from devguard.logs import process_end
+    from devguard.logs import reader as log_reader
     from devguard.support import process_identity
 
-    signal_name = process_end.name_signal(-end.code) if end.code < 0 else None
+    signal_name = name_signal(-end.code) if end.code < 0 else None
     child = process_end.ChildEnd(end.pid, signal_name, max(end.code, 0) or None, time.time())
     parent = log_reader.Process("", os.getpid(), socket.gethostname(), pid_space=process_identity.pid_space())
     parent.children.append(child)

@@ -24,7 +24,7 @@ from devguard.watch.matrix import VERDICTS
 
 if TYPE_CHECKING:
     from devguard.watch.matrix import Matrix
-    from devguard.watch.metrics import Server
+    from devguard.watch.metrics.server import Server
     from devguard.watch.programs import Program
     from devguard.watch.view import View
 
@@ -211,7 +211,7 @@ def _watch(arguments: argparse.Namespace, folder: Path | None, started: Program 
             if server is not None:
                 return _report_problems(server, started, arguments.interval)
             return _print_changes(view, started, arguments.interval)
-        from devguard.watch.screen import Screen
+        from devguard.watch.screen.live import Screen
 
         output = None if started is None else started.output
         screen = Screen(f"devguard watch  {title}", arguments.interval, output)
@@ -225,7 +225,7 @@ def _served(view: View, arguments: argparse.Namespace) -> Iterator[Server | None
     if arguments.serve is None:
         yield None
         return
-    from devguard.watch.metrics import serve
+    from devguard.watch.metrics.server import serve
 
     view.look()  # A folder that does not exist is an error now, not at the first scrape.
     with closing(serve(view, arguments.serve, label_pid=arguments.label_pid)) as server:

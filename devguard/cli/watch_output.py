@@ -11,7 +11,7 @@ from pathlib import Path
 from devguard.errors import ConfigError
 from devguard.support.terminal import show, show_json
 from devguard.watch.matrix import Matrix
-from devguard.watch.table import draw
+from devguard.watch.screen.table import draw
 
 __all__ = ["as_text", "has_rich", "require_rich", "save_picture", "show_matrix"]
 
@@ -25,7 +25,7 @@ def show_matrix(matrix: Matrix, *, as_json: bool) -> None:
     elif sys.stdout is not None and sys.stdout.isatty() and has_rich():
         from rich.console import Console
 
-        from devguard.watch.screen import to_text
+        from devguard.watch.screen.live import to_text
 
         console = Console()
         console.print(to_text(draw(matrix, console.width)))
@@ -49,7 +49,7 @@ def save_picture(matrix: Matrix, place: Path) -> None:
     """
     from rich.console import Console
 
-    from devguard.watch.screen import to_text
+    from devguard.watch.screen.live import to_text
 
     console = Console(record=True, width=PIPE_WIDTH, file=io.StringIO(), force_terminal=True)
     console.print(to_text(draw(matrix, PIPE_WIDTH)))

@@ -5,7 +5,7 @@ follows whenever they have changed, one for each call site that strayed, and sam
 (sampler.py). The line of a call site ends with its counts, which each stray overwrites in place, so a killed process
 lacks only what changed after the last event that devguard sees. The last line is the state at the end; lines for
 children that failed (child_ends.py) may follow. Each line is one write. If the file cannot be written, devguard says so
-once and the program goes on. ``devguard log DIR`` reads the files (log_reader.py).
+once and the program goes on. ``devguard log DIR`` reads the files (logs/reader.py).
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from devguard.ownership.owner import Owner
 from devguard.ownership.prepare import on_prepared
 from devguard.ownership.process import on_owner
 from devguard.ownership.stack import on_taken
-from devguard.reporting import child_ends, process_end, process_state
+from devguard.reporting import child_ends, process_state
 from devguard.reporting.journal import journal
 from devguard.reporting.rows import Key, Row, format_row
 from devguard.reporting.sampler import Sampler, has_subject
 from devguard.support import accelerator, notices, process_exit
 from devguard.support.process_file import SUFFIX, ProcessFile, encode, has_file, open_in
+from devguard.support.signal_names import name_signal
 
 __all__ = ["start", "SUFFIX"]
 
@@ -200,7 +201,7 @@ class _Log:
     def write_child(self, pid: int, code: int) -> None:
         """Write how a child with a log in this folder ended, also after the last line; a signal is negative."""
         if self._file is not None and self._pid == os.getpid() and has_file(self.folder, pid):
-            end = {"code": code} if code > 0 else {"signal": process_end.name_signal(-code)}
+            end = {"code": code} if code > 0 else {"signal": name_signal(-code)}
             self._file.write(encode({"child": {"pid": pid, **end}, "time": time.time()}))
 
     def _write(self, line: dict[str, Any] | bytes | None) -> int | None:

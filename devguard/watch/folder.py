@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from devguard.reporting import process_end, sampler
+from devguard.logs import process_end
+from devguard.logs.lines import Cursor, Damage, list_files, read_object, read_objects
+from devguard.logs.reader import Merged, Process, read_line
+from devguard.logs.values import as_number, as_text_or_none, as_texts, as_time
+from devguard.reporting import sampler
 from devguard.reporting.log_file import SUFFIX
-from devguard.reporting.log_lines import Cursor, Damage, list_files, read_object, read_objects
-from devguard.reporting.log_reader import Merged, Process, read_line
-from devguard.reporting.log_values import as_number, as_text_or_none, as_texts, as_time
 from devguard.support import process_identity
 
-__all__ = ["Folder", "Journal", "Sample", "State", "touch"]
+__all__ = ["Folder", "ProcessLog", "Sample", "State", "touch"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class State:
     owner : str or None
         The owner of the process.
     owned, contexts, allowed : tuple of str
-        As in `devguard.reporting.log_reader.Process`.
+        As in `devguard.logs.reader.Process`.
     """
 
     time: float
@@ -62,7 +63,7 @@ class State:
 
 
 @dataclass
-class Journal:
+class ProcessLog:
     """The log of one process, as far as it has been read.
 
     Attributes
@@ -143,7 +144,7 @@ class _File:
         self._begin()
 
     def _begin(self) -> None:
-        self.journal = Journal(Process(self.path.name, 0), Damage(self.path.name))
+        self.journal = ProcessLog(Process(self.path.name, 0), Damage(self.path.name))
         self._cursor = Cursor()
         self._identity: tuple[int, int] | None = None
         self._changed: tuple[int, int] | None = None
@@ -194,7 +195,7 @@ class _File:
 
 
 class Folder:
-    """A log folder. The first `update` raises as `devguard.reporting.log_reader.read` does for a bad folder.
+    """A log folder. The first `update` raises as `devguard.logs.reader.read` does for a bad folder.
 
     Parameters
     ----------
@@ -203,16 +204,16 @@ class Folder:
 
     Attributes
     ----------
-    journals : list of Journal
+    journals : list of ProcessLog
         What the last `update` returned.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._files: dict[str, _File] = {}
-        self.journals: list[Journal] = []
+        self.journals: list[ProcessLog] = []
 
-    def update(self) -> list[Journal]:
+    def update(self) -> list[ProcessLog]:
         """Read what the processes have written since the last call, and return all journals, in the order of time.
 
         Raises

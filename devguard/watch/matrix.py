@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from devguard.logs.reader import Merged, Process
 from devguard.reporting.actions import LEFT_ALONE
-from devguard.reporting.log_reader import Merged, Process
 from devguard.support import command_name
-from devguard.watch.folder import Journal, Sample, State
+from devguard.watch.folder import ProcessLog, Sample, State
 from devguard.watch.gpus import Gpu
 from devguard.watch.neighbours import Neighbour, describe
 
@@ -179,7 +179,7 @@ class Matrix:
 
 
 def build(
-    journals: Iterable[Journal],
+    journals: Iterable[ProcessLog],
     gpus: Sequence[Gpu] | None,
     *,
     now: float | None = None,
@@ -191,7 +191,7 @@ def build(
 
     Parameters
     ----------
-    journals : iterable of Journal
+    journals : iterable of ProcessLog
         The guarded processes.
     gpus : sequence of Gpu or None
         The driver's view; None if there is none.
@@ -226,7 +226,7 @@ def build(
     return Matrix(moment, tuple(columns), tuple(rows), tuple(lines), tuple(arenas), tuple(notes))
 
 
-def _is_leaving(journal: Journal, pids: set[int]) -> bool:
+def _is_leaving(journal: ProcessLog, pids: set[int]) -> bool:
     """Return whether a process has written its last line, and the driver still counts it on a GPU."""
     pid = journal.pid
     return journal.process.ended and pid is not None and pid in pids and journal.is_process(pid)
@@ -240,7 +240,7 @@ def name_of(process: Process) -> str:
     return program if process.rank is None else f"rank {process.rank} {program}"
 
 
-def _state_at(journal: Journal, now: float | None) -> State:
+def _state_at(journal: ProcessLog, now: float | None) -> State:
     process = journal.process
     if now is None or not journal.states:
         return State(0.0, process.owner, tuple(process.owned), tuple(process.contexts), tuple(process.allowed))
@@ -248,14 +248,14 @@ def _state_at(journal: Journal, now: float | None) -> State:
     return past[-1] if past else State(0.0, None, (), (), ())
 
 
-def _sample_at(journal: Journal, now: float | None) -> Sample | None:
+def _sample_at(journal: ProcessLog, now: float | None) -> Sample | None:
     if now is None:
         return journal.sample
     past = [sample for sample in journal.samples if sample.time <= now]
     return past[-1] if past else None
 
 
-def _row(journal: Journal, gpus: Sequence[Gpu], now: float | None, least: Mapping[str, int]) -> Row:
+def _row(journal: ProcessLog, gpus: Sequence[Gpu], now: float | None, least: Mapping[str, int]) -> Row:
     process, state, sample = journal.process, _state_at(journal, now), _sample_at(journal, now)
     pid = journal.pid if now is None else None
     memory = sample.memory if sample else {}
@@ -300,7 +300,7 @@ def _judge(
     return "ipc" if is_mapped else "ctx"
 
 
-def _maps(journal: Journal, tag: str) -> bool:
+def _maps(journal: ProcessLog, tag: str) -> bool:
     """Return whether the process has opened memory of another one on a device, by what the door ``ipc`` recorded."""
     return any(
         site.door == "ipc" and any(tag in devices.split(" -> ") for devices in site.devices)
@@ -308,7 +308,7 @@ def _maps(journal: Journal, tag: str) -> bool:
     )
 
 
-def _least_contexts(journals: Iterable[Journal], gpus: Sequence[Gpu]) -> dict[str, int]:
+def _least_contexts(journals: Iterable[ProcessLog], gpus: Sequence[Gpu]) -> dict[str, int]:
     """Return for each product the bytes of its smallest context: what a process holds beyond torch's allocator.
 
     Only guarded processes count, because the context of a program without torch is smaller.
@@ -328,7 +328,7 @@ def _least_contexts(journals: Iterable[Journal], gpus: Sequence[Gpu]) -> dict[st
     return found
 
 
-def _columns(journals: Sequence[Journal], gpus: Sequence[Gpu] | None) -> list[Column]:
+def _columns(journals: Sequence[ProcessLog], gpus: Sequence[Gpu] | None) -> list[Column]:
     """Return the GPUs in the order of their numbers, then those that only processes name, if they are on them."""
     used: dict[str, int] = {}
     numbers: dict[str, int] = {}

@@ -10,7 +10,7 @@ from typing import Literal
 
 from devguard.errors import ConfigError, SimulationError
 from devguard.watch import gpus, matrix, neighbours
-from devguard.watch.folder import Folder, Journal, touch
+from devguard.watch.folder import Folder, ProcessLog, touch
 from devguard.watch.gpus import Gpu, Source
 
 __all__ = ["View"]
@@ -30,7 +30,7 @@ class View:
     ----------
     lock : RLock
         Held while it looks. Hold it to read `journals`, which the next look changes.
-    journals : tuple of Journal
+    journals : tuple of ProcessLog
         The logs that the last look has read, those of ended processes too.
     driver : str
         Whether the last look has read the GPUs: ``"read"``, ``"absent"`` (there is no driver) or ``"failed"``.
@@ -50,7 +50,7 @@ class View:
         self._simulations: frozenset[str] | None = None
         self._why_absent = ""
         self.lock = threading.RLock()
-        self.journals: tuple[Journal, ...] = ()
+        self.journals: tuple[ProcessLog, ...] = ()
         self.driver: Literal["read", "absent", "failed"] = "absent"
         self.problem = ""
         if folder is None:
@@ -80,7 +80,7 @@ class View:
 
     def _look(self, ended_since: float | None) -> matrix.Matrix:
         notes: list[str] = []
-        journals: list[Journal] = []
+        journals: list[ProcessLog] = []
         if self._folder is not None:
             if not self.touch():
                 notes.append(f"{self._folder.path} cannot be written, so the processes do not report their memory")
@@ -111,7 +111,7 @@ class View:
             for journal in journals
         )
 
-    def _find_containers(self, journals: Sequence[Journal]) -> None:
+    def _find_containers(self, journals: Sequence[ProcessLog]) -> None:
         """Find the processes of containers, which have other numbers here."""
         lost = [journal for journal in journals if journal.pid is None and not journal.process.ended]
         if not lost:
@@ -121,7 +121,7 @@ class View:
             found = [pid for pid, inside in inner.items() if inside == journal.process.pid and journal.is_process(pid)]
             journal.local_pid = found[0] if len(found) == 1 else None
 
-    def _read_gpus(self, journals: Sequence[Journal], notes: list[str]) -> list[Gpu] | None:
+    def _read_gpus(self, journals: Sequence[ProcessLog], notes: list[str]) -> list[Gpu] | None:
         """Return the driver's view; None, with a note, if there is none."""
         simulations = _find_simulations(journals)
         if self._folder is not None and simulations != self._simulations:
@@ -152,7 +152,7 @@ class View:
         return seen
 
 
-def _find_simulations(journals: Sequence[Journal]) -> frozenset[str]:
+def _find_simulations(journals: Sequence[ProcessLog]) -> frozenset[str]:
     """Return the simulations of the processes that run; if none runs, that of the newest one.
 
     A folder keeps the logs of earlier programs, the simulations of which are gone.

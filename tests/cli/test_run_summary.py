@@ -211,7 +211,7 @@ def test_a_summary_that_fails_does_not_change_the_status(
     def fail(*args: object) -> None:
         raise LookupError("no log")
 
-    monkeypatch.setattr("devguard.reporting.log_reader.read", fail)
+    monkeypatch.setattr("devguard.logs.reader.read", fail)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     environ = {"DEVGUARD": "repair", "DEVGUARD_LOG": str(tmp_path)}
     assert run_summary.run("/bin/sh", ["sh", "-c", "exit 3"], environ) == 3
@@ -223,7 +223,7 @@ def test_an_interrupt_during_the_summary_comes_after_the_folder_is_removed(envir
     code = """
 import os, signal, sys
 from devguard.cli import run_summary
-from devguard.reporting import log_reader
+from devguard.logs import reader as log_reader
 def interrupt(folder, is_selected):
     os.kill(os.getpid(), signal.SIGINT)
     print(os.path.isdir(folder))

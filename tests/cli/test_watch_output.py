@@ -12,7 +12,7 @@ import pytest
 from devguard.cli import watch_output
 from devguard.errors import ConfigError
 from devguard.watch.matrix import Matrix
-from tests.watch.test_table import gpus, rank
+from tests.watch.screen.test_table import gpus, rank
 
 MATRIX = Matrix(0.0, gpus(2), (rank(0, (1, "STRAY", 900 << 20)),))
 

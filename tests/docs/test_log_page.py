@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import get_args
 
 from devguard.cli import log
-from devguard.reporting import baseline_file, log_selection, process_end
+from devguard.logs import baseline_file, process_end
+from devguard.logs import selection as log_selection
+from devguard.logs.baseline import Key
 from devguard.reporting.actions import ACTIONS
-from devguard.reporting.baseline import Key
 from devguard.reporting.journal import MAX_ROWS
 from tests.helpers.simulated import ROOT
 

@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from devguard.reporting import log_file
-from devguard.watch import collector, metrics
-from devguard.watch.families import FAMILIES, Family, series_names
 from devguard.watch.matrix import VERDICTS, Verdict
+from devguard.watch.metrics import collector
+from devguard.watch.metrics import server as metrics
+from devguard.watch.metrics.families import FAMILIES, Family, series_names
 from tests.helpers.simulated import ROOT
 
 DOCS = ROOT / "docs"

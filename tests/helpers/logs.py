@@ -1,14 +1,14 @@
-"""Records and processes as `devguard.reporting.log_reader` returns them, for tests of what is made of a log."""
+"""Records and processes as `devguard.logs.reader` returns them, for tests of what is made of a log."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from devguard.reporting import gate
-from devguard.reporting.baseline import Baseline
-from devguard.reporting.log_reader import Merged, Process
-from devguard.reporting.log_selection import Selection
-from devguard.reporting.log_summary import Summary
+from devguard.logs import gate
+from devguard.logs.baseline import Baseline
+from devguard.logs.reader import Merged, Process
+from devguard.logs.selection import Selection
+from devguard.logs.summary import Summary
 
 __all__ = ["EVIL", "judged", "process", "site", "summary"]
 

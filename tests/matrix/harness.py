@@ -134,14 +134,14 @@ def report(case: str, mode: str) -> dict[str, Any]:
 
 def _verdicts() -> dict[str, str]:
     """Return the verdict of devguard watch on each device that this process holds something on, by its own log."""
+    from devguard.logs.lines import Damage
+    from devguard.logs.reader import Process
     from devguard.reporting import process_state, sampler
     from devguard.reporting.journal import journal
-    from devguard.reporting.log_lines import Damage
-    from devguard.reporting.log_reader import Process
     from devguard.watch import matrix
-    from devguard.watch.folder import Journal
+    from devguard.watch.folder import ProcessLog
 
-    log = Journal(Process("log", os.getpid()), Damage("log"))
+    log = ProcessLog(Process("log", os.getpid()), Damage("log"))
     log.read({"state": process_state.owners(), "time": 1.0})
     log.read({"now": sampler.take_sample(), "time": 1.0})
     for number, stray in enumerate(journal.strays()):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from devguard.reporting import log_reader
+from devguard.logs import reader as log_reader
 from tests.helpers import fresh
 from tests.helpers.simulated import ROOT
 

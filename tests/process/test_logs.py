@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from devguard import cli
-from devguard.reporting import log_reader
+from devguard.logs import reader as log_reader
 from tests.helpers.simulated import ROOT
 
 BEFORE = """

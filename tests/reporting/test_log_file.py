@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 import devguard
-from devguard.reporting import log_file, log_reader
+from devguard.logs import reader as log_reader
+from devguard.reporting import log_file
 from devguard.reporting.journal import journal
 from devguard.reporting.stray import Occurrence
 from devguard.support import notices

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from devguard.reporting import log_file, log_reader, sampler
+from devguard.logs import reader as log_reader
+from devguard.reporting import log_file, sampler
 from devguard.reporting.journal import journal
 from devguard.reporting.stray import Occurrence
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from devguard import ConfigError
-from devguard.reporting import log_lines, sampler
+from devguard.logs import lines as log_lines
+from devguard.reporting import sampler
 from devguard.reporting.log_file import COUNTS
 from devguard.support import process_identity
 from devguard.watch.folder import Folder, touch
-from tests.reporting.test_log_reader import row
+from tests.logs.test_reader import row
 
 STATE = {"process_owner": "cuda:1", "owned": ["cuda:1"], "contexts": ["cuda:1"]}
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from devguard.reporting.log_lines import Damage
-from devguard.reporting.log_reader import Merged, Process
+from devguard.logs.lines import Damage
+from devguard.logs.reader import Merged, Process
 from devguard.support import process_identity
 from devguard.watch import matrix
-from devguard.watch.folder import Journal, Sample, State
+from devguard.watch.folder import ProcessLog, Sample, State
 from devguard.watch.gpus import Gpu
 from devguard.watch.neighbours import Neighbour
 
@@ -22,7 +22,7 @@ UUIDS = [f"uuid-{index}" for index in range(4)]
 US = os.geteuid()
 
 
-def journal(pid: int, owner: str | None, memory: dict[str, int] | None = None, **known: Any) -> Journal:
+def journal(pid: int, owner: str | None, memory: dict[str, int] | None = None, **known: Any) -> ProcessLog:
     """Return a running process that holds `memory` by device; None: it has written no sample."""
     contexts = known.pop("contexts", list(memory or {}))
     gpus = known.pop("gpus", {f"cuda:{index}": uuid for index, uuid in enumerate(UUIDS)})
@@ -37,7 +37,7 @@ def journal(pid: int, owner: str | None, memory: dict[str, int] | None = None, *
     return found
 
 
-class Running(Journal):
+class Running(ProcessLog):
     @property
     def pid(self) -> int | None:
         return self.process.pid
@@ -50,7 +50,7 @@ def driver(*held: dict[int, int | None]) -> list[Gpu]:
     return [Gpu(str(index), UUIDS[index], processes=each) for index, each in enumerate(held)]
 
 
-def verdicts(journals: list[Journal], gpus: list[Gpu] | None) -> dict[int, dict[str, str]]:
+def verdicts(journals: list[ProcessLog], gpus: list[Gpu] | None) -> dict[int, dict[str, str]]:
     found = matrix.build(journals, gpus, neighbour=lambda pid: Neighbour("python", US))
     return {row.pid: {uuid[-1]: cell.verdict for uuid, cell in row.cells.items()} for row in found.rows}
 
@@ -94,7 +94,9 @@ def test_a_healthy_program_is_a_diagonal(has_driver: bool) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_another_gpu_is_judged_by_what_the_process_holds_there(rank: Journal, gpu_0: int | None, expected: str) -> None:
+def test_another_gpu_is_judged_by_what_the_process_holds_there(
+    rank: ProcessLog, gpu_0: int | None, expected: str
+) -> None:
     other = journal(2, "cuda:0", {"cuda:0": 9 * MIB})
     gpus = driver({1: gpu_0, 2: CONTEXT + 9 * MIB}, {1: CONTEXT + MIB})
     assert verdicts([rank, other], gpus)[1]["0"] == expected

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from devguard.watch import matrix
-from devguard.watch.folder import Journal
+from devguard.watch.folder import ProcessLog
 from devguard.watch.matrix import Verdict
 from devguard.watch.report.track import MISPLACED, Track
 
@@ -66,7 +66,7 @@ def find_contexts(tracks: Sequence[Track]) -> list[Context]:
     return sorted(found, key=lambda context: (not context.is_misplaced, context.time, context.place))
 
 
-def _first_line(journal: Journal, device: str) -> str:
+def _first_line(journal: ProcessLog, device: str) -> str:
     """Return the first line that left something on a device, with its door."""
     there = [
         (journal.times.get(number, 0.0), f"{row.file}:{row.line} in {row.function} (door {row.door})")

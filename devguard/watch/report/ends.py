@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from devguard.watch.folder import Journal
+from devguard.watch.folder import ProcessLog
 
 __all__ = ["find_ends"]
 
 
-def find_ends(journals: Sequence[Journal]) -> dict[int, float]:
+def find_ends(journals: Sequence[ProcessLog]) -> dict[int, float]:
     """Return the ends that are known, in seconds since 1970, by the places of the processes in `journals`.
 
     Parameters
     ----------
-    journals : sequence of Journal
+    journals : sequence of ProcessLog
         In the order of time.
     """
     lives: dict[tuple[str, str, int], list[int]] = {}  # the places of the processes with one process ID

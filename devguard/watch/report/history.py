@@ -13,7 +13,7 @@ from itertools import groupby
 from operator import itemgetter
 
 from devguard.watch import matrix
-from devguard.watch.folder import Journal
+from devguard.watch.folder import ProcessLog
 from devguard.watch.matrix import Cell, Column
 from devguard.watch.report.track import MISPLACED, Track
 
@@ -66,7 +66,7 @@ class History:
 
     Parameters
     ----------
-    journals : sequence of Journal
+    journals : sequence of ProcessLog
         Their logs.
     ends : mapping of int to float
         When processes ended that did not write it: by their places in `journals`.
@@ -92,7 +92,7 @@ class History:
         For the places in `tracks` and the GPUs of processes that were on a GPU that is not their own: the most bytes.
     """
 
-    def __init__(self, journals: Sequence[Journal], ends: Mapping[int, float], most: int) -> None:
+    def __init__(self, journals: Sequence[ProcessLog], ends: Mapping[int, float], most: int) -> None:
         self.tracks = [Track(journal) for journal in journals]
         for place, track in enumerate(self.tracks):
             if track.end is None and not track.journal.is_running():

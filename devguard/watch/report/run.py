@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from devguard.errors import ConfigError
-from devguard.reporting import process_end
+from devguard.logs import process_end
+from devguard.logs.lines import Damage, list_files, read_objects
+from devguard.logs.reader import Process
 from devguard.reporting.log_file import MOST_SAMPLED, SUFFIX
-from devguard.reporting.log_lines import Damage, list_files, read_objects
-from devguard.reporting.log_reader import Process
 from devguard.watch import matrix
-from devguard.watch.folder import Journal
+from devguard.watch.folder import ProcessLog
 from devguard.watch.matrix import Column
 from devguard.watch.report import arenas, contexts, sites
 from devguard.watch.report.arenas import ArenaUse
@@ -145,9 +145,9 @@ def read(folder: Path, most_moments: int = MOST_MOMENTS) -> Run:
     )
 
 
-def _read_file(path: Path) -> tuple[Journal, dict[str, str]]:
+def _read_file(path: Path) -> tuple[ProcessLog, dict[str, str]]:
     """Return the log of one process, and what it says of its environment."""
-    journal = Journal(Process(path.name, 0), Damage(path.name))
+    journal = ProcessLog(Process(path.name, 0), Damage(path.name))
     known: dict[str, str] = {}
     for number, line in read_objects(path, journal.damage):
         try:

@@ -6,11 +6,11 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from devguard.logs.reader import Merged
 from devguard.reporting import actions
 from devguard.reporting.advice import advise
-from devguard.reporting.log_reader import Merged
 from devguard.watch import matrix
-from devguard.watch.folder import Journal
+from devguard.watch.folder import ProcessLog
 from devguard.watch.report.source_line import Quote, quote
 
 __all__ = ["CallSite", "collect"]
@@ -23,7 +23,7 @@ class CallSite:
     Attributes
     ----------
     door, action, file, line, function, via, note
-        As in `devguard.reporting.log_reader.Merged`.
+        As in `devguard.logs.reader.Merged`.
     count, bytes : int
         Over all processes.
     devices : list of str
@@ -77,7 +77,7 @@ class CallSite:
         """The line in words."""
         return f"{self.file}:{self.line} in {self.function}" if self.file else "no line of user code"
 
-    def add(self, journal: Journal, row: Merged, first: float) -> None:
+    def add(self, journal: ProcessLog, row: Merged, first: float) -> None:
         """Add what one process did there."""
         process = journal.process
         self.count, self.bytes = self.count + row.count, self.bytes + row.bytes
@@ -93,7 +93,7 @@ class CallSite:
             known += [each for each in new if each not in known]
 
 
-def collect(journals: Sequence[Journal]) -> list[CallSite]:
+def collect(journals: Sequence[ProcessLog]) -> list[CallSite]:
     """Return the strays of all processes: what was left alone first, then most bytes first; last what is no stray."""
     found: dict[tuple[str, str, str, int, str], CallSite] = {}
     for journal in journals:

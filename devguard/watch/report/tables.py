@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from devguard.reporting import process_end
+from devguard.logs import process_end
 from devguard.support.terminal import format_size
 from devguard.watch.report.arenas import ArenaUse, quantile
 from devguard.watch.report.layers import Stack

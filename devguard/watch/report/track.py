@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any
 
 from devguard.watch import matrix
-from devguard.watch.folder import Journal, Sample, State
+from devguard.watch.folder import ProcessLog, Sample, State
 from devguard.watch.matrix import Cell
 
 __all__ = ["MISPLACED", "Track"]
@@ -26,7 +26,7 @@ class Track:
 
     Parameters
     ----------
-    journal : Journal
+    journal : ProcessLog
         Its log.
 
     Attributes
@@ -37,7 +37,7 @@ class Track:
         When it ended; None if it had not. Set by `History`, because a killed process cannot write its end.
     """
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: ProcessLog) -> None:
         self.journal = journal
         self._samples = sorted(journal.samples, key=attrgetter("time"))
         self._states = sorted(journal.states, key=attrgetter("time"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from devguard.reporting import process_end
+from devguard.logs import process_end
 from devguard.support.terminal import format_size
 from devguard.watch.report.run import DROPPED, FULL, Run
 from devguard.watch.report.summary import count_of

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from devguard.reporting import log_reader
+from devguard.logs import reader as log_reader
 from tests.helpers.simulated import ROOT
 
 ENDS = ("os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getpid(), signal.SIGTERM)", "os._exit(1)")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from devguard.errors import ConfigError
-from devguard.reporting import log_reader
+from devguard.logs import reader as log_reader
 from devguard.watch.report.run import DROPPED, read
 from tests.helpers.journals import Log, make_run
 

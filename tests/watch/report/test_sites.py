@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from devguard.reporting import log_reader
+from devguard.logs import reader as log_reader
 from devguard.watch.report.run import read
 from tests.helpers.journals import START, Log
 
