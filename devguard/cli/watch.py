@@ -19,8 +19,8 @@ from devguard.support import private_folders
 from devguard.support.log_folder import TEMPORARY, VARIABLE
 from devguard.support.notices import flush
 from devguard.support.terminal import complain, show
+from devguard.watch.cells import VERDICTS
 from devguard.watch.gpus import INTERVAL_S, LEAST_INTERVAL_S
-from devguard.watch.matrix import VERDICTS
 
 if TYPE_CHECKING:
     from devguard.watch.matrix import Matrix

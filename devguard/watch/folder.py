@@ -61,6 +61,11 @@ class State:
     contexts: tuple[str, ...]
     allowed: tuple[str, ...]
 
+    @property
+    def owners(self) -> frozenset[str]:
+        """All devices that the process owned."""
+        return frozenset(self.owned) | ({self.owner} if self.owner else frozenset())
+
 
 @dataclass
 class ProcessLog:
@@ -91,6 +96,12 @@ class ProcessLog:
     states: list[State] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     local_pid: int | None = None
+
+    @property
+    def state(self) -> State:
+        """The newest state."""
+        found = self.process
+        return State(found.time, found.owner, tuple(found.owned), tuple(found.contexts), tuple(found.allowed))
 
     @property
     def sample(self) -> Sample | None:

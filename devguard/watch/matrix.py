@@ -1,8 +1,4 @@
-"""The matrix of processes and GPUs, with a verdict for each cell.
-
-A cell is judged by the owners that the process itself wrote; its bytes are the driver's where the driver names the
-process, and those of torch's allocator elsewhere. A process without devguard is never called a stray.
-"""
+"""The matrix of processes and GPUs: what the processes wrote (folder.py) joined with the driver's view (gpus.py)."""
 
 from __future__ import annotations
 
@@ -10,32 +6,19 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from devguard.logs.reader import Merged, Process
 from devguard.reporting.actions import LEFT_ALONE
 from devguard.support import command_name
-from devguard.watch.folder import ProcessLog, Sample, State
+from devguard.watch.cells import FAULTS, Cell, Verdict, judge_cells, least_contexts
+from devguard.watch.folder import ProcessLog
 from devguard.watch.gpus import Gpu
 from devguard.watch.neighbours import Neighbour, describe
 
-__all__ = ["build", "Cell", "Column", "FAULTS", "LEFT_ALONE", "Line", "Matrix", "name_of", "Row", "VERDICTS", "Verdict"]
+__all__ = ["build", "Column", "LEFT_ALONE", "Line", "Matrix", "name_of", "Row"]
 
-Verdict = Literal["own", "STRAY", "ctx", "ipc", "allowed", "?", "foreign"]
-
-# What each verdict means, for help, legends and docs.
-VERDICTS: dict[Verdict, str] = {
-    "own": "the process is on a GPU that it owns",
-    "STRAY": "it holds memory on a GPU that it does not own",
-    "ctx": "it holds a context there, and no memory of its own",
-    "ipc": "it maps the memory of another process there, and holds none of its own",
-    "allowed": "devguard.allow or unguarded permits it",
-    "?": "its owner is not known: a process without devguard, or without an owner",
-    "foreign": "a process of another user or job",
-}
-FAULTS: tuple[Verdict, ...] = ("STRAY", "ctx")
 UNLISTED = 8  # last characters of its UUID that name a GPU without a number
-CONTEXT_SLACK = 20 << 20  # bytes by which contexts of one driver differ
 
 
 @dataclass(frozen=True)
@@ -58,26 +41,6 @@ class Column:
     used: int | None = None
     total: int | None = None
     problem: str | None = None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One process on one GPU.
-
-    Attributes
-    ----------
-    verdict : str
-        A key of `VERDICTS`.
-    bytes : int or None
-        What it holds there: with its context where the driver says so (`whole`), else what torch's allocator holds;
-        None if neither is known.
-    whole : bool
-        Whether `bytes` is the driver's number.
-    """
-
-    verdict: Verdict
-    bytes: int | None
-    whole: bool
 
 
 @dataclass(frozen=True)
@@ -182,7 +145,6 @@ def build(
     journals: Iterable[ProcessLog],
     gpus: Sequence[Gpu] | None,
     *,
-    now: float | None = None,
     keep_ended: bool = False,
     neighbour: Callable[[int], Neighbour] = describe,
     notes: Iterable[str] = (),
@@ -195,8 +157,6 @@ def build(
         The guarded processes.
     gpus : sequence of Gpu or None
         The driver's view; None if there is none.
-    now : float, optional
-        The moment, in seconds since 1970; the present by default. For an earlier one each process is as it then was.
     keep_ended : bool
         Whether processes that have ended are shown, as they were at their end.
     neighbour : callable
@@ -204,26 +164,22 @@ def build(
     notes : iterable of str
         Added to the notes.
     """
-    moment = time.time() if now is None else now
     pids = {pid for gpu in gpus or () for pid in gpu.processes}
     alive = [journal for journal in journals if keep_ended or journal.is_running() or _is_leaving(journal, pids)]
-    if now is not None:
-        alive = [journal for journal in alive if journal.process.time <= now]
     columns = _columns(alive, gpus)
-    least = _least_contexts(alive, gpus or ())
+    least = least_contexts(alive, gpus or ())
     rows, lines, arenas = [], [], []
     for journal in alive:
-        row = _row(journal, gpus or (), now, least)
+        row = _row(journal, gpus or (), least)
         rows.append(row)
         lines += [Line(row, site) for site in journal.rows.values()]
-        sample = _sample_at(journal, now)
-        arenas += [(row, arena) for arena in sample.arenas] if sample else []
+        arenas += [(row, arena) for arena in journal.sample.arenas] if journal.sample else []
     known = {journal.pid for journal in alive if journal.pid is not None}
     family = ({journal.process.parent for journal in alive} | known) - {0}
     rows += _unguarded(gpus or (), known, family, neighbour)
     rows.sort(key=lambda row: _order(row, columns))
     lines.sort(key=lambda line: (line.site.action not in LEFT_ALONE, -line.site.bytes, -line.site.count))
-    return Matrix(moment, tuple(columns), tuple(rows), tuple(lines), tuple(arenas), tuple(notes))
+    return Matrix(time.time(), tuple(columns), tuple(rows), tuple(lines), tuple(arenas), tuple(notes))
 
 
 def _is_leaving(journal: ProcessLog, pids: set[int]) -> bool:
@@ -240,92 +196,12 @@ def name_of(process: Process) -> str:
     return program if process.rank is None else f"rank {process.rank} {program}"
 
 
-def _state_at(journal: ProcessLog, now: float | None) -> State:
-    process = journal.process
-    if now is None or not journal.states:
-        return State(0.0, process.owner, tuple(process.owned), tuple(process.contexts), tuple(process.allowed))
-    past = [state for state in journal.states if state.time <= now]
-    return past[-1] if past else State(0.0, None, (), (), ())
-
-
-def _sample_at(journal: ProcessLog, now: float | None) -> Sample | None:
-    if now is None:
-        return journal.sample
-    past = [sample for sample in journal.samples if sample.time <= now]
-    return past[-1] if past else None
-
-
-def _row(journal: ProcessLog, gpus: Sequence[Gpu], now: float | None, least: Mapping[str, int]) -> Row:
-    process, state, sample = journal.process, _state_at(journal, now), _sample_at(journal, now)
-    pid = journal.pid if now is None else None
-    memory = sample.memory if sample else {}
-    owned = set(state.owned) | ({state.owner} if state.owner else set())
-    cells = {}
-    by_uuid = {gpu.uuid: gpu for gpu in gpus}
-    tags = {uuid: tag for tag, uuid in process.gpus.items()}
-    tags.update({tag: tag for tag in {*state.contexts, *memory} - process.gpus.keys()})
-    for uuid, tag in tags.items():
-        gpu = by_uuid.get(uuid)
-        is_listed = gpu is not None and pid in gpu.processes
-        reserved = memory[tag][1] if tag in memory else None
-        whole = gpu.processes[pid] if gpu is not None and pid is not None and is_listed else None
-        if not (is_listed or tag in state.contexts or reserved):
-            continue
-        is_mapped = _maps(journal, tag) or (gpu is not None and pid in gpu.mapped)
-        beyond = None if gpu is None or whole is None else whole - least.get(gpu.name, whole)
-        verdict = _judge(tag, owned, state.allowed, reserved, beyond, is_mapped)
-        cells[uuid] = Cell(verdict, reserved if whole is None else whole, whole is not None)
-    left = sum(site.action in LEFT_ALONE for site in journal.rows.values())
-    owner = ", ".join(sorted(owned)) or None
-    return Row(process.pid, name_of(process), owner, process.mode, True, journal.is_running(), cells, left)
-
-
-def _judge(
-    tag: str,
-    owned: set[str],
-    allowed: Sequence[str],
-    reserved: int | None,
-    beyond: int | None,
-    is_mapped: bool,
-) -> Verdict:
-    """Return the verdict on a GPU where a guarded process holds a context, or `beyond` one of its own."""
-    if not owned:
-        return "?"
-    if tag in owned:
-        return "own"
-    if tag in allowed:
-        return "allowed"
-    if reserved or (beyond or 0) > CONTEXT_SLACK:
-        return "STRAY"
-    return "ipc" if is_mapped else "ctx"
-
-
-def _maps(journal: ProcessLog, tag: str) -> bool:
-    """Return whether the process has opened memory of another one on a device, by what the door ``ipc`` recorded."""
-    return any(
-        site.door == "ipc" and any(tag in devices.split(" -> ") for devices in site.devices)
-        for site in journal.rows.values()
-    )
-
-
-def _least_contexts(journals: Iterable[ProcessLog], gpus: Sequence[Gpu]) -> dict[str, int]:
-    """Return for each product the bytes of its smallest context: what a process holds beyond torch's allocator.
-
-    Only guarded processes count, because the context of a program without torch is smaller.
-    """
-    found: dict[str, int] = {}
-    by_pid = {journal.pid: journal for journal in journals}
-    for gpu in gpus:
-        for pid, whole in gpu.processes.items():
-            journal = by_pid.get(pid)
-            if whole is None or journal is None:
-                continue
-            tags = {uuid: tag for tag, uuid in journal.process.gpus.items()}
-            sample = journal.sample
-            reserved = sample.memory.get(tags.get(gpu.uuid, ""), (0, 0, 0))[1] if sample else 0
-            context = max(whole - reserved, 0)
-            found[gpu.name] = min(found.get(gpu.name, context), context)
-    return found
+def _row(log: ProcessLog, gpus: Sequence[Gpu], least: Mapping[str, int]) -> Row:
+    process, state = log.process, log.state
+    cells = judge_cells(log, state, log.sample, gpus, least)
+    left = sum(site.action in LEFT_ALONE for site in log.rows.values())
+    owner = ", ".join(sorted(state.owners)) or None
+    return Row(process.pid, name_of(process), owner, process.mode, True, log.is_running(), cells, left)
 
 
 def _columns(journals: Sequence[ProcessLog], gpus: Sequence[Gpu] | None) -> list[Column]:

@@ -20,8 +20,9 @@ from devguard.cli import watch
 from devguard.reporting import sampler
 from devguard.simgpu import records
 from devguard.support import process_identity
+from devguard.watch.cells import Cell
 from devguard.watch.gpus import Simulation
-from devguard.watch.matrix import Cell, Matrix, Row
+from devguard.watch.matrix import Matrix, Row
 from tests.helpers.scrapes import scrape
 from tests.helpers.simulated import ROOT
 from tests.watch.test_view import GPUS, Writer, use, writer

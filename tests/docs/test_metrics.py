@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from devguard.reporting import log_file
-from devguard.watch.matrix import VERDICTS, Verdict
+from devguard.watch.cells import VERDICTS, Verdict
 from devguard.watch.metrics import collector
 from devguard.watch.metrics import server as metrics
 from devguard.watch.metrics.families import FAMILIES, Family, series_names

@@ -164,21 +164,6 @@ def test_a_process_after_its_last_line_keeps_its_owner_while_it_is_on_a_gpu() ->
     assert verdicts([reused], driver({}, {os.getpid(): CONTEXT})) == {os.getpid(): {"1": "?"}}
 
 
-def test_an_earlier_moment_has_the_states_and_samples_of_then() -> None:
-    rank = journal(1, "cuda:1", {"cuda:0": MIB, "cuda:1": MIB}, ended=True)
-    rank.states[:] = [State(10.0, "cuda:1", (), ("cuda:1",), ()), State(20.0, "cuda:1", (), ("cuda:0", "cuda:1"), ())]
-    rank.samples[:] = [
-        Sample(11.0, {"cuda:1": (1, 2, 3)}, 0),
-        Sample(21.0, {"cuda:0": (1, 2, 3), "cuda:1": (4, 5, 6)}, 1),
-    ]
-    held = [
-        {uuid[-1]: (cell.verdict, cell.bytes) for uuid, cell in row.cells.items()}
-        for now in (5.0, 15.0, 25.0)
-        for row in matrix.build([rank], None, now=now, keep_ended=True).rows
-    ]
-    assert held == [{}, {"1": ("own", 2)}, {"0": ("STRAY", 2), "1": ("own", 5)}]
-
-
 def test_lines_that_were_left_alone_come_first() -> None:
     rank = journal(1, "cuda:1", {"cuda:1": 0}, rows=[site(action="repaired", nbytes=99), site(), site(nbytes=50)])
     found = matrix.build([rank], None)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from devguard.watch import matrix
+from devguard.watch.cells import Verdict
 from devguard.watch.folder import ProcessLog
-from devguard.watch.matrix import Verdict
 from devguard.watch.report.track import MISPLACED, Track
 
 __all__ = ["Context", "find_contexts"]
@@ -28,7 +28,7 @@ class Context:
     time : float
         When the log named it first, in seconds since 1970.
     verdict : str
-        A key of `matrix.VERDICTS`: the last one that is not ``"?"``, because a process may choose its GPU later.
+        A key of `cells.VERDICTS`: the last one that is not ``"?"``, because a process may choose its GPU later.
     line : str
         The first line of code that is known to have put something there; empty if none is.
     """

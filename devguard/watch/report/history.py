@@ -13,8 +13,9 @@ from itertools import groupby
 from operator import itemgetter
 
 from devguard.watch import matrix
+from devguard.watch.cells import Cell
 from devguard.watch.folder import ProcessLog
-from devguard.watch.matrix import Cell, Column
+from devguard.watch.matrix import Column
 from devguard.watch.report.track import MISPLACED, Track
 
 __all__ = ["History", "Moment", "Peak"]

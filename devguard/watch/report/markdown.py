@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from devguard.support.markdown import code_span, prose
 from devguard.support.terminal import format_size
-from devguard.watch.matrix import Cell
+from devguard.watch.cells import Cell
 from devguard.watch.report import unseen
 from devguard.watch.report.moments import Grid
 from devguard.watch.report.run import Run

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from devguard.support.terminal import printable
-from devguard.watch.matrix import VERDICTS, Cell, Column
+from devguard.watch.cells import VERDICTS, Cell
+from devguard.watch.matrix import Column
 from devguard.watch.report.markup import Html, element, moment, scroll, size
 from devguard.watch.report.run import Run
 

@@ -12,7 +12,7 @@ from importlib import resources
 from string import Template
 
 from devguard._version import __version__
-from devguard.watch.matrix import VERDICTS
+from devguard.watch.cells import VERDICTS
 from devguard.watch.report import chart, layers, tables, unseen
 from devguard.watch.report.markup import Html, element, join, moment, number, size, table
 from devguard.watch.report.moments import CLASSES, Grid

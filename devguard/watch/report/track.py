@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 import math
 from bisect import bisect_right
@@ -10,9 +9,8 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
-from devguard.watch import matrix
+from devguard.watch.cells import Cell, judge_cells
 from devguard.watch.folder import ProcessLog, Sample, State
-from devguard.watch.matrix import Cell
 
 __all__ = ["MISPLACED", "Track"]
 
@@ -93,9 +91,8 @@ class Track:
         key = id(state), sample is None, tuple((tag, held[1] > 0) for tag, held in memory.items())
         judged = self._judged.get(key)
         if judged is None:
-            one = dataclasses.replace(self.journal, states=[state], samples=[sample] if sample else [])
-            (row,) = matrix.build([one], None, now=math.inf, keep_ended=True).rows
-            judged = [(uuid, self._tags.get(uuid, uuid), cell) for uuid, cell in row.cells.items()]
+            cells = judge_cells(self.journal, state, sample)
+            judged = [(uuid, self._tags.get(uuid, uuid), cell) for uuid, cell in cells.items()]
             self._judged[key] = judged
         return {
             uuid: Cell(cell.verdict, memory[tag][1], False) if tag in memory else cell for uuid, tag, cell in judged

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from devguard.watch.matrix import Cell, Row
+from devguard.watch.cells import Cell
+from devguard.watch.matrix import Row
 
 __all__ = ["Entry", "fold"]
 

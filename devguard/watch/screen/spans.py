@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from devguard.support.terminal import columns_of, cut
-from devguard.watch.matrix import Verdict
+from devguard.watch.cells import Verdict
 
 __all__ = ["cut_line", "Span", "STYLES"]
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from devguard.support.terminal import columns_of, cut, format_size, printable
-from devguard.watch.matrix import FAULTS, Cell, Column, Matrix, Row
+from devguard.watch.cells import FAULTS, Cell
+from devguard.watch.matrix import Column, Matrix, Row
 from devguard.watch.screen.folding import Entry, fold
 from devguard.watch.screen.footer import draw_footer
 from devguard.watch.screen.spans import STYLES, Span, cut_line

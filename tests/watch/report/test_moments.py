@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from devguard.watch.matrix import Cell
+from devguard.watch.cells import Cell
 from devguard.watch.report.moments import Grid, show_cell
 from devguard.watch.report.run import read
 from tests.helpers.journals import MIB, START, Log, make_run

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from devguard.watch.matrix import VERDICTS
+from devguard.watch.cells import VERDICTS
 from devguard.watch.report import page
 from devguard.watch.report.moments import CLASSES
 from devguard.watch.report.page import Limits

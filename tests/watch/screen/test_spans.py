@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from devguard.watch.matrix import VERDICTS
+from devguard.watch.cells import VERDICTS
 from devguard.watch.screen.spans import STYLES, Span, cut_line
 
 

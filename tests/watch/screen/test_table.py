@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devguard.support.terminal import columns_of
-from devguard.watch.matrix import Cell, Column, Line, Matrix, Row, Verdict
+from devguard.watch.cells import Cell, Verdict
+from devguard.watch.matrix import Column, Line, Matrix, Row
 from devguard.watch.screen.table import draw, sparkline
 from tests.watch.test_matrix import site
 
