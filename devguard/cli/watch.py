@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devguard.errors import ConfigError
+from devguard.modes import check_mode
 from devguard.support import private_folders
 from devguard.support.log_folder import TEMPORARY, VARIABLE
 from devguard.support.notices import flush
@@ -47,8 +48,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         f"cells:\n{verdicts}\n\n"
         "Without DIR, --pid or COMMAND, only the driver's view is shown: all processes, without owners. With --once,\n"
-        f"the exit status is {STRAYED} if a cell says STRAY. COMMAND is run as by devguard run, so its strays are\n"
-        "repaired; DEVGUARD=observe only watches. The live screen ends with q; its last line names the other keys."
+        f"the exit status is {STRAYED} if a cell says STRAY. The live screen ends with q; its last line\n"
+        "names the other keys."
     )
     parser.add_argument(
         "folder", metavar="DIR", nargs="?", type=Path, help="the folder given to DEVGUARD_LOG or devguard run --log"
@@ -69,6 +70,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--once", action="store_true", help="print one table; with COMMAND, its worst moment at its end"
+    )
+    parser.add_argument(
+        "--mode",
+        help="with COMMAND: off, observe, warn, repair or error (default: DEVGUARD, or repair); observe only watches",
     )
     parser.add_argument("--json", action="store_true", help="with --once, print JSON")
     parser.add_argument("--svg", metavar="FILE", type=Path, help="with --once, also save the table as a picture")
@@ -96,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with _signals_end_in_order(), _folder_for(folder) as place:
         is_live = _is_live(arguments)
-        with start(command, place, is_captured=is_live) as started:
+        with start(command, place, is_captured=is_live, mode=arguments.mode) as started:
             return _watch(arguments, place, started)
 
 
@@ -115,6 +120,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("--serve is not valid with --once, which ends at once. Leave out one of them.")
     if arguments.label_pid and arguments.serve is None:
         raise ConfigError("--label-pid is only valid with --serve. Add --serve, or leave out --label-pid.")
+    if arguments.mode is not None:
+        if not arguments.program:
+            raise ConfigError("--mode is only valid with a program. Add -- COMMAND, or leave out --mode.")
+        check_mode(arguments.mode)
     if arguments.pid and arguments.program:
         raise ConfigError("--pid is not valid with a program, all processes of which are shown. Leave out one of them.")
     _check_for_rich(arguments)
@@ -194,10 +203,13 @@ def _folder_for(given: Path | None) -> Iterator[Path]:
 
 def _watch(arguments: argparse.Namespace, folder: Path | None, started: Program | None) -> int:
     from devguard.cli import watch_output
+    from devguard.logs.reader import require_logs
     from devguard.watch.view import View
 
     view = View(folder, arguments.pid)
     if arguments.once:
+        if arguments.folder is not None and started is None:
+            require_logs(arguments.folder)
         matrix = _look_once(view) if started is None else _worst(view, started, arguments.interval)
         watch_output.show_matrix(matrix, as_json=arguments.json)
         if arguments.svg is not None:

@@ -24,7 +24,7 @@ from devguard.logs.values import (
 )
 from devguard.reporting.log_file import SUFFIX
 
-__all__ = ["Merged", "Process", "read", "read_line"]
+__all__ = ["Merged", "Process", "read", "read_line", "require_logs"]
 
 
 @dataclass
@@ -178,12 +178,7 @@ def read(
     ConfigError
         If the folder does not exist, or holds no journal.
     """
-    names = list_files(folder, SUFFIX)
-    if not names:
-        raise ConfigError(
-            f"{folder} holds no log (*{SUFFIX}). Each guarded process writes one: run the program with "
-            f"devguard run --log {folder} -- ..."
-        )
+    names = require_logs(folder)
     processes: list[Process] = []
     sites: dict[tuple[Any, ...], list[Merged]] = {}
     damaged: list[str] = []
@@ -204,6 +199,17 @@ def read(
     process_end.settle(processes)
     merged = [_merge(rows) for rows in sites.values()]
     return processes, sorted(merged, key=lambda site: (-site.bytes, -site.count)), damaged
+
+
+def require_logs(folder: Path) -> list[str]:
+    """Return the names of the logs in a folder; raise ConfigError if there is none, or no such folder."""
+    names = list_files(folder, SUFFIX)
+    if not names:
+        raise ConfigError(
+            f"{folder} holds no log (*{SUFFIX}). Each guarded process writes one: run the program with "
+            f"devguard run --log {folder} -- ..."
+        )
+    return names
 
 
 def read_line(line: dict[str, Any], process: Process, newest: dict[int, Merged]) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 
 from devguard.errors import ConfigError
+from devguard.reporting.actions import is_stray
 from devguard.reporting.rows import Row, format_row
 from devguard.reporting.stray import Action, Stray
 from devguard.support import callsite, notices
@@ -103,7 +104,7 @@ def on_stray(callback: Callable[[Stray], object]) -> Registration:
 
     It is called on the thread that strayed, as soon as the verdict is known, so that a span or a request of that thread
     is still current; on another thread for a stray inside a log handler or a finalizer. Several threads may call it at
-    once. It is not called for threads that were ``"placed"``, which are no strays.
+    once. It is not called for what was ``"placed"`` or ``"kept"``, which are no strays.
 
     Parameters
     ----------
@@ -166,7 +167,7 @@ def announce(row: Row, nbytes: int, *, is_locked: bool) -> None:
 
 def _wants(action: str) -> bool:
     """Return whether there are callbacks for this action."""
-    return bool(_registrations) and action != "placed"
+    return bool(_registrations) and is_stray(action)
 
 
 def _may_hold_locks(frame: FrameType | None) -> bool:

@@ -70,7 +70,7 @@ class Program:
 
 
 @contextlib.contextmanager
-def start(command: Sequence[str], folder: Path, *, is_captured: bool) -> Iterator[Program]:
+def start(command: Sequence[str], folder: Path, *, is_captured: bool, mode: str | None = None) -> Iterator[Program]:
     """Start a program by ``devguard run --log``, and end it at the end of the block if it still runs.
 
     Parameters
@@ -81,9 +81,12 @@ def start(command: Sequence[str], folder: Path, *, is_captured: bool) -> Iterato
         Its log folder, which exists.
     is_captured : bool
         Whether its output goes to a file in the folder, because a screen has the terminal.
+    mode : str, optional
+        The mode of its doors; by default that of ``devguard run``.
     """
     begun = time.time()
-    words = [sys.executable, "-m", "devguard", "run", "--log", str(folder), "--record", "--", *command]
+    words = [sys.executable, "-m", "devguard", "run", "--log", str(folder), "--record"]
+    words += ([] if mode is None else ["--mode", mode]) + ["--", *command]
     if not is_captured:
         process = subprocess.Popen(words)
         output = None

@@ -156,6 +156,8 @@ def test_without_rich_nothing_is_started(
         (["--interval", "0.1"], r"0\.1 is too short.*lock of the driver.*0\.5 or more"),
         (["--interval", "nan"], r"too short"),
         (["--interval", "inf"], r"too long"),
+        (["--mode", "observe"], r"--mode is only valid with a program"),
+        (["--mode", "fix", "--", "true"], r"'fix' is not a mode"),
         (["--svg", "x.svg"], r"--svg is only valid with --once"),
         (["--json"], r"--json is only valid with --once"),
         (["--serve", "0", "--once"], r"--serve is not valid with --once"),
@@ -278,6 +280,20 @@ def test_a_terminal_that_shows_no_screen_gets_the_text(monkeypatch: pytest.Monke
     for name, is_live in (("xterm", True), ("dumb", False), ("", True)):
         monkeypatch.setenv("TERM", name)
         assert watch._is_live(Namespace(once=False)) is is_live
+
+
+def test_a_folder_without_logs_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch)
+    assert cli.main(["watch", "--once", str(tmp_path)]) == 2
+    assert "holds no log" in capsys.readouterr().err
+
+
+def test_the_mode_is_that_of_the_program() -> None:
+    code = "import os, torch; print('mode', os.environ['DEVGUARD'])"
+    done = run("--once", "--mode", "observe", "--", sys.executable, "-c", code)
+    assert "mode observe\n" in done.stdout, done.stderr
 
 
 def test_a_program_that_is_not_there_is_an_error() -> None:

@@ -12,7 +12,7 @@ from devguard.logs.lines import Damage
 from devguard.logs.reader import Merged, Process
 from devguard.support import process_identity
 from devguard.watch import matrix
-from devguard.watch.folder import ProcessLog, Sample, State
+from devguard.watch.folder import ProcessLog, Sample
 from devguard.watch.gpus import Gpu
 from devguard.watch.neighbours import Neighbour
 

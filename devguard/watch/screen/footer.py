@@ -31,34 +31,41 @@ def draw_footer(matrix: Matrix, width: int, details: int | None = None) -> list[
 
 
 def _lines(matrix: Matrix, width: int, details: int | None) -> list[list[Span]]:
-    """Return the worst lines of code, or all of one process."""
+    """Return the worst lines of code over all processes, or all of one process."""
     chosen = [line for line in matrix.lines if details is None or line.row.pid == details]
-    most = MOST_LINES if details is None else len(chosen)
     if details is None:
         chosen = [line for line in chosen if line.site.action in LEFT_ALONE]
     if not chosen:
         return [] if details is None else [[], [Span(f"pid {details} has recorded no stray")]]
+    groups: dict[tuple[object, ...], list[Line]] = {}
+    for line in chosen:
+        site = line.site
+        groups.setdefault((site.door, site.action, site.file, site.line, site.function), []).append(line)
+    ordered = sorted(groups.values(), key=lambda group: -sum(line.site.bytes for line in group))
+    most = MOST_LINES if details is None else len(ordered)
     title = "worst" if details is None else f"pid {details}"
     shown = [
-        [Span(f"{title:8}" if not place else " " * 8, "bold"), *_describe(line)]
-        for place, line in enumerate(chosen[:most])
+        [Span(f"{title:8}" if not place else " " * 8, "bold"), *_describe(group)]
+        for place, group in enumerate(ordered[:most])
     ]
-    if len(chosen) > most:
-        shown.append([Span(" " * 8), Span(f"and {len(chosen) - most} more: devguard log", "dim")])
+    if len(ordered) > most:
+        shown.append([Span(" " * 8), Span(f"and {len(ordered) - most} more: devguard log", "dim")])
     return [[], *(cut_line(line, width) for line in shown)]
 
 
-def _describe(line: Line) -> list[Span]:
-    site = line.site
+def _describe(group: list[Line]) -> list[Span]:
+    """Return one call site, in one process or several."""
+    site = group[0].site
     where = f"{_short_path(site.file)}:{site.line} in {site.function}" if site.file else "no line of user code"
-    devices = ", ".join(site.devices[:2])
+    devices = ", ".join(dict.fromkeys(each for line in group for each in line.site.devices[:2]))
+    count, nbytes = sum(line.site.count for line in group), sum(line.site.bytes for line in group)
     style = "red" if site.action in LEFT_ALONE else ""
+    names = list(dict.fromkeys(line.row.name for line in group))
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return [
-        Span(
-            printable(f"{format_size(site.bytes):>9}  {site.count} x  {site.door}: {devices} [{site.action}]  "), style
-        ),
+        Span(printable(f"{format_size(nbytes):>9}  {count} x  {site.door}: {devices} [{site.action}]  "), style),
         Span(printable(where), "bold"),
-        Span(printable(f"  ({line.row.name})")),
+        Span(printable(f"  ({names[0]}{more})")),
     ]
 
 

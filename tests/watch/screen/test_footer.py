@@ -29,8 +29,16 @@ def test_the_worst_lines_are_named_with_bytes_count_door_devices_and_process() -
 
 def test_more_lines_are_counted() -> None:
     row = rank(0)
-    found = text(lines=tuple(Line(row, site(nbytes=n)) for n in range(MOST_LINES + 3)))
+    found = text(lines=tuple(Line(row, site(str(n), nbytes=n)) for n in range(MOST_LINES + 3)))
     assert (len(found), found[-1].split()) == (MOST_LINES + 1, ["and", "3", "more:", "devguard", "log"])
+
+
+def test_one_line_of_code_in_several_processes_stands_once() -> None:
+    lines = (Line(rank(0), site(nbytes=1024)), Line(rank(1), site(nbytes=1024)), Line(rank(2), site("ipc", nbytes=9)))
+    first, second = text(200, lines=lines, rows=(rank(0),))
+    assert first.startswith("worst     2.0 KiB  2 x  load: cuda:0 -> cuda:1 [observed]  train.py:3 in main  (")
+    assert first.endswith("(rank 0 train.py and 1 more)")
+    assert "ipc" in second
 
 
 def test_the_lines_of_one_process_are_all_of_its_lines() -> None:
