@@ -241,7 +241,7 @@ class TestCallbacks:
             ("jit", "repaired", 1, 8),
         ]
         assert [each.count for each in devguard.strays()] == [3, 1, 1]
-        assert [each.site for each in found] == [each.site for each in devguard.strays()]
+        assert [each.site for each in found] == [each.site for each in devguard.strays()[:2]]
 
     def test_a_placed_thread_is_no_stray(self) -> None:
         found: list[Stray] = []
