@@ -26,9 +26,11 @@ def lines(output: str) -> list[str]:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_without_a_gpu(example: Path) -> None:
+    # Unbuffered, a line and its end are two writes, and another process may write between them.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(
         [sys.executable, "-W", "error", example],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        env={**environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
@@ -39,7 +41,10 @@ def test_an_example_runs_without_a_gpu(example: Path) -> None:
 
 
 @pytest.mark.parametrize("example", ON_GPUS, ids=lambda path: path.stem)
-def test_an_example_runs_on_simulated_gpus(run_simulated: Callable[..., Any], example: Path) -> None:
+def test_an_example_runs_on_simulated_gpus(
+    run_simulated: Callable[..., Any], example: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     done = run_simulated(["-W", "error", example], gpus=4)
     assert done.stderr == ""
     assert lines(done.stdout) == lines(example.with_suffix(".gpus.out").read_text(encoding="utf-8"))
