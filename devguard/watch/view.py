@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from devguard.errors import ConfigError, SimulationError
+from devguard.support import forks
 from devguard.watch import gpus, matrix, neighbours
 from devguard.watch.folder import Folder, ProcessLog, touch
 from devguard.watch.gpus import Gpu, Source
@@ -49,7 +49,7 @@ class View:
         self._source: Source | None = None
         self._simulations: frozenset[str] | None = None
         self._why_absent = ""
-        self.lock = threading.RLock()
+        self.lock = forks.new_lock()
         self.journals: tuple[ProcessLog, ...] = ()
         self.driver: Literal["read", "absent", "failed"] = "absent"
         self.problem = ""

@@ -6,7 +6,6 @@ Gauges are of this moment. What cannot be read has no series, so that it never l
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from devguard.errors import DevGuardError
-from devguard.support import orphans, shared_memory
+from devguard.support import forks, orphans, shared_memory
 from devguard.watch.matrix import Matrix
 from devguard.watch.metrics.arenas import Arena
 from devguard.watch.metrics.counters import Counters
@@ -56,7 +55,7 @@ class Collector:
 
     def __init__(self, view: View, *, label_pid: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self._view, self._label_pid, self._clock = view, label_pid, clock
-        self._lock = threading.Lock()
+        self._lock = forks.new_lock()
         self._families: _Families = {}
         self._counters = Counters()
         self._looked = self._searched = float("-inf")
