@@ -57,7 +57,11 @@ def _gpus() -> dict[str, str]:
     if not accelerator.is_initialized() or accelerator.is_in_bad_fork():
         return {}  # A child that was forked after CUDA was initialised has those of its parent, which it cannot use.
     if not _uuids:
-        _uuids.update({f"cuda:{index}": accelerator.uuid_of(index) for index in range(accelerator.device_count())})
+        try:
+            found = {f"cuda:{index}": accelerator.uuid_of(index) for index in range(accelerator.device_count())}
+        except Exception:  # noqa: BLE001 - a status without UUIDs is better than none; the door visibility says why
+            return {}
+        _uuids.update(found)
     return dict(_uuids)
 
 

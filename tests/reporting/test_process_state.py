@@ -57,3 +57,17 @@ def test_a_child_forked_after_cuda_was_initialised_names_no_gpus(monkeypatch: py
     assert process_state._gpus() == {"cuda:0": "a"}
     monkeypatch.setattr(accelerator, "is_in_bad_fork", lambda: True)
     assert process_state._gpus() == {}
+
+
+def test_devices_without_a_uuid_leave_the_state_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(index: int) -> str:
+        raise RuntimeError("no properties")
+
+    monkeypatch.setattr(process_state, "_uuids", {})
+    monkeypatch.setattr("devguard.support.accelerator.is_initialized", lambda: True)
+    monkeypatch.setattr("devguard.support.accelerator.is_in_bad_fork", lambda: False)
+    monkeypatch.setattr("devguard.support.accelerator.device_count", lambda: 2)
+    monkeypatch.setattr("devguard.support.accelerator.uuid_of", fail)
+    assert process_state.owners()["gpus"] == {}
+    monkeypatch.setattr("devguard.support.accelerator.uuid_of", "uuid-{}".format)
+    assert process_state.owners()["gpus"] == {"cuda:0": "uuid-0", "cuda:1": "uuid-1"}
