@@ -302,7 +302,7 @@ others = [os.open(f"other{{i}}", os.O_RDWR | os.O_CREAT) for i in range(12)]
 os.closerange(3, 64)
 others = [os.open(f"other{{i}}", os.O_RDWR | os.O_CREAT) for i in range(60)]
 torch.ones(1, device="cuda:0")
-print(torch.cuda.is_available(), sum(os.stat(name).st_size for name in os.listdir() if name[0] == "o"))
+print(torch.cuda.is_available(), sum(os.stat(name).st_size for name in os.listdir() if name[0] == "o"), flush=True)
 os._exit(0)
 """
     command = [sys.executable, "-m", "devguard", "run", "--trace-contexts", "--", sys.executable, "-c", program]

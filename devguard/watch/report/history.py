@@ -20,6 +20,8 @@ from devguard.watch.report.track import MISPLACED, Track
 
 __all__ = ["History", "Moment", "Peak"]
 
+STARTS_S = 60.0  # within which one parent starts the processes of a run
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -62,6 +64,17 @@ class _Part:
     peaks: dict[str, Peak] = field(default_factory=dict)  # by GPU
 
 
+def _is_of_one_run(track: Track, other: Track) -> bool:
+    """Return whether another process began while this one wrote, or was started with it.
+
+    Not so a process of a later run in the same folder. What holds its memory writes nothing, so this process may have
+    written its last line before the others had begun.
+    """
+    ours, theirs = track.journal.process, other.journal.process
+    is_sibling = 0 < ours.parent == theirs.parent and ours.pid_space == theirs.pid_space
+    return other.start <= track.last or (is_sibling and abs(other.start - track.start) <= STARTS_S)
+
+
 class History:
     """All processes of a run over time.
 
@@ -97,8 +110,7 @@ class History:
         self.tracks = [Track(journal) for journal in journals]
         for place, track in enumerate(self.tracks):
             if track.end is None and not track.journal.is_running():
-                # A later run in the same folder does not count: none of its processes had begun.
-                rest = (other.last for other in self.tracks if other.start <= track.last)
+                rest = (other.last for other in self.tracks if _is_of_one_run(track, other))
                 track.end = max(track.last, ends.get(place, max(rest)))
         self.columns: tuple[Column, ...] = matrix.build(journals, None, keep_ended=True).columns
         self.first = min((track.start for track in self.tracks), default=0.0)

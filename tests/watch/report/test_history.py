@@ -134,3 +134,14 @@ def test_what_is_held_at_the_start_of_a_part_counts_there(tmp_path: Path) -> Non
 def test_an_empty_history_has_no_moment() -> None:
     found = History([], {}, 10)
     assert (found.moments(5), found.points("x", 5), found.peaks, found.count) == ([], [], {}, 0)
+
+
+def test_a_killed_process_holds_its_memory_until_the_processes_that_were_started_with_it_stop(tmp_path: Path) -> None:
+    first = Log(tmp_path, 1, 0.0, parent=7)
+    first.state(1.0, "cuda:0", ["cuda:0"])
+    first.sample(2.0, {"cuda:0": 5 * MIB})  # and holds it from then on, which writes nothing
+    second = Log(tmp_path, 2, 4.0, parent=7)
+    second.sample(9.0, {"cuda:0": MIB})
+    for pid, time, parent in ((3, 500.0, 7), (4, 20.0, 8)):  # of later runs
+        Log(tmp_path, pid, time, parent=parent).sample(time + 1.0, {"cuda:0": MIB})
+    assert [track.end for track in history(tmp_path).tracks][:2] == [START + 9.0, START + 9.0]
