@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -217,9 +218,7 @@ def _columns(journals: Sequence[ProcessLog], gpus: Sequence[Gpu] | None) -> list
             used[uuid] = used.get(uuid, 0) + reserved
             if reserved or tag in journal.process.contexts:
                 held.add(uuid)
-            index = tag.removeprefix("cuda:")
-            number = int(index) if index.isdecimal() and len(index) < 4 else 0
-            numbers[uuid] = max(numbers.get(uuid, 0), number)  # where few are visible, the numbers are lower
+            numbers[uuid] = max(numbers.get(uuid, 0), _number_of(tag))  # where few are visible, they are lower
     ordered = sorted(used, key=lambda uuid: (numbers[uuid], uuid))
     named = [uuid for uuid in ordered if not uuid.startswith("cuda:")]
     if gpus is not None:
@@ -229,6 +228,12 @@ def _columns(journals: Sequence[ProcessLog], gpus: Sequence[Gpu] | None) -> list
     else:
         columns = [Column(str(label), uuid, used=used[uuid]) for label, uuid in enumerate(named)]
     return columns + [Column(uuid, uuid, used=used[uuid]) for uuid in ordered if uuid.startswith("cuda:")]
+
+
+@functools.lru_cache(maxsize=256)
+def _number_of(tag: str) -> int:
+    index = tag.removeprefix("cuda:")
+    return int(index) if index.isdecimal() and len(index) < 4 else 0
 
 
 def _unguarded(

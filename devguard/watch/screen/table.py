@@ -19,6 +19,7 @@ __all__ = ["draw", "sparkline"]
 
 BARS = "▁▂▃▄▅▆▇█"
 GAP = 2
+LONG_CELL = 15  # columns of a GPU with long numbers, about
 LONGEST_NAME, SHORTEST_NAME = 28, 12
 
 
@@ -78,7 +79,7 @@ def _fit(
     """Return the table in the first layout that fits, or else in the narrowest one."""
     faulty = {column.uuid for column in columns if any(_is_fault(entry.cell(column.uuid)) for entry in entries)}
     healthy = [column for column in columns if column.uuid not in faulty]
-    for short in (False, True):
+    for short in (False, True) if len(columns) * LONG_CELL < width else (True,):
         for has_mode in (True, False):
             lines = _table(entries, columns, [], short, has_mode, history, chosen)
             if _width(lines) <= width:
@@ -203,4 +204,4 @@ def _align(grid: Sequence[Sequence[Span]]) -> list[list[Span]]:
 
 
 def _width(lines: Sequence[Sequence[Span]]) -> int:
-    return max((columns_of("".join(span.text for span in line).rstrip()) for line in lines), default=0)
+    return max((columns_of("".join([span.text for span in line]).rstrip()) for line in lines), default=0)
