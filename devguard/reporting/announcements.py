@@ -23,6 +23,7 @@ from devguard.reporting.rows import Row, format_row
 from devguard.reporting.stray import Action, Stray
 from devguard.support import callsite, notices
 from devguard.support.notices import DEBUG, ERROR, INFO, WARNING
+from devguard.support.terminal import printable  # not at the first stray: a fork may copy an import that is under way
 
 __all__ = ["announce", "LEVELS", "on_stray", "Registration"]
 
@@ -203,8 +204,6 @@ def _announce(stray: Stray) -> None:
 
 def _log(stray: Stray, level: int) -> None:
     """Log a stray at the line of user code, as if that line had logged it."""
-    from devguard.support.terminal import printable  # not needed before a first stray
-
     site = stray.site
     file, line, function = ("", 0, "") if site is None else (site.file, site.line, site.function)
     fields = {
