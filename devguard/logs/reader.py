@@ -15,6 +15,7 @@ from devguard.logs import process_end
 from devguard.logs.lines import Damage, list_files, read_objects
 from devguard.logs.process_end import ChildEnd, End
 from devguard.logs.values import (
+    MALFORMED,
     as_number,
     as_text,
     as_text_by_text,
@@ -189,7 +190,7 @@ def read(
         for number, line in read_objects(folder / name, damage):
             try:
                 read_line(line, process, newest)
-            except (KeyError, TypeError, ValueError, AttributeError):  # not as log_file.py writes it
+            except MALFORMED:
                 damage.add(number)
         if process.pid or newest:
             processes.append(process)
@@ -201,13 +202,16 @@ def read(
     return processes, sorted(merged, key=lambda site: (-site.bytes, -site.count)), damaged
 
 
-def require_logs(folder: Path) -> list[str]:
-    """Return the names of the logs in a folder; raise ConfigError if there is none, or no such folder."""
+def require_logs(folder: Path, options: str = "") -> list[str]:
+    """Return the names of the logs in a folder; raise ConfigError if there is none, or no such folder.
+
+    The error names further `options` of ``devguard run``.
+    """
     names = list_files(folder, SUFFIX)
     if not names:
         raise ConfigError(
             f"{folder} holds no log (*{SUFFIX}). Each guarded process writes one: run the program with "
-            f"devguard run --log {folder} -- ..."
+            f"devguard run --log {folder}{options} -- ..."
         )
     return names
 
@@ -217,7 +221,7 @@ def read_line(line: dict[str, Any], process: Process, newest: dict[int, Merged])
 
     Raises
     ------
-    KeyError, TypeError, ValueError, AttributeError
+    One of `MALFORMED`
         If the line is not as log_file.py writes it.
     """
     if "process" in line:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["as_number", "as_text", "as_text_by_text", "as_text_or_none", "as_texts", "as_time"]
+__all__ = ["as_number", "as_text", "as_text_by_text", "as_text_or_none", "as_texts", "as_time", "MALFORMED"]
 
 LATEST = 1 << 40  # seconds since 1970
+# What reading a line raises that is not as devguard writes it.
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError)
 
 
 def as_number(value: Any) -> int:

@@ -73,12 +73,11 @@ def judge_cells(
     least : mapping of str to int, optional
         What `least_contexts` returns.
     """
-    process, pid = log.process, log.pid
+    pid = log.pid
     memory = sample.memory if sample else {}
     cells = {}
     by_uuid = {gpu.uuid: gpu for gpu in gpus}
-    tags = {uuid: tag for tag, uuid in process.gpus.items()}
-    tags.update({tag: tag for tag in {*state.contexts, *memory} - process.gpus.keys()})
+    tags = {uuid: tag for tag, uuid in log.uuids((*state.contexts, *memory)).items()}
     for uuid, tag in tags.items():
         gpu = by_uuid.get(uuid)
         is_listed = gpu is not None and pid in gpu.processes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from devguard.logs import process_end
 from devguard.logs.lines import Cursor, Damage, list_files, read_object, read_objects
 from devguard.logs.reader import Merged, Process, read_line
-from devguard.logs.values import as_number, as_text_or_none, as_texts, as_time
+from devguard.logs.values import MALFORMED, as_number, as_text_or_none, as_texts, as_time
 from devguard.reporting import sampler
 from devguard.reporting.log_file import SUFFIX
 from devguard.support import process_identity
@@ -103,6 +104,11 @@ class ProcessLog:
         found = self.process
         return State(found.time, found.owner, tuple(found.owned), tuple(found.contexts), tuple(found.allowed))
 
+    def uuids(self, tags: Iterable[str]) -> dict[str, str]:
+        """Return the UUID of each device that the process saw, and of `tags`; one that it did not name is its tag."""
+        gpus = self.process.gpus
+        return gpus | {tag: tag for tag in {*tags} - gpus.keys()}
+
     @property
     def sample(self) -> Sample | None:
         """The newest sample."""
@@ -122,6 +128,14 @@ class ProcessLog:
     def is_process(self, pid: int) -> bool:
         """Return whether the kernel's process `pid` is this one."""
         return process_identity.is_running(pid, self.process.started)
+
+    def take(self, line: dict[str, Any]) -> bool:
+        """Take one line of the log; return whether it is as log_file.py writes it."""
+        try:
+            self.read(line)
+        except MALFORMED:
+            return False
+        return True
 
     def read(self, line: dict[str, Any]) -> None:
         """Take one line of the log; raises as `read_line` does."""
@@ -180,9 +194,9 @@ class _File:
         for offset in self._rows.values():
             row = read_object(self.path, offset)
             if row is not None:
-                self._take(row)
+                self.journal.take(row)
         for number, line in read_objects(self.path, self.journal.damage, self._cursor):
-            if not self._take(line):
+            if not self.journal.take(line):
                 self.journal.damage.add(number)
             elif "now" in line:
                 self._sample_at = self._cursor.start
@@ -194,15 +208,7 @@ class _File:
         line = None if self._sample_at is None else read_object(self.path, self._sample_at)
         newest = self.journal.sample
         if line is not None and newest is not None and line.get("time") != newest.time:
-            self._take(line)
-
-    def _take(self, line: dict[str, Any]) -> bool:
-        """Take a line; return whether it is as log_file.py writes it."""
-        try:
-            self.journal.read(line)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            return False
-        return True
+            self.journal.take(line)
 
 
 class Folder:

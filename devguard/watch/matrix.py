@@ -17,7 +17,7 @@ from devguard.watch.folder import ProcessLog
 from devguard.watch.gpus import Gpu
 from devguard.watch.neighbours import Neighbour, describe
 
-__all__ = ["build", "Column", "LEFT_ALONE", "Line", "Matrix", "name_of", "Row"]
+__all__ = ["build", "Column", "find_columns", "LEFT_ALONE", "Line", "Matrix", "name_of", "Row"]
 
 UNLISTED = 8  # last characters of its UUID that name a GPU without a number
 
@@ -167,7 +167,7 @@ def build(
     """
     pids = {pid for gpu in gpus or () for pid in gpu.processes}
     alive = [journal for journal in journals if keep_ended or journal.is_running() or _is_leaving(journal, pids)]
-    columns = _columns(alive, gpus)
+    columns = find_columns(alive, gpus)
     least = least_contexts(alive, gpus or ())
     rows, lines, arenas = [], [], []
     for journal in alive:
@@ -205,15 +205,14 @@ def _row(log: ProcessLog, gpus: Sequence[Gpu], least: Mapping[str, int]) -> Row:
     return Row(process.pid, name_of(process), owner, process.mode, True, log.is_running(), cells, left)
 
 
-def _columns(journals: Sequence[ProcessLog], gpus: Sequence[Gpu] | None) -> list[Column]:
+def find_columns(journals: Sequence[ProcessLog], gpus: Sequence[Gpu] | None) -> list[Column]:
     """Return the GPUs in the order of their numbers, then those that only processes name, if they are on them."""
     used: dict[str, int] = {}
     numbers: dict[str, int] = {}
     held = set()
     for journal in journals:
         memory = journal.sample.memory if journal.sample is not None else {}
-        unnamed = {tag: tag for tag in {*journal.process.contexts, *memory} - journal.process.gpus.keys()}
-        for tag, uuid in (journal.process.gpus | unnamed).items():
+        for tag, uuid in journal.uuids((*journal.process.contexts, *memory)).items():
             reserved = memory.get(tag, (0, 0, 0))[1]
             used[uuid] = used.get(uuid, 0) + reserved
             if reserved or tag in journal.process.contexts:

@@ -16,21 +16,16 @@ def find_ends(journals: Sequence[ProcessLog]) -> dict[int, float]:
     Parameters
     ----------
     journals : sequence of ProcessLog
-        In the order of time.
+        In the order of time, after `devguard.logs.process_end.settle`, which sets the ends that parents have seen.
     """
     lives: dict[tuple[str, str, int], list[int]] = {}  # the places of the processes with one process ID
     for place, journal in enumerate(journals):
         process = journal.process
         lives.setdefault((process.host, process.pid_space, process.pid), []).append(place)
-    ends: dict[int, float] = {}
+    seen = ((place, journal.process.end_time) for place, journal in enumerate(journals))
+    ends = {place: time for place, time in seen if time is not None}
     for same in lives.values():
         for place, later in pairwise(same):  # It became another program, or its number was free.
-            ends[place] = journals[later].process.time
-    for journal in journals:
-        parent = journal.process
-        for child in parent.children:
-            same = lives.get((parent.host, parent.pid_space, child.pid), [])
-            begun = [place for place in same if journals[place].process.time <= child.time]
-            if begun:
-                ends[begun[-1]] = min(child.time, ends.get(begun[-1], child.time))
+            began = journals[later].process.time
+            ends[place] = min(began, ends.get(place, began))
     return ends

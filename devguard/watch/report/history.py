@@ -112,7 +112,7 @@ class History:
             if track.end is None and not track.journal.is_running():
                 rest = (other.last for other in self.tracks if _is_of_one_run(track, other))
                 track.end = max(track.last, ends.get(place, max(rest)))
-        self.columns: tuple[Column, ...] = matrix.build(journals, None, keep_ended=True).columns
+        self.columns: tuple[Column, ...] = tuple(matrix.find_columns(journals, None))
         self.first = min((track.start for track in self.tracks), default=0.0)
         self.last = max((track.last for track in self.tracks), default=0.0)
         self.count = sum(1 for _ in groupby(heapq.merge(*(self._times(track) for track in self.tracks))))

@@ -6,11 +6,10 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from devguard.errors import ConfigError
 from devguard.logs import process_end
-from devguard.logs.lines import Damage, list_files, read_objects
-from devguard.logs.reader import Process
-from devguard.reporting.log_file import MOST_SAMPLED, SUFFIX
+from devguard.logs.lines import Damage, read_objects
+from devguard.logs.reader import Process, require_logs
+from devguard.reporting.log_file import MOST_SAMPLED
 from devguard.watch import matrix
 from devguard.watch.folder import ProcessLog
 from devguard.watch.matrix import Column
@@ -87,8 +86,7 @@ class Run:
 
     def owner(self, place: int) -> str:
         """Return the devices that a process owned last; empty if that is not known."""
-        process = self.tracks[place].journal.process
-        return ", ".join(sorted({*process.owned, *([process.owner] if process.owner else [])}))
+        return ", ".join(sorted(self.tracks[place].journal.state.owners))
 
     def title(self, place: int) -> str:
         """Return the name of a process with its process ID."""
@@ -104,9 +102,9 @@ class Run:
         places = {column.uuid: place for place, column in enumerate(self.history.columns)}
 
         def key(place: int) -> tuple[int, int, int]:
-            process = self.tracks[place].journal.process
-            owned = [*process.owned, *([process.owner] if process.owner else [])]
-            own = [places.get(process.gpus.get(device, device), -1) for device in owned]
+            journal = self.tracks[place].journal
+            process = journal.process
+            own = [places.get(process.gpus.get(device, device), -1) for device in journal.state.owners]
             anywhere = [places.get(context.uuid, -1) for context in self.contexts if context.place == place]
             return min([at for at in own if at >= 0] or anywhere or [-1]), process.pid, place
 
@@ -121,13 +119,7 @@ def read(folder: Path, most_moments: int = MOST_MOMENTS) -> Run:
     ConfigError
         If it is no folder, or holds no journal.
     """
-    names = list_files(folder, SUFFIX)
-    if not names:
-        raise ConfigError(
-            f"{folder} holds no log (*{SUFFIX}). Each guarded process writes one: run the program with "
-            f"devguard run --log {folder} --record -- ..."
-        )
-    found = [_read_file(folder / name) for name in names]
+    found = [_read_file(folder / name) for name in require_logs(folder, " --record")]
     damaged = [place for journal, _ in found for place in journal.damage.places()]
     found = [(journal, known) for journal, known in found if journal.process.pid or journal.rows]
     found.sort(key=lambda pair: (pair[0].process.time, pair[0].process.file))
@@ -150,15 +142,12 @@ def _read_file(path: Path) -> tuple[ProcessLog, dict[str, str]]:
     journal = ProcessLog(Process(path.name, 0), Damage(path.name))
     known: dict[str, str] = {}
     for number, line in read_objects(path, journal.damage):
-        try:
-            journal.read(line)
-        except (KeyError, TypeError, ValueError, AttributeError):  # not as log_file.py writes it
+        if not journal.take(line):
             journal.damage.add(number)
-            continue
-        if "process" in line:
+        elif "process" in line:
             known = {name: text for name in VARIABLES if isinstance(text := line["process"].get(name), str)}
         elif "end" in line:
-            known[DROPPED] = str(line["end"].get("strays_not_kept", 0))
+            known[DROPPED] = str(line["end"].get(DROPPED, 0))
     with contextlib.suppress(OSError):
         if path.stat().st_size >= MOST_SAMPLED:
             known[FULL] = "yes"
