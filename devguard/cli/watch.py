@@ -24,9 +24,9 @@ from devguard.watch.cells import VERDICTS
 from devguard.watch.gpus import INTERVAL_S, LEAST_INTERVAL_S
 
 if TYPE_CHECKING:
+    from devguard.cli.watch_program import Program
     from devguard.watch.matrix import Matrix
     from devguard.watch.metrics.server import Server
-    from devguard.watch.programs import Program
     from devguard.watch.view import View
 
 __all__ = ["configure", "run"]
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not command:
         with _signals_end_in_order():
             return _watch(arguments, folder, None)
-    from devguard.watch.programs import start
+    from devguard.cli.watch_program import start
 
     with _signals_end_in_order(), _folder_for(folder) as place:
         is_live = _is_live(arguments)

@@ -17,7 +17,7 @@ from devguard.watch.folder import ProcessLog
 from devguard.watch.gpus import Gpu
 from devguard.watch.neighbours import Neighbour, describe
 
-__all__ = ["build", "Column", "find_columns", "LEFT_ALONE", "Line", "Matrix", "name_of", "Row"]
+__all__ = ["build", "Column", "find_columns", "Line", "Matrix", "name_of", "Row"]
 
 UNLISTED = 8  # last characters of its UUID that name a GPU without a number
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from devguard.logs.values import as_number
 from devguard.watch.report.track import Track
 
 __all__ = ["ArenaUse", "collect", "quantile"]
@@ -72,5 +73,7 @@ def quantile(arena: ArenaUse, part: float) -> float | None:
 
 
 def _as_number(value: Any) -> int | None:
-    is_number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64
-    return value if is_number else None
+    try:
+        return as_number(value)
+    except TypeError:
+        return None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from devguard.watch import matrix
-from devguard.watch.cells import Verdict
+from devguard.reporting.actions import LEFT_ALONE
+from devguard.watch.cells import FAULTS, Verdict
 from devguard.watch.folder import ProcessLog
-from devguard.watch.report.track import MISPLACED, Track
+from devguard.watch.report.track import Track
 
 __all__ = ["Context", "find_contexts"]
 
@@ -43,7 +43,7 @@ class Context:
     @property
     def is_misplaced(self) -> bool:
         """Whether it is on a GPU that is not the process's own."""
-        return self.verdict in MISPLACED
+        return self.verdict in FAULTS
 
 
 def find_contexts(tracks: Sequence[Track]) -> list[Context]:
@@ -71,6 +71,6 @@ def _first_line(journal: ProcessLog, device: str) -> str:
     there = [
         (journal.times.get(number, 0.0), f"{row.file}:{row.line} in {row.function} (door {row.door})")
         for number, row in journal.rows.items()
-        if row.file and row.action in (*matrix.LEFT_ALONE, "kept") and device in row.devices
+        if row.file and row.action in (*LEFT_ALONE, "kept") and device in row.devices
     ]
     return min(there)[1] if there else ""

@@ -13,10 +13,10 @@ from itertools import groupby
 from operator import itemgetter
 
 from devguard.watch import matrix
-from devguard.watch.cells import Cell
+from devguard.watch.cells import FAULTS, Cell
 from devguard.watch.folder import ProcessLog
 from devguard.watch.matrix import Column
-from devguard.watch.report.track import MISPLACED, Track
+from devguard.watch.report.track import Track
 
 __all__ = ["History", "Moment", "Peak"]
 
@@ -173,7 +173,7 @@ class History:
                         size = sign * (cell.bytes or 0)
                         held[uuid] = held.get(uuid, 0) + size
                         total, count = total + size, count + sign
-                        if cell.verdict in MISPLACED:
+                        if cell.verdict in FAULTS:
                             nbytes, places = nbytes + size, places + sign
                             if size > self.misplaced.get((place, uuid), -1):
                                 self.misplaced[place, uuid] = size

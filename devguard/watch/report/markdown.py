@@ -9,12 +9,11 @@ from collections.abc import Iterable, Sequence
 
 from devguard.support.markdown import code_span, prose
 from devguard.support.terminal import format_size
-from devguard.watch.cells import Cell
+from devguard.watch.cells import FAULTS, Cell
 from devguard.watch.report import unseen
 from devguard.watch.report.moments import Grid
 from devguard.watch.report.run import Run
 from devguard.watch.report.summary import count_of, summarize
-from devguard.watch.report.track import MISPLACED
 
 __all__ = ["render"]
 
@@ -82,7 +81,7 @@ def _cell(cell: Cell | None) -> str:
     if cell is None:
         return "-"
     held = "" if cell.bytes is None else f" {format_size(cell.bytes)}"
-    return f"**{cell.verdict}{held}**" if cell.verdict in MISPLACED else f"{prose(cell.verdict)}{held}"
+    return f"**{cell.verdict}{held}**" if cell.verdict in FAULTS else f"{prose(cell.verdict)}{held}"
 
 
 def _sites(run: Run) -> Iterable[str]:

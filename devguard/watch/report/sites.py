@@ -70,7 +70,7 @@ class CallSite:
     @property
     def is_left_alone(self) -> bool:
         """Whether the work stayed on the GPU that is not the owner's."""
-        return self.action in matrix.LEFT_ALONE
+        return self.action in actions.LEFT_ALONE
 
     @property
     def place(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from devguard.reporting.actions import LEFT_ALONE
 from devguard.support.terminal import format_size
 from devguard.watch.report.run import Run
 
@@ -53,7 +54,7 @@ class Summary:
     @property
     def is_clean(self) -> bool:
         """Whether nothing was on a GPU of another process."""
-        return not self.misplaced_contexts and not any(self.actions.get(name) for name in ("observed", "warned"))
+        return not self.misplaced_contexts and not any(self.actions.get(name) for name in LEFT_ALONE)
 
     @property
     def verdict(self) -> str:

@@ -12,9 +12,7 @@ from typing import Any
 from devguard.watch.cells import Cell, judge_cells
 from devguard.watch.folder import ProcessLog, Sample, State
 
-__all__ = ["MISPLACED", "Track"]
-
-MISPLACED = ("STRAY", "ctx")  # the verdicts on a process that has put something on a GPU that is not its own
+__all__ = ["Track"]
 
 _BEFORE = State(0.0, None, (), (), ())  # what is known of a process before its first state
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from devguard.watch.cells import FAULTS
 from devguard.watch.report import run
 from devguard.watch.report.history import History
-from devguard.watch.report.track import MISPLACED
 from tests.helpers.journals import MIB, START, Log, make_run
 
 
@@ -107,11 +107,11 @@ def test_a_long_history_is_shown_by_the_worst_moments_of_its_parts(tmp_path: Pat
     # What the sweep adds up step by step is what the processes hold at each moment.
     for time in every[:: len(every) // 40]:
         cells = [cell for track in full.tracks for cell in track.cells(time).values()]
-        astray = sum(cell.bytes or 0 for cell in cells if cell.verdict in MISPLACED)
+        astray = sum(cell.bytes or 0 for cell in cells if cell.verdict in FAULTS)
         assert astray <= full.worst.bytes
     assert (
         max(
-            sum(c.bytes or 0 for t in full.tracks for c in t.cells(time).values() if c.verdict in MISPLACED)
+            sum(c.bytes or 0 for t in full.tracks for c in t.cells(time).values() if c.verdict in FAULTS)
             for time in every
         )
         == full.worst.bytes

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from devguard.watch.programs import start
+from devguard.cli.watch_program import start
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from devguard.cli.supervisor import End
+
 __all__ = ["Program", "start"]
 
 OUTPUT = "output.txt"
@@ -48,8 +50,7 @@ class Program:
         """Wait for its end; return its status as a shell gives it. Ctrl-C is passed on, and the program then ends."""
         while True:
             try:
-                status = self._process.wait()
-                return status if status >= 0 else 128 - status
+                return End(self.pid, self._process.wait()).status
             except KeyboardInterrupt:
                 self.interrupt()
 
