@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from devguard.errors import ConfigError
+from devguard.support.terminal import list_some
 
 if TYPE_CHECKING:
     from devguard.logs.reader import Merged, Process
@@ -90,7 +91,7 @@ def split_names(option: str, texts: Sequence[str], valid: Collection[str] | None
     """
     names = tuple(dict.fromkeys(name.strip() for text in texts for name in text.split(",") if name.strip()))
     if not names:
-        more = f" Valid: {_list(valid)}." if valid is not None else ""
+        more = f" Valid: {list_some(valid, MOST_NAMED)}." if valid is not None else ""
         raise ConfigError(f"{option} names nothing. Give one name, or several separated by commas.{more}")
     if valid is not None:
         _check(option, names, valid, "there is no such name")
@@ -100,12 +101,7 @@ def split_names(option: str, texts: Sequence[str], valid: Collection[str] | None
 def _check(option: str, names: Iterable[str], valid: Collection[str], problem: str) -> None:
     for name in names:
         if name not in valid:
-            raise ConfigError(f"{option} {name}: {problem}. Valid: {_list(valid)}.")
-
-
-def _list(names: Collection[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(list(names)[:MOST_NAMED]) + more
+            raise ConfigError(f"{option} {name}: {problem}. Valid: {list_some(valid, MOST_NAMED)}.")
 
 
 def _by_number(rank: str) -> tuple[bool, int, str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from devguard.logs import process_end
 from devguard.logs.gate import Gate
 from devguard.logs.reader import Merged, Process
 from devguard.logs.summary import Summary, count
-from devguard.support.terminal import cut, format_size, printable, width
+from devguard.support.terminal import cut, format_size, list_some, printable, width
 
 __all__ = ["format_text"]
 
@@ -52,17 +52,17 @@ def _format_site(site: Merged) -> Iterator[str]:
     yield printable(f"{'':10}  at {where}{via}")
     if site.note:
         yield printable(f"{'':10}  {site.note}")
-    yield f"{'':10}  in pid {_list(site.processes)}"
+    yield f"{'':10}  in pid {list_some(site.processes, MOST_PER_LINE)}"
 
 
 def _head(site: Merged) -> str:
-    return f"{site.count} x  {site.door}: {_list(site.devices)}"
+    return f"{site.count} x  {site.door}: {list_some(site.devices, MOST_PER_LINE)}"
 
 
 def _format_process(process: Process) -> Iterator[str]:
     rank = f", rank {process.rank}" if process.rank else ""
     owner = process.owner or "no known device"
-    contexts = _list(process.contexts) or "none"
+    contexts = list_some(process.contexts, MOST_PER_LINE) or "none"
     transport = f", transport {process.transport}" if process.transport else ""
     found = f"{process_end.describe(process)}; owned {owner}, contexts {contexts}{transport}"
     yield printable(f"pid {process.pid} on {process.host}{rank}: {found}")
@@ -78,12 +78,8 @@ def _format_gate(summary: Summary, gate: Gate) -> Iterator[str]:
     else:
         yield printable(f"passes: no {new} with strays{known} {fail_on}")
     for site in gate.failing:
-        yield printable(f"  {summary.place(site)}: {site.door}: {_list(site.devices)} [{site.action}] {site.count} x")
+        devices = list_some(site.devices, MOST_PER_LINE)
+        yield printable(f"  {summary.place(site)}: {site.door}: {devices} [{site.action}] {site.count} x")
     for entry, left in gate.vanished:
         some = f" ({left} of {count(len(entry.lines), 'line')} left)" if left else ""
         yield printable(f"vanished{some}: {entry}")
-
-
-def _list(values: Sequence[object]) -> str:
-    more = f" and {len(values) - MOST_PER_LINE} more" if len(values) > MOST_PER_LINE else ""
-    return ", ".join(map(str, values[:MOST_PER_LINE])) + more

@@ -10,11 +10,13 @@ import json
 import shutil
 import sys
 import unicodedata
+from collections.abc import Collection
+from itertools import islice
 from typing import Any
 
 from devguard.support.notices import print_error
 
-__all__ = ["columns_of", "complain", "cut", "format_size", "printable", "show", "show_json", "width"]
+__all__ = ["columns_of", "complain", "cut", "format_size", "list_some", "printable", "show", "show_json", "width"]
 
 NARROWEST = 40
 
@@ -86,6 +88,12 @@ def columns_of(text: str) -> int:
 
 def _columns(char: str) -> int:
     return 0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
+
+
+def list_some(values: Collection[object], most: int) -> str:
+    """Return the first values of a list as text, and how many more there are: ``a, b and 3 more``."""
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return ", ".join(map(str, islice(values, most))) + more
 
 
 def format_size(nbytes: int) -> str:

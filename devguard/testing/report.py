@@ -13,6 +13,7 @@ import pytest
 
 from devguard import simgpu
 from devguard.support.installed_torch import import_torch
+from devguard.support.terminal import list_some
 from devguard.testing.findings import Finding
 from devguard.testing.guarding import ATTRIBUTE, OUTSIDE, Guarding
 from devguard.testing.options import Options
@@ -91,8 +92,7 @@ def _write_site(rows: list[tuple[Finding, list[str]]], write: Callable[[str], No
         write(f"    {first.source}")
     for finding, _ in sorted(rows, key=lambda row: -row[0].bytes):
         write(f"  {finding.kind}: {finding.text}{f' [{finding.count} x]' if len(rows) > 1 else ''}")
-    more = f" and {len(names) - _TESTS_SHOWN} more" if len(names) > _TESTS_SHOWN else ""
-    write(f"  in {', '.join(names[:_TESTS_SHOWN])}{more}" if names != [_OUTSIDE_NAME] else f"  {_OUTSIDE_NAME}")
+    write(f"  in {list_some(names, _TESTS_SHOWN)}" if names != [_OUTSIDE_NAME] else f"  {_OUTSIDE_NAME}")
 
 
 def _plural(number: int, noun: str) -> str:

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import unicodedata
+from collections.abc import Collection
 
 import pytest
 from hypothesis import given
@@ -72,3 +73,10 @@ def test_the_width_is_that_of_the_terminal_or_80(monkeypatch: pytest.MonkeyPatch
     assert terminal.width() == 133
     monkeypatch.setenv("COLUMNS", "1")
     assert terminal.width() == terminal.NARROWEST
+
+
+@pytest.mark.parametrize(
+    ("values", "text"), [([], ""), (["a"], "a"), ([1, 2], "1, 2"), ([1, 2, 3], "1, 2 and 1 more"), ({"a": 0}, "a")]
+)
+def test_a_long_list_is_cut_and_the_rest_is_counted(values: Collection[object], text: str) -> None:
+    assert terminal.list_some(values, 2) == text

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from devguard.logs import process_end
-from devguard.support.terminal import format_size
+from devguard.support.terminal import format_size, list_some
 from devguard.watch.report.arenas import ArenaUse, quantile
 from devguard.watch.report.layers import Stack
 from devguard.watch.report.markup import Html, element, join, moment, number, size, table, text
@@ -48,9 +48,9 @@ def _sites(caption: str, sites: Sequence[CallSite], most: int) -> Html:
         advice = element("small", element("strong", "Write there: "), site.advice)
         where = element("code", site.place if site.file else NO_LINE)
         line = element("th", where, *quote, *via, *note, advice, scope="row", class_="site")
-        names = _list(site.processes, MOST_NAMES)
+        names = list_some(site.processes, MOST_NAMES)
         ranks = f"; rank {_fold(site.ranks)}" if site.ranks else ""
-        owners = f"; owner {_list(site.owners)}" if site.owners else ""
+        owners = f"; owner {list_some(site.owners, MOST_LISTED)}" if site.owners else ""
         action = element("b", site.action, class_="pill stray" if site.is_left_alone else None)
         rows.append(
             [
@@ -58,10 +58,10 @@ def _sites(caption: str, sites: Sequence[CallSite], most: int) -> Html:
                 size(site.bytes),
                 number(site.count),
                 site.door,
-                _list(site.devices, MOST_NAMES),
+                list_some(site.devices, MOST_NAMES),
                 action,
                 f"{names}{ranks}{owners}",
-                _list(site.modes) or "-",
+                list_some(site.modes, MOST_LISTED) or "-",
                 moment(site.first),
             ]
         )
@@ -96,7 +96,8 @@ def list_arenas(run: Run, most: int) -> Html:
     heads = ["process", "budget", "most in use", "at the end", "leases at the end", "waits", "put to last ack", "more"]
     rows = [[f"{run.name(arena.place)} {arena.last.get('kind', '')}", *_arena(arena)] for arena in run.arenas[:most]]
     kinds = sorted({track.journal.process.transport or "" for track in run.tracks} - {""})
-    carried = [element("p", f"Tensors of the framework were carried by: {_list(kinds)}.")] if kinds else []
+    named = list_some(kinds, MOST_LISTED)
+    carried = [element("p", f"Tensors of the framework were carried by: {named}.")] if kinds else []
     listed = table("Arenas of devguard.transport, as last sampled", heads, rows)
     return join([*carried, listed, _left_out(len(run.arenas) - most, "arena", "arenas")])
 
@@ -180,7 +181,7 @@ def list_layers(run: Run, stacks: Sequence[Stack]) -> Html:
         keys = []
         for layer in one.layers:
             names = [run.title(place) for place in layer.places]
-            name = names[0] if len(names) == 1 else f"{len(names)} processes: {_list(names, 3)}"
+            name = names[0] if len(names) == 1 else f"{len(names)} processes: {list_some(names, 3)}"
             swatch = element("i", class_=f"swatch {layer.kind} shade-{layer.shade}", aria_hidden="true")
             kind = {"unknown": "owner not known", "stray": "STRAY"}.get(layer.kind, layer.kind)
             keys.append(element("li", swatch, element("b", kind), f" {name} ", size(layer.most)))
@@ -206,9 +207,4 @@ def _fold(ranks: Sequence[str]) -> str:
         else:
             rows.append([rank])
     folded = [f"{row[0]}-{row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in rows]
-    return _list([*folded, *(rank for rank in ranks if not (rank.isdecimal() and len(rank) < 10))])
-
-
-def _list(values: Sequence[object], most: int = MOST_LISTED) -> str:
-    more = f" and {len(values) - most} more" if len(values) > most else ""
-    return ", ".join(map(str, values[:most])) + more
+    return list_some([*folded, *(rank for rank in ranks if not (rank.isdecimal() and len(rank) < 10))], MOST_LISTED)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from devguard.logs import process_end
-from devguard.support.terminal import format_size
+from devguard.support.terminal import format_size, list_some
 from devguard.watch.report.run import DROPPED, FULL, Run
 from devguard.watch.report.summary import count_of
 
@@ -22,13 +22,13 @@ def describe(run: Run) -> list[str]:
 def _logs(run: Run) -> Iterator[str]:
     """Yield what is missing in the logs themselves."""
     if run.damaged:
-        yield f"{count_of(len(run.damaged), 'place')} of the logs cannot be read: {_list(run.damaged)}."
+        yield f"{count_of(len(run.damaged), 'place')} of the logs cannot be read: {list_some(run.damaged, MOST_NAMED)}."
     alerts: dict[str, list[int]] = {}
     for track in run.tracks:
         for text in track.journal.process.alerts:
             alerts.setdefault(text, []).append(track.journal.process.pid)
     for text, pids in alerts.items():
-        yield f"pid {_list(pids)}: {text}"
+        yield f"pid {list_some(pids, MOST_NAMED)}: {text}"
     for track, known in zip(run.tracks, run.environments, strict=True):
         if known.get(DROPPED, "0") != "0":
             pid = track.journal.process.pid
@@ -37,7 +37,7 @@ def _logs(run: Run) -> Iterator[str]:
     known_pids = {(process.host, process.pid) for process in processes}
     parents = {(process.host, process.parent) for process in processes if process.parent > 1} - known_pids
     if parents:
-        silent = _list(sorted(pid for _, pid in parents))
+        silent = list_some(sorted(pid for _, pid in parents), MOST_NAMED)
         yield f"The parents of some processes wrote no log (pid {silent}): they run without devguard, or without torch."
     if len({process.host for process in processes}) > 1:
         yield "The processes ran on several machines, which have clocks of their own."
@@ -52,7 +52,7 @@ def _memory(run: Run) -> Iterator[str]:
             "--log DIR --record, or let devguard watch DIR run beside it."
         )
     elif blind:
-        names = _list([run.title(place) for place in blind])
+        names = list_some([run.title(place) for place in blind], MOST_NAMED)
         yield f"These processes wrote no sample of their memory, so they are not in the drawing: {names}."
     for place, known in enumerate(run.environments):
         if FULL in known and len(run.tracks[place].samples) > 1:
@@ -83,7 +83,7 @@ def _ends(run: Run) -> Iterator[str]:
         yield f"{len(died) - MOST_NAMED} more processes were killed or crashed."
     unknown = [track.journal.process.pid for track in run.tracks if track.journal.process.end == "unknown"]
     if unknown:
-        yield f"Whether these processes still run cannot be seen from here: pid {_list(unknown)}."
+        yield f"Whether these processes still run cannot be seen from here: pid {list_some(unknown, MOST_NAMED)}."
     running = sum(track.journal.is_running() for track in run.tracks)
     if running:
         yield f"{count_of(running, 'process', 'processes')} still ran when this was made."
@@ -92,7 +92,7 @@ def _ends(run: Run) -> Iterator[str]:
 def _owners(run: Run) -> Iterator[str]:
     """Yield the processes without an owner."""
     if run.ownerless:
-        names = _list([run.title(place) for place in run.ownerless])
+        names = list_some([run.title(place) for place in run.ownerless], MOST_NAMED)
         yield f"These processes had no known owner, so nothing of theirs counts as a stray: {names}."
 
 
@@ -103,8 +103,3 @@ def _always() -> Iterator[str]:
         "Bytes are those that torch's caching allocator holds. Contexts, NCCL, cuBLAS and other libraries hold more, "
         "which nvidia-smi counts."
     )
-
-
-def _list(values: Sequence[object]) -> str:
-    more = f" and {len(values) - MOST_NAMED} more" if len(values) > MOST_NAMED else ""
-    return ", ".join(map(str, values[:MOST_NAMED])) + more

@@ -6,7 +6,7 @@ import os
 import textwrap
 
 from devguard.reporting.actions import LEFT_ALONE
-from devguard.support.terminal import cut, format_size, printable
+from devguard.support.terminal import cut, format_size, list_some, printable
 from devguard.watch.matrix import Line, Matrix
 from devguard.watch.screen.spans import Span, cut_line
 
@@ -79,7 +79,7 @@ def _unexplained(matrix: Matrix, width: int) -> list[list[Span]]:
     rows = [row for row in matrix.rows if row.has_fault and row.pid not in seen]
     if not rows:
         return []
-    pids = ", ".join(str(row.pid) for row in rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
+    pids = list_some([row.pid for row in rows], 3)
     text = f"no door saw how pid {pids} got there: the program or a library names that GPU"
     return [[], [Span(cut(text, width), "yellow")]]
 
